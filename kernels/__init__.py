@@ -1,0 +1,1 @@
+"""The operators of a transformer and their tiles. Imports nothing else of paretune."""

@@ -1,0 +1,1 @@
+"""CPU operators in C++: sources, compiler, loader."""

@@ -1,0 +1,87 @@
+"""Numba's `njit` with a compile cache that cannot go stale.
+
+`cache=True` alone looks only at the function's own file: after an edit of a callee in another file the old machine
+code still runs. So our cache folder is keyed by every jitted source of the package, Numba's version and the CPU. Where
+no folder can be written (read-only install, no home directory) functions compile in every process instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite.binding
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def user_cache_dir() -> Path | None:
+    """The user's own cache folder for compiled code (mode 0700), or None where there is none that we may trust.
+
+    `PARETUNE_CACHE_DIR`, else `$XDG_CACHE_HOME/paretune`, else `~/.cache/paretune`. A folder that belongs to another user or
+    that others may write is not used: whoever can write there can run code as us.
+    """
+    chosen = os.environ.get("PARETUNE_CACHE_DIR")
+    if chosen:
+        folder = Path(chosen)
+    else:
+        xdg = os.environ.get("XDG_CACHE_HOME")
+        home = os.path.expanduser("~")
+        if not xdg and not os.path.isabs(home):
+            return None
+        folder = Path(xdg or os.path.join(home, ".cache")) / "paretune"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return None
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return None
+
+
+@functools.cache
+def cache_dir() -> Path | None:
+    """Folder of this installation's compiled Numba code, keyed by all jitted sources, Numba and the CPU; None = no cache."""
+    root = user_cache_dir()
+    if root is None:
+        return None
+    digest = hashlib.sha256()
+    digest.update(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
+    digest.update(llvmlite.binding.get_host_cpu_features().flatten().encode())
+    package = Path(__file__).absolute().parent.parent
+    for source in sorted(package.glob("*/*.py")):
+        text = source.read_bytes()
+        if b"@njit" in text:
+            digest.update(source.name.encode() + b"\0" + text)
+    folder = root / "numba" / digest.hexdigest()[:24]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
+def njit(function: Function) -> Function:
+    """Compile a function with Numba (no Python objects), cached on disk where that is safe.
+
+    With `NUMBA_DISABLE_JIT=1` the plain Python function runs, for debuggers. Results must be the same bytes: accumulate in
+    int64 and float64, since Numba widens int32 arithmetic and NumPy does not.
+    """
+    folder = cache_dir()
+    if folder is None or numba.config.DISABLE_JIT:
+        return numba.njit(function)  # type: ignore[no-any-return]
+    # Numba picks the cache folder when a function is decorated; its setting is global, so it is ours only for that moment.
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+    finally:
+        numba.config.CACHE_DIR = before

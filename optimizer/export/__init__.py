@@ -1,0 +1,1 @@
+"""One file per engine: a Deployment translated into its flags."""

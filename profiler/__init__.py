@@ -1,0 +1,1 @@
+"""How long things take: profiles, step-time model, simulator, replay against a live server."""

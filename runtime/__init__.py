@@ -1,0 +1,1 @@
+"""The bundled engine: spec, scheduler, KV cache, model, parallelism, server."""

@@ -1,0 +1,1 @@
+"""Request logs: read, describe, split, transform. Imports nothing else of paretune."""
