@@ -13,19 +13,23 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import llvmlite.binding
 import numba
+import numba.core.config
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_config: Any = numba.core.config
+_OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False, "error_model": "numpy"}
 
 
 def user_cache_dir() -> Path | None:
     """The user's own cache folder for compiled code (mode 0700), or None where there is none that we may trust.
 
-    `PARETUNE_CACHE_DIR`, else `$XDG_CACHE_HOME/paretune`, else `~/.cache/paretune`. A folder that belongs to another user or
-    that others may write is not used: whoever can write there can run code as us.
+    `PARETUNE_CACHE_DIR`, else `$XDG_CACHE_HOME/paretune`, else `~/.cache/paretune`. A folder that belongs to another
+    user or that others may write is not used: whoever can write there can run code as us.
     """
     chosen = os.environ.get("PARETUNE_CACHE_DIR")
     if chosen:
@@ -49,7 +53,7 @@ def user_cache_dir() -> Path | None:
 
 @functools.cache
 def cache_dir() -> Path | None:
-    """Folder of this installation's compiled Numba code, keyed by all jitted sources, Numba and the CPU; None = no cache."""
+    """Folder of compiled Numba code, keyed by all jitted sources, Numba and the CPU; None = nothing is cached."""
     root = user_cache_dir()
     if root is None:
         return None
@@ -70,18 +74,22 @@ def cache_dir() -> Path | None:
 
 
 def njit(function: Function) -> Function:
-    """Compile a function with Numba (no Python objects), cached on disk where that is safe.
+    """Compile a function with Numba (no Python objects, no GIL while it runs), cached on disk where that is safe.
 
-    With `NUMBA_DISABLE_JIT=1` the plain Python function runs, for debuggers. Results must be the same bytes: accumulate in
-    int64 and float64, since Numba widens int32 arithmetic and NumPy does not.
+    The function reads and writes arrays it is given and allocates none. So reference counts are switched off: with the
+    scheduler's 28 arrays in one tuple they took seven eighths of the simulator's time (40,000 against 300,000 requests
+    per CPU-second). Division by zero gives inf or nan, as in NumPy.
+
+    With `NUMBA_DISABLE_JIT=1` the plain Python function runs, for debuggers. Results must be the same bytes: accumulate
+    in int64 and float64, since Numba widens int32 arithmetic and NumPy does not.
     """
     folder = cache_dir()
-    if folder is None or numba.config.DISABLE_JIT:
-        return numba.njit(function)  # type: ignore[no-any-return]
-    # Numba picks the cache folder when a function is decorated; its setting is global, so it is ours only for that moment.
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
+    if folder is None or _config.DISABLE_JIT:
+        return cast(Function, numba.njit(**_OPTIONS)(function))
+    # Numba picks the cache folder when a function is decorated; its setting is global, so it is ours for that moment.
+    before = _config.CACHE_DIR
+    _config.CACHE_DIR = str(folder)
     try:
-        return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+        return cast(Function, numba.njit(cache=True, **_OPTIONS)(function))
     finally:
-        numba.config.CACHE_DIR = before
+        _config.CACHE_DIR = before

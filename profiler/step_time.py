@@ -1,0 +1,95 @@
+"""How long one step takes: tables for the simulator, compiled together with the scheduler.
+
+A step's time is the sum of what depends on its tokens (linear layers, norms, collectives, the host's share per step),
+on its rows (the host's share per request), on its samples (vocabulary projection, sampling), and on attention over the
+cached context: tokens read by decode rows, and query-key pairs computed by prefill rows. Each is one table, filled from
+measurements or from a data sheet (tables.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.jit import njit
+from ..runtime.scheduler import PLAN_SIZE, PLAN_TOKENS, Plan
+
+POINTS_PER_OCTAVE = 4
+OCTAVES = 44
+
+# Work of attention, in tokens read or query-key pairs: 2**0 ... 2**44, four points an octave.
+WORK_GRID: NDArray[np.float64] = 2.0 ** (np.arange(OCTAVES * POINTS_PER_OCTAVE + 1) / POINTS_PER_OCTAVE)
+
+
+class StepTables(NamedTuple):
+    """Step time of one replica, everything in seconds.
+
+    tokens_s             (max_num_batched_tokens + 1,)  by tokens in the step: linear layers, norms, collectives,
+                         and the host per step
+    rows_s               (max_num_seqs + 1,)  by requests in the step: host per request
+    samples_s            (max_num_seqs + 1,)  by rows that sample: vocabulary projection and sampling
+    decode_attention_s   (len(WORK_GRID),)  by context tokens that rows of one token read, summed over rows
+    prefill_attention_s  (len(WORK_GRID),)  by query-key pairs of rows with several tokens, summed over rows
+    request_s            (2,)  outside the steps: from the scheduled arrival until the scheduler sees the request;
+                         from a token's step until the client has the token
+    """
+
+    tokens_s: NDArray[np.float64]
+    rows_s: NDArray[np.float64]
+    samples_s: NDArray[np.float64]
+    decode_attention_s: NDArray[np.float64]
+    prefill_attention_s: NDArray[np.float64]
+    request_s: NDArray[np.float64]
+
+
+@njit
+def interpolate(table: NDArray[np.float64], work: float) -> float:
+    """A table over WORK_GRID at `work`: linear between its points, 0 at 0 work."""
+    if work <= 0.0:
+        return 0.0
+    if work <= 1.0:
+        return float(table[0] * work)
+    place = min(int(math.log2(work) * POINTS_PER_OCTAVE), table.shape[0] - 2)
+    low, high = WORK_GRID[place], WORK_GRID[place + 1]
+    return float(table[place] + (table[place + 1] - table[place]) * (work - low) / (high - low))
+
+
+@njit
+def composed_time_s(
+    tables: StepTables, num_tokens: int, num_rows: int, num_samples: int, decode_context: float, prefill_pairs: float
+) -> float:
+    """Seconds of a step of this composition.
+
+    Args:
+        decode_context: tokens whose KV the one-token rows read, their own included, summed over these rows.
+        prefill_pairs: query-key pairs of the other rows: n * start + n * (n + 1) / 2 for n tokens after `start` others.
+    """
+    return float(
+        tables.tokens_s[num_tokens]
+        + tables.rows_s[num_rows]
+        + tables.samples_s[num_samples]
+        + interpolate(tables.decode_attention_s, decode_context)
+        + interpolate(tables.prefill_attention_s, prefill_pairs)
+    )
+
+
+@njit
+def step_time_s(tables: StepTables, plan: Plan, more_context: float) -> float:
+    """Seconds of a planned step, with `more_context` tokens in the cache beside those the plan says."""
+    samples = 0
+    decode_context = more_context
+    prefill_pairs = 0.0
+    for row in range(plan.counts[PLAN_SIZE]):
+        tokens = plan.num_tokens[row]
+        if plan.samples[row]:
+            samples += 1
+        if tokens == 1:
+            decode_context += plan.start[row] + 1
+        else:
+            prefill_pairs += tokens * (plan.start[row] + 0.5 * (tokens + 1))
+    return composed_time_s(
+        tables, plan.counts[PLAN_TOKENS], plan.counts[PLAN_SIZE], samples, decode_context, prefill_pairs
+    )

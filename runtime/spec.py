@@ -1,0 +1,229 @@
+"""The deployment spec: what the search proposes, the simulator runs, the engine starts and the exporters translate.
+
+One type for all of them, `Deployment`, so that nothing is translated on the way and nothing is lost. A candidate of the
+search is a Deployment without provenance; picking a point adds where it came from, the targets and what was predicted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ..kernels.tiles import TileTable
+from ..traces.metrics import Target
+from ..traces.whole_file import write_whole
+from .safe_yaml import load_yaml
+
+SCHEMA_VERSION = 1
+CPU = "cpu"
+SMALL_MODEL = "paretune/small"
+
+
+class BadSpec(Exception):
+    """A deployment spec that will not be used: where (file and field), what was found, what is allowed, what to do."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, where: str, found: object, allowed: str, todo: str = "correct the spec and run again") -> None:
+        super().__init__(where, found, allowed, todo)
+        self.where, self.found, self.allowed, self.todo = where, found, allowed, todo
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {str(self.found)[:80]}; allowed: {self.allowed}; {self.todo}"
+
+
+def _tile_table(value: Any) -> TileTable:
+    return value if isinstance(value, TileTable) else TileTable.from_dict(value)
+
+
+Tiles = Annotated[TileTable, PlainValidator(_tile_table), PlainSerializer(TileTable.to_dict)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Pool(_Part):
+    """Identical replicas of the model, and how each of them is sharded, stored, batched and cached."""
+
+    role: Literal["mixed", "prefill", "decode"] = Field(
+        "mixed", description="which half of a request the pool computes"
+    )
+    replicas: int = Field(1, ge=1, le=65536, description="copies of the model, each with its own queue and KV cache")
+    accelerator: str = Field(CPU, min_length=1, description="name in the accelerator catalogue; 'cpu' is this machine")
+    tensor_parallel_size: int = Field(1, ge=1, le=1024, description="ranks that share every layer's weights")
+    num_threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
+    )
+    weight_dtype: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = Field("bf16", description="storage of the weights")
+    kv_cache_dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="storage of the KV cache")
+    max_model_len: int = Field(2048, ge=2, description="most tokens, prompt and answer together, of one request")
+    max_num_seqs: int = Field(128, ge=1, le=65536, description="most requests in one step")
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="most tokens that one step computes, all requests together"
+    )
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in one block of the KV cache")
+    num_kv_blocks: int = Field(2048, ge=1, description="blocks in each replica's KV cache")
+    enable_chunked_prefill: bool = Field(True, description="a prompt may be computed over several steps")
+    enable_prefix_caching: bool = Field(True, description="blocks of equal prefixes are computed once")
+    tiles: Tiles = Field(default_factory=TileTable, description="tile of each operator by precision and row bucket")
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("block_size must be a power of two")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ValueError(
+                f"enable_chunked_prefill is false, so max_num_batched_tokens ({self.max_num_batched_tokens}) must be "
+                f"at least max_model_len ({self.max_model_len}): a prompt must fit into one step"
+            )
+        if self.num_kv_blocks * self.block_size < self.max_model_len:
+            raise ValueError(
+                f"num_kv_blocks ({self.num_kv_blocks}) x block_size ({self.block_size}) holds fewer tokens than one "
+                f"request of max_model_len ({self.max_model_len}) needs"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): each running request computes one token a step"
+            )
+        if self.accelerator != CPU and self.num_threads != 1:
+            raise ValueError(f"num_threads ({self.num_threads}) is for accelerator 'cpu', not {self.accelerator!r}")
+        return self
+
+    @property
+    def devices_per_replica(self) -> int:
+        """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
+        return self.tensor_parallel_size * (self.num_threads if self.accelerator == CPU else 1)
+
+
+class Prediction(_Part):
+    """One predicted number and the interval in which the measured one should lie."""
+
+    metric: str = Field(
+        description="ttft, ttf30, tpot, e2e (seconds), usd_per_hour, usd_per_million_tokens, requests_per_s, ..."
+    )
+    percentile: float | None = Field(None, gt=0, lt=100, description="null where the metric is one number for the run")
+    value: float
+    low: float
+    high: float
+    confidence: float = Field(0.9, gt=0, lt=1, description="share of measured values that the interval should hold")
+
+
+class Provenance(_Part):
+    """Where a picked deployment came from: enough to reproduce the choice and to notice when it no longer holds."""
+
+    paretune_version: str
+    created_at: str = Field(description="ISO 8601, UTC")
+    trace_source: str
+    trace_digest: str
+    trace_fingerprint: dict[str, Any] = Field(description="what `retune` compares tonight's log with")
+    profile: str = Field(description="the profile's name, or the accelerator's data sheet")
+    profile_digest: str
+    measured: bool = Field(description="false: step times are roofline bounds of a data sheet, not measured")
+    prices: str = Field(description="source of the price book")
+    prices_as_of: str
+    study: str
+    seed: int
+
+
+class Deployment(_Part):
+    """A deployment of one model: what to run, on what, with which limits.
+
+    Digest and equality of a candidate look at what runs (`engine` to `pools`), not at where it came from.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str = Field(
+        SMALL_MODEL, min_length=1, description="model directory; 'paretune/small' ships with the package"
+    )
+    engine: Literal["paretune", "vllm", "sglang", "trtllm"] = Field("paretune", description="the server that runs it")
+    scheduler_policy: Literal["paretune"] = Field("paretune", description="how steps are composed")
+    pools: tuple[Pool, ...] = Field((Pool(),), min_length=1, max_length=16)
+    targets: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
+    predicted: tuple[Prediction, ...] = ()
+    provenance: Provenance | None = None
+
+    @field_validator("targets")
+    @classmethod
+    def _canonical_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Target.parse(text)) for text in value)
+
+    @property
+    def pool(self) -> Pool:
+        """The only pool. Raises: BadSpec: the deployment has several (disaggregated)."""
+        if len(self.pools) != 1:
+            raise BadSpec("pools", f"{len(self.pools)} pools", "one pool of role 'mixed'")
+        return self.pools[0]
+
+    def signature(self) -> dict[str, Any]:
+        """What runs, as plain data; two candidates with equal signatures behave alike."""
+        return self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools"})
+
+    def digest(self) -> str:
+        """Sixteen hex digits that name what runs; stable over processes and machines."""
+        text = json.dumps(self.signature(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def with_pool(self, **changes: Any) -> Deployment:
+        """This deployment with fields of its only pool changed, validated again."""
+        pool = Pool.model_validate({**self.pool.model_dump(), **changes})
+        return self.model_copy(update={"pools": (pool,), "predicted": (), "provenance": None})
+
+    def prediction(self, metric: str, percentile: float | None) -> Prediction | None:
+        """What was predicted for a metric, or None."""
+        return next((p for p in self.predicted if p.metric == metric and p.percentile == percentile), None)
+
+
+def _first_error(name: str, error: ValidationError) -> BadSpec:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the spec"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return BadSpec(f"{name}: {field}", f"an unknown field{more}", "the fields in docs/spec.md")
+    if first["type"] == "value_error":
+        found = first["msg"].removeprefix("Value error, ") + more
+        return BadSpec(f"{name}: {field}", found, "a combination that can run")
+    return BadSpec(f"{name}: {field}", f"{first['input']!r}{more}", first["msg"])
+
+
+def parse_deployment(data: dict[str, Any], name: str = "spec") -> Deployment:
+    """A Deployment from plain data. Raises: BadSpec, naming the field."""
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        todo = "update paretune" if isinstance(version, int) and version > SCHEMA_VERSION else "write the spec anew"
+        raise BadSpec(f"{name}: schema_version", version, str(SCHEMA_VERSION), todo)
+    try:
+        return Deployment.model_validate(data)
+    except ValidationError as error:
+        raise _first_error(name, error) from None
+
+
+def load_deployment(path: str | Path) -> Deployment:
+    """Read a spec from a YAML file. Raises: BadYaml or BadSpec (exit code 2), OSError."""
+    return parse_deployment(load_yaml(path), Path(path).name)
+
+
+def save_deployment(deployment: Deployment, path: str | Path) -> None:
+    """Write a spec as YAML, whole or not at all."""
+    data = deployment.model_dump(mode="json", exclude_defaults=False)
+    write_whole(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))

@@ -1,0 +1,32 @@
+"""What all tests share: no deadlines on noisy machines, where the data lie, what to do about a missing component."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from hypothesis import settings
+
+# Two busy cores: how long an example took says nothing about the code.
+settings.register_profile("paretune", deadline=None)
+settings.load_profile("paretune")
+
+
+def missing(component: str, how_to_get_it: str) -> NoReturn:
+    """Skip a test whose component this machine lacks; with CI=true fail, since CI installs all it needs."""
+    message = f"{component} is missing: {how_to_get_it}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of public traces and measurements; benchmarks/README.md says where each set comes from."""
+    named = os.environ.get("PARETUNE_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("set PARETUNE_DATA to the folder with the public data sets (benchmarks/README.md)")
+    return folder

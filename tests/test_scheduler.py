@@ -1,0 +1,309 @@
+"""The scheduler's laws: blocks and requests are conserved, nobody is forgotten, prefixes are shared only when equal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from paretune.runtime import kv_cache, scheduler
+from paretune.runtime.scheduler import (
+    NUM_FREE_LANES,
+    NUM_FREE_SLOTS,
+    NUM_PREEMPTIONS,
+    NUM_RUNNING,
+    NUM_WAITING,
+    PLAN_FINISHED,
+    PLAN_SIZE,
+    PLAN_TOKENS,
+    WAITING_HEAD,
+    Plan,
+    State,
+    abort,
+    add_request,
+    commit,
+    grow,
+    new_plan,
+    new_state,
+    schedule,
+)
+from paretune.runtime.spec import Pool
+
+
+def pool(**changes: object) -> Pool:
+    return Pool.model_validate(
+        {
+            "max_model_len": 64,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 32,
+            "block_size": 4,
+            "num_kv_blocks": 24,
+            **changes,
+        }
+    )
+
+
+def running(state: State) -> list[int]:
+    return [int(slot) for slot in state.running[: state.counts[NUM_RUNNING]]]
+
+
+def waiting(state: State) -> list[int]:
+    head, size = int(state.counts[WAITING_HEAD]), len(state.waiting)
+    return [int(state.waiting[(head + i) % size]) for i in range(int(state.counts[NUM_WAITING]))]
+
+
+def cached_blocks(blocks: kv_cache.BlockPool) -> list[int]:
+    anchor = len(blocks.ref_count)
+    found, block = [], int(blocks.lru_next[anchor])
+    while block != anchor:
+        found.append(block)
+        block = int(blocks.lru_next[block])
+    return found
+
+
+def check_conservation(state: State, in_flight: bool = False) -> None:
+    """Every block is held, free or cached, and never two of them; every slot and lane is in one place."""
+    blocks = state.blocks
+    held = np.zeros(len(blocks.ref_count), np.int64)
+    for slot in running(state):
+        row = state.block_table[state.lane[slot], : state.num_blocks[slot]]
+        assert len(set(row.tolist())) == len(row)
+        np.add.at(held, row, 1)
+        needed = -(-state.num_computed_tokens[slot] // state.limits[scheduler.BLOCK_SIZE])
+        assert state.num_blocks[slot] >= needed
+        assert 0 <= state.num_computed_tokens[slot] <= state.num_tokens[slot]
+    assert held.tolist() == blocks.ref_count.tolist()
+    free = blocks.free_stack[: blocks.counts[kv_cache.FREE]].tolist()
+    cached = cached_blocks(blocks)
+    assert len(cached) == blocks.counts[kv_cache.CACHED]
+    assert sorted(free + cached + np.flatnonzero(held).tolist()) == list(range(len(held)))
+    assert all(blocks.block_hash[block] != 0 for block in cached)
+    named = {int(h): b for b, h in enumerate(blocks.block_hash) if h != 0}
+    assert len(named) == int((blocks.block_hash != 0).sum())
+    assert int((blocks.table_hash != 0).sum()) == len(named)
+    assert all(kv_cache.find(blocks, content) == block for content, block in named.items())
+    live = running(state) + waiting(state)
+    assert len(set(live)) == len(live)
+    assert len(live) + state.counts[NUM_FREE_SLOTS] == len(state.request_id)
+    assert len(running(state)) + state.counts[NUM_FREE_LANES] == state.limits[scheduler.MAX_NUM_SEQS]
+
+
+def run_step(state: State, plan: Plan) -> list[int]:
+    schedule(state, plan)
+    size = int(plan.counts[PLAN_SIZE])
+    plan.accepted[:size] = 1
+    plan.stopped[:size] = False
+    commit(state, plan)
+    return [int(state.request_id[slot]) for slot in plan.finished[: plan.counts[PLAN_FINISHED]]]
+
+
+class AnyTraffic(RuleBasedStateMachine):
+    """Requests come, are aborted, run, share prefixes and run out of blocks, with up to two plans in flight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(7)
+        self.pool = pool(num_kv_blocks=16)
+        # eight families of prefixes, sixteen blocks each
+        self.state = new_state(self.pool, hashes=np.arange(1, 129, dtype=np.int64) * 7919)
+        self.flying: list[Plan] = []
+        self.alive: dict[int, int] = {}
+        self.ended: set[int] = set()
+        self.number = 0
+
+    @rule(prompt=st.integers(1, 60), answer=st.integers(1, 20), family=st.integers(0, 7), stop=st.integers(0, 9))
+    def arrive(self, prompt: int, answer: int, family: int, stop: int) -> None:
+        total = min(prompt + answer, self.pool.max_model_len)
+        prompt = min(prompt, total - 1)
+        slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4)
+        if slot < 0:
+            self.state = grow(self.state)
+            slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4)
+        assert slot >= 0
+        self.alive[self.number] = slot
+        self.number += 1
+
+    @rule()
+    def launch(self) -> None:
+        if len(self.flying) == 2:
+            return
+        plan = new_plan(self.pool)
+        schedule(self.state, plan)
+        size = int(plan.counts[PLAN_SIZE])
+        assert plan.counts[PLAN_TOKENS] == plan.num_tokens[:size].sum() <= self.pool.max_num_batched_tokens
+        assert (plan.num_tokens[:size] > 0).all()
+        assert len(set(plan.slot[:size].tolist())) == size
+        self.flying.append(plan)
+
+    @rule(stop=st.integers(0, 9))
+    def land(self, stop: int) -> None:
+        if not self.flying:
+            return
+        plan = self.flying.pop(0)
+        size = int(plan.counts[PLAN_SIZE])
+        plan.accepted[:size] = 1
+        plan.stopped[:size] = self.rng.random(size) < stop / 30
+        commit(self.state, plan)
+        for slot in plan.finished[: plan.counts[PLAN_FINISHED]]:
+            request = int(self.state.request_id[slot])
+            assert request not in self.ended
+            self.ended.add(request)
+            del self.alive[request]
+
+    @rule(pick=st.integers(0, 1000))
+    def give_up(self, pick: int) -> None:
+        if not self.alive:
+            return
+        request = sorted(self.alive)[pick % len(self.alive)]
+        if abort(self.state, self.alive[request]):
+            self.ended.add(request)
+            del self.alive[request]
+
+    @invariant()
+    def conserved(self) -> None:
+        check_conservation(self.state)
+        assert len(self.alive) + len(self.ended) == self.number
+
+    def teardown(self) -> None:
+        while self.flying:
+            self.land(0)
+        for _ in range(100_000):
+            if not self.alive:
+                break
+            self.launch()
+            self.land(0)
+        assert not self.alive, "a request was forgotten"
+        check_conservation(self.state)
+        assert not self.state.blocks.ref_count.any()
+
+
+AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestAnyTraffic = AnyTraffic.TestCase
+
+
+def test_a_step_serves_running_requests_before_it_admits_waiting_ones() -> None:
+    state, plan = new_state(pool()), new_plan(pool())
+    first = add_request(state, 1, 20, 30, 0, 0)
+    run_step(state, plan)
+    add_request(state, 2, 40, 50, 0, 0)
+    schedule(state, plan)
+    assert plan.slot[0] == first
+    assert plan.num_tokens[:2].tolist() == [1, 31]
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_samples_only_at_its_end() -> None:
+    state, plan = new_state(pool(max_num_batched_tokens=10)), new_plan(pool())
+    add_request(state, 1, 25, 26, 0, 0)
+    chunks = []
+    while True:
+        schedule(state, plan)
+        chunks.append((int(plan.num_tokens[0]), bool(plan.samples[0])))
+        commit(state, plan)
+        if plan.counts[PLAN_FINISHED]:
+            break
+    assert chunks == [(10, False), (10, False), (5, True)]
+
+
+def test_without_chunked_prefill_a_prompt_waits_for_a_step_that_holds_it() -> None:
+    limits = pool(enable_chunked_prefill=False, max_num_batched_tokens=64)
+    state, plan = new_state(limits), new_plan(limits)
+    add_request(state, 1, 40, 45, 0, 0)
+    add_request(state, 2, 30, 35, 0, 0)
+    schedule(state, plan)
+    assert plan.num_tokens[: plan.counts[PLAN_SIZE]].tolist() == [40]
+    commit(state, plan)
+    schedule(state, plan)
+    assert plan.num_tokens[: plan.counts[PLAN_SIZE]].tolist() == [1, 30]
+
+
+def test_the_request_admitted_last_is_preempted_and_computed_again() -> None:
+    limits = pool(num_kv_blocks=16, max_num_batched_tokens=64)
+    state, plan = new_state(limits), new_plan(limits)
+    add_request(state, 1, 30, 60, 0, 0)
+    add_request(state, 2, 30, 60, 0, 0)
+    finished: list[int] = []
+    while len(finished) < 2:
+        finished += run_step(state, plan)
+        check_conservation(state)
+    assert finished == [1, 2]
+    assert state.counts[NUM_PREEMPTIONS] >= 1
+
+
+def test_equal_prefixes_share_blocks_and_the_last_token_is_always_computed() -> None:
+    state, plan = new_state(pool(), hashes=np.array([11, 22, 33, 44], np.int64)), new_plan(pool())
+    add_request(state, 1, 16, 17, 0, 4)
+    run_step(state, plan)
+    second = add_request(state, 2, 16, 17, 0, 4)
+    schedule(state, plan)
+    assert state.num_cached_tokens[second] == 12
+    assert plan.start[0] == 12
+    assert plan.num_tokens[0] == 4
+
+
+def test_of_cached_blocks_the_one_unused_for_longest_is_taken_first() -> None:
+    blocks = kv_cache.new_block_pool(3)
+    held = [kv_cache.take(blocks) for _ in range(3)]
+    for block in held:
+        kv_cache.remember(blocks, block, 100 + block)
+    for block in (1, 0, 2):
+        kv_cache.release(blocks, block)
+    kv_cache.claim(blocks, 1)
+    kv_cache.release(blocks, 1)
+    assert [kv_cache.take(blocks) for _ in range(4)] == [0, 2, 1, -1]
+    assert all(kv_cache.find(blocks, 100 + block) == -1 for block in held)
+
+
+def test_free_blocks_are_taken_before_cached_ones() -> None:
+    blocks = kv_cache.new_block_pool(2)
+    named = kv_cache.take(blocks)
+    kv_cache.remember(blocks, named, 5)
+    kv_cache.release(blocks, named)
+    assert kv_cache.take(blocks) != named
+    assert kv_cache.find(blocks, 5) == named
+
+
+def test_growing_keeps_the_queue_in_order() -> None:
+    state, plan = new_state(pool(max_num_seqs=1)), new_plan(pool(max_num_seqs=1))
+    for number in range(2):
+        add_request(state, number, 4, 5, 0, 0)
+    run_step(state, plan)
+    add_request(state, 2, 4, 5, 0, 0)
+    assert add_request(state, 3, 4, 5, 0, 0) == -1
+    state = grow(state)
+    add_request(state, 3, 4, 5, 0, 0)
+    finished: list[int] = []
+    while state.counts[NUM_WAITING]:
+        finished += run_step(state, plan)
+    assert finished == [1, 2, 3]
+
+
+@given(
+    hashes=st.lists(st.integers(1, 2**62), min_size=1, max_size=60),
+    drops=st.lists(st.integers(0, 59), max_size=60),
+)
+def test_the_hash_table_finds_what_was_remembered_and_not_evicted(hashes: list[int], drops: list[int]) -> None:
+    blocks = kv_cache.new_block_pool(64)
+    known: dict[int, int] = {}
+    for content in hashes:
+        block = kv_cache.take(blocks)
+        kv_cache.remember(blocks, block, content)
+        known.setdefault(content, block)
+    for place in drops:
+        if place < len(hashes) and hashes[place] in known:
+            block = known.pop(hashes[place])
+            kv_cache._forget(blocks, block)
+    for content in hashes:
+        assert kv_cache.find(blocks, content) == known.get(content, -1)
+
+
+@pytest.mark.parametrize("accepted", [1, 3])
+def test_a_step_that_accepts_several_tokens_moves_on_by_that_many(accepted: int) -> None:
+    state, plan = new_state(pool()), new_plan(pool())
+    slot = add_request(state, 1, 8, 8 + 3 * accepted, 0, 0)
+    schedule(state, plan)
+    plan.accepted[0] = accepted
+    commit(state, plan)
+    assert state.num_tokens[slot] == 8 + accepted
+    assert state.num_computed_tokens[slot] == 8 + accepted - 1
