@@ -75,7 +75,7 @@ def _check_events(text: str, name: str) -> None:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise BadYaml(f"{name}:{line}", error.problem or "broken YAML", "well-formed YAML") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise BadYaml(name, error, "well-formed YAML") from None
+        raise BadYaml(name, str(error).splitlines()[0], "well-formed YAML") from None
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

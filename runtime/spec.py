@@ -19,6 +19,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -47,10 +48,20 @@ class BadSpec(Exception):
 
 
 def _tile_table(value: Any) -> TileTable:
-    return value if isinstance(value, TileTable) else TileTable.from_dict(value)
+    if isinstance(value, TileTable):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"a tile table is a mapping with schema_version and tiles, not {value!r:.60}")
+    return TileTable.from_dict(value)
 
 
-Tiles = Annotated[TileTable, PlainValidator(_tile_table), PlainSerializer(TileTable.to_dict)]
+# kernels/ knows nothing of pydantic, so the table's own plain form is what a spec holds
+Tiles = Annotated[
+    TileTable,
+    PlainValidator(_tile_table),
+    PlainSerializer(TileTable.to_dict),
+    WithJsonSchema({"type": "object", "description": "what `paretune kernels tune` writes"}),
+]
 
 
 class _Part(BaseModel):

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_TOKENS = 2**31 - 1
+# 31,700 years: a time past it is a damaged one, and below it a double still tells tenths of milliseconds.
+MAX_SECONDS = 1e12
 
 
 class BadTrace(Exception):

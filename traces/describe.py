@@ -110,19 +110,59 @@ def dispersion_window_s(trace: Trace) -> float:
     return min(DISPERSION_WINDOW_S, trace.duration_s / LEAST_WINDOWS)
 
 
-def window_counts(trace: Trace, rows: npt.NDArray[np.bool_], window_s: float) -> npt.NDArray[np.int64]:
-    """Arrivals in each whole window of the trace, from its first arrival on; empty where there is no duration.
+@dataclass(frozen=True)
+class WindowCounts:
+    """Arrivals in the whole windows of a trace, from its first arrival on.
+
+    windows  how many there are, empty ones included; they may be very many
+    counts   (w,) int64, of those that are not empty
+    """
+
+    windows: int
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def dispersion(self) -> float:
+        """Index of dispersion: variance over mean; NaN for fewer than two windows or no arrivals."""
+        return self._variance() / self._mean() if self.windows > 1 and len(self.counts) else math.nan
+
+    @property
+    def dispersion_relative_error(self) -> float:
+        """Standard error of the index of dispersion over itself; NaN without spread.
+
+        From the fourth moment of the counts, and no less than normal counts would give (few windows hide their own
+        tail): Var(s^2) = (m4 - s^4 (w - 3)/(w - 1)) / w for w independent windows (Mood, Graybill and Boes,
+        Introduction to the Theory of Statistics, VI.2).
+        """
+        windows, variance = self.windows, self._variance() if self.windows > 3 else 0.0
+        if variance == 0:
+            return math.nan
+        excess = max(self._moment(4) - variance**2 * (windows - 3) / (windows - 1), 0.0)
+        return max(math.sqrt(excess / windows) / variance, math.sqrt(2 / (windows - 1)))
+
+    def _mean(self) -> float:
+        return float(self.counts.sum()) / self.windows
+
+    def _variance(self) -> float:
+        return self._moment(2) * self.windows / (self.windows - 1)
+
+    def _moment(self, power: int) -> float:
+        """Central moment over all windows."""
+        mean = self._mean()
+        empty = self.windows - len(self.counts)
+        return (float(((self.counts - mean) ** power).sum()) + empty * mean**power) / self.windows
+
+
+def window_counts(trace: Trace, rows: npt.NDArray[np.bool_], window_s: float) -> WindowCounts:
+    """Arrivals of `rows` in windows of window_s; none where it is 0 or no part that floating point can tell.
 
     A window that the trace ends in is left out: it would look like a lull.
     """
-    windows = int(trace.duration_s / window_s + 1e-9) if window_s > 0 else 0
-    index = ((trace.arrival_s[rows] - trace.arrival_s[0]) / window_s).astype(np.int64) if windows else np.empty(0, int)
-    return np.bincount(index[index < windows], minlength=windows)
-
-
-def dispersion_of(counts: npt.NDArray[np.int64]) -> float:
-    """Variance over mean; NaN for fewer than two windows or no arrivals."""
-    return float(counts.var(ddof=1) / counts.mean()) if len(counts) > 1 and counts.any() else math.nan
+    if not 0 < window_s <= trace.duration_s or trace.duration_s / window_s > 2**53:
+        return WindowCounts(0, np.empty(0, np.int64))
+    windows = int(trace.duration_s / window_s + 1e-9)
+    index = ((trace.arrival_s[rows] - trace.arrival_s[0]) / window_s).astype(np.int64)
+    return WindowCounts(windows, np.unique(index[index < windows], return_counts=True)[1].astype(np.int64))
 
 
 def reused_tokens(trace: Trace) -> npt.NDArray[np.int64] | None:
@@ -161,30 +201,14 @@ def fingerprint(trace: Trace) -> dict[str, Any]:
         "rate_per_s": trace.rate_per_s,
         "count_design_effect": _count_design_effect(trace, everything),
         "interarrival_cv": _or_none(_interarrival_cv(trace.arrival_s)),
-        "dispersion": _or_none(dispersion_of(counts)),
+        "dispersion": _or_none(counts.dispersion),
         "dispersion_window_s": window_s,
-        "dispersion_relative_error": _or_none(dispersion_relative_error(counts)),
+        "dispersion_relative_error": _or_none(counts.dispersion_relative_error),
         "input_tokens": _length_print(trace.input_tokens),
         "output_tokens": _length_print(trace.output_tokens),
         "prefix_reuse": reuse_curve(trace),
         "apps": app_shares(trace),
     }
-
-
-def dispersion_relative_error(counts: npt.NDArray[np.int64]) -> float:
-    """Standard error of the index of dispersion over itself; NaN without spread.
-
-    From the fourth moment of the counts, and no less than normal counts would give (few windows hide their own tail):
-    Var(s^2) = (m4 - s^4 (w - 3)/(w - 1)) / w for w independent windows (Mood, Graybill and Boes,
-    Introduction to the Theory of Statistics, VI.2).
-    """
-    windows = len(counts)
-    variance = float(counts.var(ddof=1)) if windows > 3 else 0.0
-    if variance == 0:
-        return math.nan
-    fourth = float(((counts - counts.mean()) ** 4).mean())
-    measured = math.sqrt(max(fourth - variance**2 * (windows - 3) / (windows - 1), 0.0) / windows) / variance
-    return max(measured, math.sqrt(2 / (windows - 1)))
 
 
 def reuse_curve(trace: Trace) -> list[list[float]] | None:
@@ -238,7 +262,7 @@ def _of(
         share=share,
         rate_per_s=trace.rate_per_s * share,
         interarrival_cv=_interarrival_cv(trace.arrival_s[rows]),
-        dispersion=dispersion_of(window_counts(trace, rows, window_s)),
+        dispersion=window_counts(trace, rows, window_s).dispersion,
         input=_lengths(input_tokens),
         output=_lengths(output_tokens),
         input_output_ratio=float(input_tokens.sum(dtype=np.int64) / output_tokens.sum(dtype=np.int64)),
@@ -290,7 +314,7 @@ def length_design_effect(tokens: npt.NDArray[np.int32]) -> float:
 def _count_design_effect(trace: Trace, rows: npt.NDArray[np.bool_]) -> float:
     """Index of dispersion of the counts, at least 1, over windows and over BLOCKS long ones, whichever is larger."""
     measured = [
-        dispersion_of(window_counts(trace, rows, window_s))
+        window_counts(trace, rows, window_s).dispersion
         for window_s in (dispersion_window_s(trace), trace.duration_s / BLOCKS)
     ]
     return max([1.0, *(value for value in measured if not math.isnan(value))])

@@ -15,8 +15,6 @@ from .describe import (
     FINGERPRINT_PERCENTILES,
     FINGERPRINT_VERSION,
     app_shares,
-    dispersion_of,
-    dispersion_relative_error,
     fingerprint,
     window_counts,
 )
@@ -37,9 +35,9 @@ SHARE_MOVED = 0.05
 # hold 0.13 %; the margin is for errors that are themselves estimated, from BLOCKS stretches.
 NOISE_ERRORS = 4.0
 
-# A percentile is compared where both traces have this many independent requests beyond it; with fewer its noise is not
-# normal.
-LEAST_BEYOND = 10
+# A rate is compared where both traces have this many independent arrivals, and a percentile where they have as many
+# requests beyond it; with fewer the noise is not normal.
+LEAST_INDEPENDENT = 10
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def drift(old: Mapping[str, Any], trace: Trace) -> Drift:
         *_lengths("input", old["input_tokens"], new["input_tokens"], trace.input_tokens, old["requests"]),
         *_lengths("output", old["output_tokens"], new["output_tokens"], trace.output_tokens, old["requests"]),
         *_burstiness(old, trace),
-        *_reuse(old["prefix_reuse"], new["prefix_reuse"]),
+        *_reuse(old.get("prefix_reuse"), new["prefix_reuse"]),
         *_mix(old, trace),
     ]
     reasons = tuple(text for moved, text in findings if moved)
@@ -82,19 +80,49 @@ def _check(old: Mapping[str, Any]) -> None:
     if old.get("version") != FINGERPRINT_VERSION:
         todo = "tune again to take a new one"
         raise BadTrace("fingerprint: version", old.get("version"), str(FINGERPRINT_VERSION), todo)
-    needed = ("requests", "duration_s", "rate_per_s", "count_design_effect", "input_tokens", "output_tokens", "apps")
-    for key in (*needed, "dispersion", "dispersion_window_s", "dispersion_relative_error", "prefix_reuse"):
-        if key not in old:
-            raise BadTrace(f"fingerprint: {key}", "nothing", "a value", "tune again to take a new one")
+    for key in ("requests", "rate_per_s", "count_design_effect", "dispersion_window_s"):
+        _check_number(old, key, "fingerprint: ")
+    for key in ("dispersion", "dispersion_relative_error"):
+        if key not in old or old[key] is not None:
+            _check_number(old, key, "fingerprint: ")
+    for key in ("input_tokens", "output_tokens", "apps"):
+        if not isinstance(old.get(key), Mapping):
+            raise _bad(f"fingerprint: {key}", old.get(key))
+    for key in ("input_tokens", "output_tokens"):
+        _check_number(old[key], "design_effect", f"fingerprint: {key}: ")
+        if not isinstance(old[key].get("percentiles"), Mapping):
+            raise _bad(f"fingerprint: {key}: percentiles", old[key].get("percentiles"))
+        for p in FINGERPRINT_PERCENTILES:
+            _check_number(old[key]["percentiles"], f"p{p:g}", f"fingerprint: {key}: percentiles: ")
+    for name, share in old["apps"].items():
+        for key in ("share", "design_effect"):
+            _check_number(share if isinstance(share, Mapping) else {}, key, f"fingerprint: apps: {name}: ")
+    for point in old.get("prefix_reuse") or ():
+        if not isinstance(point, list) or len(point) != 3 or not all(map(_is_number, point)):
+            raise _bad("fingerprint: prefix_reuse", point)
+
+
+def _check_number(values: Mapping[str, Any], key: str, where: str) -> None:
+    if not _is_number(values.get(key)):
+        raise _bad(where + key, values.get(key))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _bad(where: str, found: object) -> BadTrace:
+    return BadTrace(where, found, "what describe.fingerprint wrote", "tune again to take a new one")
 
 
 def _rate(old: Mapping[str, Any], new: Mapping[str, Any]) -> _Finding:
-    """A count of n arrivals has the variance n * design effect."""
+    """n arrivals vary by n * design effect; of its two estimates the larger, as few requests easily miss the bursts."""
     before, after = old["rate_per_s"], new["rate_per_s"]
     text = f"rate {before:.3g} -> {after:.3g} requests/s"
-    if not (before > 0 and after > 0):
+    effect = max(old["count_design_effect"], new["count_design_effect"])
+    if min(old["requests"], new["requests"]) < LEAST_INDEPENDENT * effect or not (before > 0 and after > 0):
         return False, f"{text} (too few requests to tell)"
-    error = math.sqrt(sum(each["count_design_effect"] / each["requests"] for each in (old, new)))
+    error = math.sqrt(effect / old["requests"] + effect / new["requests"])
     return _verdict(math.log(after / before), math.log1p(RATE_MOVED), error, text)
 
 
@@ -104,11 +132,11 @@ def _lengths(
     """Percentiles, with noise free of any distribution: p varies by sqrt(p (1 - p) / n), so the old percentile must lie
     outside those of the new trace NOISE_ERRORS to both sides of p.
     """
-    findings = []
+    findings: list[_Finding] = []
     unit = math.sqrt(old["design_effect"] / old_requests + new["design_effect"] / len(tokens))
     independent = min(old_requests / old["design_effect"], len(tokens) / new["design_effect"])
     for p in FINGERPRINT_PERCENTILES:
-        if independent * min(p, 100 - p) / 100 < LEAST_BEYOND:
+        if independent * min(p, 100 - p) / 100 < LEAST_INDEPENDENT:
             continue
         before, after = old["percentiles"][f"p{p:g}"], new["percentiles"][f"p{p:g}"]
         half = NOISE_ERRORS * unit * math.sqrt(p / 100 * (1 - p / 100))
@@ -118,18 +146,19 @@ def _lengths(
         # lengths are whole tokens: a percentile of 3 that becomes 4 has moved by a token, not by a third
         matters = abs(after / before - 1) > LENGTH_MOVED and abs(after - before) > 1
         findings.append((matters and outside, f"{name} p{p:g} {before:.0f} -> {after:.0f} tokens"))
-    return findings
+    return findings or [(False, f"{name} lengths (too few requests to tell)")]
 
 
 def _burstiness(old: Mapping[str, Any], trace: Trace) -> list[_Finding]:
     window_s = old["dispersion_window_s"]
     counts = window_counts(trace, np.ones(len(trace), dtype=np.bool_), window_s)
-    after, error = dispersion_of(counts), dispersion_relative_error(counts)
+    after, error = counts.dispersion, counts.dispersion_relative_error
     before, before_error = old["dispersion"], old["dispersion_relative_error"]
     if before is None or before_error is None or math.isnan(after) or math.isnan(error) or not before:
         return [(False, "burstiness: too few arrivals to tell")]
     text = f"index of dispersion {before:.2f} -> {after:.2f} in windows of {window_s:g} s"
-    return [_verdict(math.log(after / before), math.log1p(DISPERSION_MOVED), math.hypot(before_error, error), text)]
+    both = math.sqrt(2) * max(before_error, error)
+    return [_verdict(math.log(after / before), math.log1p(DISPERSION_MOVED), both, text)]
 
 
 def _reuse(old: list[list[float]] | None, new: list[list[float]] | None) -> list[_Finding]:

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from .columns import MAX_TOKENS, BadTrace, Labels, PrefixHashes, is_text
+from .columns import MAX_SECONDS, MAX_TOKENS, BadTrace, Labels, PrefixHashes, is_text
 from .text_file import COUNT, bad_line, lines_of
 from .trace import Trace, join_targets, parse_target
 
@@ -35,7 +35,7 @@ def read_mooncake(data: bytes, name: str) -> Trace:
     failed = 0
     objects, notes = _objects(data, name)
     for number, row in objects:
-        time_ms = _number(row, "timestamp", name, number)
+        time_ms = _milliseconds(row, "timestamp", name, number)
         if arrival_ms and time_ms < arrival_ms[-1]:
             allowed = f"not before {arrival_ms[-1]}, the line above"
             raise bad_line(name, number, "timestamp", time_ms, allowed, "sort the log by arrival and run again")
@@ -241,10 +241,10 @@ def _text(row: dict[str, Any], key: str, name: str, number: int, within: str = "
     return value.strip() or None if value else None
 
 
-def _number(row: dict[str, Any], key: str, name: str, number: int) -> float:
+def _milliseconds(row: dict[str, Any], key: str, name: str, number: int) -> float:
     value = row.get(key)
-    if not _is_number(value) or not 0 <= value < 1e20:
-        raise bad_line(name, number, key, value, "a number >= 0")
+    if not _is_number(value) or not 0 <= value < MAX_SECONDS * 1e3:
+        raise bad_line(name, number, key, value, f"milliseconds from 0 to {MAX_SECONDS * 1e3:g}")
     return float(value)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .columns import MAX_TOKENS, BadTrace, Labels, PrefixHashes, frozen
+from .columns import MAX_SECONDS, MAX_TOKENS, BadTrace, Labels, PrefixHashes, frozen
 from .metrics import BadTarget, Target
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["MAX_TOKENS", "BadTrace", "Labels", "PrefixHashes", "Trace"]
 class Trace:
     """A request log, one row a request, n >= 1 rows. Arrays are read-only; two traces are equal if their digests are.
 
-    arrival_s      (n,) float64  seconds, ascending, first >= 0
+    arrival_s      (n,) float64  seconds, ascending, first >= 0, last < 1e12
     input_tokens   (n,) int32    >= 1
     output_tokens  (n,) int32    >= 1
     app, adapter, session        Labels of n rows, or None
@@ -226,10 +226,12 @@ class Trace:
         arrival_s = self.arrival_s
         if arrival_s.ndim != 1 or not len(arrival_s):
             raise self._bad("arrival_s", f"shape {arrival_s.shape}", "at least one request")
-        unfit = ~((arrival_s >= 0) & (arrival_s < np.inf))
+        unfit = ~((arrival_s >= 0) & (arrival_s < MAX_SECONDS))
         if unfit.any():
             i = int(np.argmax(unfit))
-            raise self._bad(f"row {i}: arrival_s", float(arrival_s[i]), "a number of seconds >= 0")
+            raise self._bad(
+                f"row {i}: arrival_s", float(arrival_s[i]), f"a number of seconds from 0 to {MAX_SECONDS:g}"
+            )
         back = np.diff(arrival_s) < 0
         if back.any():
             i = int(np.argmax(back)) + 1

@@ -1,0 +1,5 @@
+"""`python -m paretune` is `paretune`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The command line: parse, call one function below, print. Commands by what a user wants live in commands/."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .commands import machine, nightly, serving, studies, traces
+from .output import Speaker, envelope
+
+RESUMABLE = 75
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PARETUNE"})
+@click.version_option(__version__, prog_name="paretune")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """The query optimizer for LLM serving.
+
+    Observe the workload, work out the latency-cost curve, pick the point, write the deployment spec, check it on the
+    running server, and re-tune by night when the workload moves.
+
+    \b
+    Example: paretune demo
+    """
+
+
+for room in (traces, machine, studies, serving, nightly):
+    for command in room.COMMANDS:
+        cli.add_command(command)
+
+
+def _fail(speaker: Any, exit_code: int, message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    if isinstance(speaker, Speaker) and speaker.json:
+        click.echo(envelope(speaker.command, exit_code, None, speaker.warnings, error=message))
+    sys.exit(exit_code)
+
+
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: every error that knows its exit code becomes one message on stderr; any other is a bug and shows."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    debug = "--debug" in sys.argv[1:]
+    context: click.Context | None = None
+    speaker: Any = None
+    try:
+        with cli.make_context("paretune", sys.argv[1:]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(context.obj if context else None, INTERRUPTED, "interrupted")
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        speaker = context.obj if context else None
+        exit_code = getattr(error, "exit_code", None)
+        if debug or (exit_code is None and not isinstance(error, OSError | MemoryError)):
+            raise
+        if exit_code is None:
+            _fail(speaker, 1, f"{type(error).__name__}: {error}")
+        _fail(speaker, exit_code, str(error))

@@ -1,0 +1,155 @@
+"""Deployment specs: what goes in comes out, and what cannot run or is not known is refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paretune.kernels.tiles import Tile, TileTable
+from paretune.runtime.safe_yaml import BadYaml, load_yaml
+from paretune.runtime.spec import (
+    BadSpec,
+    Deployment,
+    Pool,
+    Prediction,
+    load_deployment,
+    parse_deployment,
+    save_deployment,
+)
+
+
+@st.composite
+def deployments(draw: st.DrawFn) -> Deployment:
+    tiles = TileTable(((("linear", "bf16", 16), Tile("linear", "cpp", (("row_tile", draw(st.integers(0, 14))),))),))
+    pool = Pool(
+        replicas=draw(st.integers(1, 4)),
+        tensor_parallel_size=draw(st.sampled_from([1, 2])),
+        num_threads=draw(st.integers(1, 2)),
+        weight_dtype=draw(st.sampled_from(["fp32", "bf16", "int8"])),
+        max_num_seqs=draw(st.integers(1, 256)),
+        max_num_batched_tokens=draw(st.integers(2048, 8192)),
+        block_size=draw(st.sampled_from([8, 16, 32])),
+        enable_chunked_prefill=draw(st.booleans()),
+        enable_prefix_caching=draw(st.booleans()),
+        tiles=draw(st.sampled_from([TileTable(), tiles])),
+    )
+    predicted = (Prediction(metric="ttf30", percentile=95, value=0.5, low=0.4, high=draw(st.floats(0.5, 1))),)
+    return Deployment(pools=(pool,), targets=("voice/ttf30:p95<=600ms",), predicted=predicted)
+
+
+@given(deployment=deployments())
+def test_a_spec_reads_back_as_it_was_written(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("spec") / "spec.yaml"
+    save_deployment(deployment, path)
+    again = load_deployment(path)
+    assert again == deployment
+    assert again.digest() == deployment.digest()
+
+
+@given(deployment=deployments())
+def test_the_digest_names_what_runs_and_not_where_it_came_from(deployment: Deployment) -> None:
+    assert deployment.model_copy(update={"predicted": (), "targets": ()}).digest() == deployment.digest()
+    seqs = deployment.pool.max_num_seqs
+    assert deployment.with_pool(max_num_seqs=seqs - 1 or 2).digest() != deployment.digest()
+
+
+def test_the_digest_is_the_same_on_every_machine() -> None:
+    fixed = Deployment(pools=(Pool(max_num_seqs=64),))
+    again = parse_deployment(yaml.safe_load(yaml.safe_dump(fixed.model_dump(mode="json"))))
+    assert again.digest() == fixed.digest()
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ({"colour": "red"}, "spec: colour"),
+        ({"pools": [{"max_num_seqz": 4}]}, "spec: pools.0.max_num_seqz"),
+        ({"pools": []}, "spec: pools"),
+        ({"pools": [{"max_num_seqs": 0}]}, "spec: pools.0.max_num_seqs"),
+        ({"pools": [{"max_num_seqs": "many"}]}, "spec: pools.0.max_num_seqs"),
+        ({"pools": [{"weight_dtype": "int3"}]}, "spec: pools.0.weight_dtype"),
+        ({"pools": [{"block_size": 12}]}, "spec: pools.0.block_size"),
+        ({"pools": [{"num_kv_blocks": 4}]}, "spec: pools.0"),
+        ({"pools": [{"enable_chunked_prefill": False, "max_num_batched_tokens": 512}]}, "spec: pools.0"),
+        ({"pools": [{"max_num_batched_tokens": 64}]}, "spec: pools.0"),
+        ({"pools": [{"accelerator": "H100 SXM 80GB", "num_threads": 8}]}, "spec: pools.0"),
+        ({"pools": [{"tiles": [{"operator": "knead"}]}]}, "spec: pools.0.tiles"),
+        ({"schema_version": 99}, "spec: schema_version"),
+        ({"targets": ["quickly"]}, "spec: targets"),
+        ({"engine": "llamafile"}, "spec: engine"),
+    ],
+)
+def test_a_spec_that_cannot_run_is_refused_by_the_name_of_its_field(data: dict[str, Any], where: str) -> None:
+    with pytest.raises(BadSpec) as error:
+        parse_deployment(data)
+    assert error.value.where == where
+    assert error.value.exit_code == 2
+
+
+def test_several_pools_are_no_one_pool() -> None:
+    with pytest.raises(BadSpec):
+        _ = Deployment(pools=(Pool(role="prefill"), Pool(role="decode"))).pool
+
+
+NASTY = {
+    "deep lists": "a: " + "[" * 100_000 + "]" * 100_000,
+    "deep maps": "".join(" " * i + f"k{i}:\n" for i in range(60)),
+    "alias bomb": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n",
+    "duplicate key": "model: a\nmodel: b\n",
+    "two documents": "model: a\n---\nmodel: b\n",
+    "python object": "model: !!python/object/apply:os.system ['true']\n",
+    "unknown tag": "model: !secret x\n",
+    "list at the top": "- model\n",
+    "nothing": "",
+    "no text": "\x00\x01\x02",
+    "tab": "model:\n\t- x\n",
+    "unclosed": "model: [a, b\n",
+    "key that is a list": "? [a, b]\n: c\n",
+    "too many values": "a: [" + "1," * 100_001 + "1]",
+    "too large": "a: " + "x" * (1 << 20),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_hostile_yaml_is_refused_with_one_message(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(NASTY[name])
+    with pytest.raises(BadYaml) as error:
+        load_yaml(path)
+    assert error.value.where.startswith("spec.yaml")
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_bytes("model: größe".encode("latin-1"))
+    with pytest.raises(BadYaml):
+        load_yaml(path)
+
+
+def test_times_of_day_and_dates_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("start: 2026-11-23\n")
+    assert load_yaml(path) == {"start": "2026-11-23"}
+
+
+def test_a_spec_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "spec.yaml"
+    save_deployment(Deployment(), path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_deployment(Deployment(pools=(Pool(max_num_seqs=7),)), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["spec.yaml"]
