@@ -1,1 +1,10 @@
-"""The operators of a transformer and their tiles. Imports nothing else of paretune."""
+"""The operators of a transformer and their tiles. Imports nothing else of paretune.
+
+One file per operator: `linear`, `decode_attention`, `prefill_attention`, `fused`, each with its float64 reference and
+its launchers; the Triton kernels stand in files of their own, imported only where they are used. The names below need
+no torch.
+"""
+
+from .tiles import PRECISIONS, BadTile, Tile, TileTable, bucket
+
+__all__ = ["PRECISIONS", "BadTile", "Tile", "TileTable", "bucket"]

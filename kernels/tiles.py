@@ -49,13 +49,16 @@ class Parameter(NamedTuple):
 _WARPS = Parameter(4, 1, 16, "warps of one program", power_of_two=True)
 _STAGES = Parameter(3, 1, 8, "depth of the software pipeline")
 
-# What a tile of each operator may set on each backend. The C++ defaults were the best of a hand sweep on a Zen 4 with two
-# threads (benchmarks/kernels_cpu.py prints what they reach); tile_search.py finds those of another machine.
+# What a tile of each operator may set on each backend. The row and K blocks of the C++ linear were the best, within the
+# noise of 10 %, of a hand sweep on one thread of a Zen 4 (5632 x 1024 and 1024 x 2816, 16 and 512 rows); the thresholds
+# for one thread are estimates. tile_search.py finds what suits another machine.
 PARAMETERS: dict[str, dict[str, dict[str, Parameter]]] = {
     "linear": {
         "cpp": {
             "row_tile": Parameter(0, 0, 14, "rows of a register tile; 0 = as many as the registers hold"),
-            "row_block": Parameter(0, 0, 65536, "rows whose activations stay in the L2 cache; 0 = what fills half of it"),
+            "row_block": Parameter(
+                0, 0, 65536, "rows whose activations stay in the L2 cache; 0 = what fills half of it"
+            ),
             "k_block": Parameter(0, 0, 65536, "input channels of a weight panel per pass; 0 = all of them"),
             "prefetch_bytes": Parameter(2048, 0, 65536, "how far ahead weights are prefetched; 0 = not"),
             "serial_below_kmacs": Parameter(256, 0, 1 << 20, "thousands of multiply-adds below which one thread works"),
@@ -73,7 +76,9 @@ PARAMETERS: dict[str, dict[str, dict[str, Parameter]]] = {
     "decode_attention": {
         "cpp": {
             "split_tokens": Parameter(256, 16, 65536, "tokens of context one thread takes at a time"),
-            "serial_below_tokens": Parameter(64, 0, 1 << 20, "tokens of context in a step below which one thread works"),
+            "serial_below_tokens": Parameter(
+                64, 0, 1 << 20, "tokens of context in a step below which one thread works"
+            ),
         },
         "torch": {},
         "triton": {
@@ -85,7 +90,9 @@ PARAMETERS: dict[str, dict[str, dict[str, Parameter]]] = {
     },
     "prefill_attention": {
         "cpp": {
-            "query_rows": Parameter(0, 0, 1024, "query tokens of one work item; 0 = such that 256 rows lie under a KV head"),
+            "query_rows": Parameter(
+                0, 0, 1024, "query tokens of one work item; 0 = such that 256 rows lie under a KV head"
+            ),
             "serial_below_kmacs": Parameter(128, 0, 1 << 20, "thousands of multiply-adds below which one thread works"),
         },
         "torch": {},
@@ -201,6 +208,10 @@ class TileTable(Mapping[tuple[str, str, int], Tile]):
         if not having:
             return None
         return next((tile for rows_upto, tile in having if rows_upto >= wanted), having[-1][1])
+
+    def only(self, precision: str) -> TileTable:
+        """The entries of one precision."""
+        return TileTable(tuple(entry for entry in self.entries if entry[0][1] == precision))
 
     def backends(self, operator: str, precision: str) -> tuple[str, ...]:
         """The backends that the table names for an operator: each wants the weights in its own layout."""

@@ -1,1 +1,1 @@
-"""CPU operators in C++: sources, compiler, loader."""
+"""C++ operators behind a plain C interface, compiled by the user's compiler at first use; see build.py."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PARETUNE"})
 @click.version_option(__version__, prog_name="paretune")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """The query optimizer for LLM serving.
 
     Observe the workload, work out the latency-cost curve, pick the point, write the deployment spec, check it on the
@@ -29,6 +31,10 @@ def cli(debug: bool) -> None:
     \b
     Example: paretune demo
     """
+    if Path("paretune.yaml").is_file() and context.invoked_subcommand not in ("init", "trace"):
+        from .project import defaults, load_project
+
+        context.default_map = defaults(load_project())
 
 
 for room in (traces, machine, studies, serving, nightly):

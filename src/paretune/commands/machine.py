@@ -1,1 +1,221 @@
-COMMANDS = ()
+"""`paretune doctor`, `profile ...`, `kernels ...`: what this machine can do, measured."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ..output import Speaker, speaks, table
+
+PROFILE_PATH = "out/profile.json"
+TILES_PATH = "out/tiles.json"
+MODEL = "paretune/small"
+EXISTING = click.Path(exists=True, dir_okay=False)
+OUTPUT = click.Path(dir_okay=False)
+
+model_option = click.option("--model", default=MODEL, show_default=True, help="Model directory, or paretune/small.")
+_MARK = {"ok": "ok     ", "limited": "limited", "missing": "missing"}
+
+
+@click.command()
+@click.option("--profile", "profile_path", type=OUTPUT, help="Also check this profile.")
+@speaks
+def doctor(speaker: Speaker, profile_path: str | None) -> None:
+    """Say what this machine can do, what is missing, what that costs and how to get it.
+
+    \b
+    Example: paretune doctor
+    """
+    from ..profiler.doctor import examine
+
+    findings = examine(profile_path)
+    lines = []
+    for finding in findings:
+        lines.append(f"{_MARK[finding.state]}  {finding.name}: {finding.text}")
+        if finding.todo:
+            lines.append(f"         -> {finding.todo}")
+    speaker.result(findings, "\n".join(lines))
+
+
+@click.group()
+def profile() -> None:
+    """Measure how long this runtime's steps take on this machine."""
+
+
+@profile.command("run")
+@model_option
+@click.option("-o", "--output", type=OUTPUT, default=PROFILE_PATH, show_default=True)
+@click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
+@click.option("--seconds", type=float, default=8.0, show_default=True, help="Per configuration, for whole steps.")
+@click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
+@click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
+@click.option("--serving/--no-serving", default=True, show_default=True, help="Also replay against a live server.")
+@speaks
+def profile_run(
+    speaker: Speaker,
+    model: str,
+    output: str,
+    weight_dtypes: tuple[str, ...],
+    seconds: float,
+    tiles_path: str | None,
+    max_model_len: int,
+    serving: bool,
+) -> None:
+    """Measure operators and whole steps for every way to share this machine's cores.
+
+    \b
+    Example: paretune profile run --weight-dtype bf16
+    """
+    from ..profiler.measuring import profile_machine
+    from ..profiler.tile_file import TileFile
+
+    tiles = None if tiles_path is None else TileFile.load(tiles_path)
+    with speaker.progress("measuring this machine") as report:
+        found = profile_machine(
+            model,
+            weight_dtypes=weight_dtypes or ("fp32", "bf16", "int8"),
+            seconds_per_configuration=seconds,
+            tiles=tiles,
+            max_model_len=max_model_len,
+            serving=serving,
+            progress=report,
+            command=" ".join(["paretune", *sys.argv[1:]]),
+        )
+    found.save(output)
+    speaker.result({"written": output, "digest": found.digest()}, f"wrote {output}\n{_profile_text(found)}")
+
+
+def _profile_text(found: object) -> str:
+    from ..profiler.profile import Profile
+    from ..profiler.step_fit import fit_steps
+
+    assert isinstance(found, Profile)
+    rows = []
+    for each in found.configurations:
+        fit = fit_steps(each.steps)
+        rows.append(
+            [
+                f"TP {each.tensor_parallel_size} x {each.num_threads} threads x {each.replicas} replicas, "
+                f"{each.weight_dtype}",
+                str(len(each.steps)),
+                f"{fit.step_s * 1e3:.2f} ms",
+                f"{fit.relative_error:.0%}",
+            ]
+        )
+    lines = [found.name, table(["configuration", "points", "host per step", "held-out error (90 %)"], rows)]
+    if found.serving is not None:
+        lines.append(
+            f"live server: steps x {found.serving.contention:.2f} (+- {found.serving.contention_spread:.0%}), "
+            f"{found.serving.to_scheduler_s * 1e3:.1f} ms to the scheduler, "
+            f"{found.serving.to_client_s * 1e3:.1f} ms back"
+        )
+    return "\n".join(lines)
+
+
+@profile.command("show")
+@click.argument("path", type=EXISTING, default=PROFILE_PATH)
+@speaks
+def profile_show(speaker: Speaker, path: str) -> None:
+    """Show what a profile holds.
+
+    \b
+    Example: paretune profile show out/profile.json
+    """
+    from ..profiler.profile import Profile
+
+    found = Profile.load(path, any_machine=True)
+    speaker.result(found.model_dump(mode="json"), _profile_text(found))
+
+
+@profile.command("check")
+@click.argument("path", type=EXISTING, default=PROFILE_PATH)
+@speaks
+def profile_check(speaker: Speaker, path: str) -> None:
+    """Say whether a profile is whole and was measured on this machine.
+
+    \b
+    Example: paretune profile check out/profile.json
+    """
+    from ..profiler.profile import Profile
+
+    found = Profile.load(path)
+    speaker.result({"digest": found.digest()}, f"{path}: valid here, {found.name}")
+
+
+@click.group()
+def kernels() -> None:
+    """Search and show the tiles of the operators."""
+
+
+@kernels.command("tune")
+@model_option
+@click.option("-o", "--output", type=OUTPUT, default=TILES_PATH, show_default=True)
+@click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
+@click.option("--threads", "threads", multiple=True, type=click.IntRange(min=1), help="Thread counts of a rank.")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="For all of it.")
+@speaks
+def kernels_tune(
+    speaker: Speaker, model: str, output: str, weight_dtypes: tuple[str, ...], threads: tuple[int, ...], seconds: float
+) -> None:
+    """Search the best tile of a model's linear layers for each precision and number of rows.
+
+    \b
+    Example: paretune kernels tune --seconds 30
+    """
+    from ..profiler.tile_file import tune_tiles
+    from ..runtime.parallel import usable_cores
+
+    cores = usable_cores()
+    with speaker.progress("searching tiles") as report:
+        found = tune_tiles(
+            model,
+            precisions=weight_dtypes or ("fp32", "bf16", "int8"),
+            num_threads=threads or tuple(2**i for i in range(cores.bit_length()) if 2**i <= cores),
+            buckets=(1, 4, 16, 64, 256),
+            seconds=seconds,
+            progress=report,
+        )
+    found.save(output)
+    gains = [gain for each in found.of_threads for gain in each.gains]
+    speaker.result({"written": output, "gains": gains}, f"wrote {output}\n{_tiles_text(found)}")
+
+
+def _tiles_text(found: object) -> str:
+    from ..profiler.tile_file import TileFile
+
+    assert isinstance(found, TileFile)
+    rows = []
+    for each in found.of_threads:
+        for gain in each.gains:
+            tile = each.table[gain.operator, gain.precision, gain.bucket]
+            rows.append(
+                [
+                    f"{gain.operator} {gain.precision}",
+                    str(each.num_threads),
+                    str(gain.bucket),
+                    f"{gain.default_s * 1e6:,.0f} us",
+                    f"{gain.best_s * 1e6:,.0f} us",
+                    f"{gain.speedup:.2f}x",
+                    tile.backend + "".join(f" {name}={value}" for name, value in tile.parameters),
+                ]
+            )
+    return table(["operator", "threads", "rows", "default", "tuned", "gain", "tile"], rows)
+
+
+@kernels.command("show")
+@click.argument("path", type=EXISTING, default=TILES_PATH)
+@speaks
+def kernels_show(speaker: Speaker, path: str) -> None:
+    """Show searched tiles and what each brought.
+
+    \b
+    Example: paretune kernels show out/tiles.json
+    """
+    from ..profiler.tile_file import TileFile
+
+    found = TileFile.load(path)
+    speaker.result(found, _tiles_text(found))
+
+
+COMMANDS = (doctor, profile, kernels)

@@ -1,1 +1,103 @@
-COMMANDS = ()
+"""`paretune init | retune | demo`: a project, its nightly job, and the whole loop in one command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ..output import Speaker, speaks
+from .machine import EXISTING, OUTPUT
+
+
+@click.command()
+@click.argument("directory", type=click.Path(file_okay=False), default=".")
+@speaks
+def init(speaker: Speaker, directory: str) -> None:
+    """Write paretune.yaml and a small sample trace, to begin with.
+
+    \b
+    Example: paretune init my-service
+    """
+    from ..project import FILE_NAME, TEMPLATE
+    from ..traces import sample_path
+    from ..traces.whole_file import write_whole
+
+    folder = Path(directory)
+    settings, trace = folder / FILE_NAME, folder / "trace.csv"
+    for path in (settings, trace):
+        if path.exists():
+            raise click.UsageError(f"{path} exists already; it is left as it is")
+    write_whole(trace, sample_path().read_bytes())
+    write_whole(settings, TEMPLATE.format(log=trace.name))
+    text = f"wrote {settings} and {trace}\nnext: paretune profile run && paretune tune {trace.name} && paretune pick"
+    speaker.result({"written": [str(settings), str(trace)]}, text)
+
+
+@click.command()
+@click.option("-c", "--config", "config_path", type=EXISTING, default="paretune.yaml", show_default=True)
+@click.option("--log", type=EXISTING, help="Tonight's request log, in place of the one in the settings.")
+@click.option("--dry-run", is_flag=True, help="Decide and record, but leave the spec as it is.")
+@click.option("--decisions", type=click.Path(file_okay=False), default="out/decisions", show_default=True)
+@speaks
+def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, decisions: str) -> None:
+    """The nightly job: if the workload moved, tune again, and replace the spec if the gain exceeds the noise.
+
+    Exits with 0 (unchanged or replaced), 5 (tuned, but the old spec stays), 6 (another run holds the lock).
+
+    \b
+    Example: paretune retune -c paretune.yaml --dry-run
+    """
+    from ..optimizer.retune import retune as run
+    from ..optimizer.tuning import Ask, tonight
+    from ..project import load_project
+    from ..traces import read
+
+    project = load_project(config_path)
+    path = log or project.log
+    trace = read(path)
+    ask = Ask(
+        log=path,
+        model=project.model,
+        metric=project.metric,
+        cost=project.cost,
+        space_path=project.space,
+        baseline_path=project.spec,
+        accelerator=project.accelerator,
+        profile_path=project.profile,
+        tiles_path=project.tiles,
+        prices_path=project.prices,
+        study=f"{project.study}-nightly",
+        storage=project.storage,
+        trials=project.trials,
+        finalists=project.measure,
+    )
+    with speaker.progress("re-tuning") as report:
+        decision = run(project.spec, trace, tonight(ask, report), decisions=decisions, dry_run=dry_run)
+    words = {"unchanged": "unchanged", "kept": "kept the old spec", "replaced": f"replaced {project.spec}"}
+    lines = [words[decision.action] + (" (dry run)" if dry_run else ""), *(f"- {why}" for why in decision.why)]
+    speaker.result(decision.to_dict(), "\n".join(lines))
+    sys.exit(decision.exit_code)
+
+
+@click.command()
+@click.option(
+    "-o", "--output", type=OUTPUT, default="out/demo", show_default=True, help="Folder for everything it writes."
+)
+@click.option("--model", default="paretune/small", show_default=True, help="Model directory, or paretune/small.")
+@click.option("--fresh", is_flag=True, help="Measure this machine again, even if an earlier demo did.")
+@speaks
+def demo(speaker: Speaker, output: str, model: str, fresh: bool) -> None:
+    """From a real request log to a served, verified deployment on this machine, in under ten minutes.
+
+    \b
+    Example: paretune demo
+    """
+    from ..demo import run
+
+    result = run(Path(output), model, speaker, fresh=fresh)
+    speaker.result(result.data, result.text)
+
+
+COMMANDS = (init, retune, demo)

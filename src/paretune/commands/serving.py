@@ -1,1 +1,179 @@
-COMMANDS = ()
+"""`paretune serve | replay | verify`: the running server."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ..output import Speaker, speaks, table
+from .machine import EXISTING, OUTPUT
+from .studies import milliseconds, summary_table
+from .traces import LOG
+
+VERIFICATION_FAILED = 5
+
+
+@click.command()
+@click.argument("spec", type=EXISTING)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--request-log", type=OUTPUT, help="One JSON line a request, which `trace` and `retune` read; no text.")
+@click.option("--step-log", type=OUTPUT, help="One JSON line an engine step, for calibration.")
+@click.option("--api-key-file", type=EXISTING, help="File with the key that clients must send.")
+@click.option("--served-model-name", help="The model's name for clients.")
+@click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
+def serve(
+    spec: str,
+    host: str,
+    port: int,
+    request_log: str | None,
+    step_log: str | None,
+    api_key_file: str | None,
+    served_model_name: str | None,
+    allow_anyone: bool,
+) -> None:
+    """Serve a deployment over an OpenAI-compatible API until Ctrl-C or SIGTERM; streams that run are finished first.
+
+    The key may also come in the environment variable PARETUNE_API_KEY.
+
+    \b
+    Example: paretune serve out/spec.yaml --request-log out/requests.jsonl
+    """
+    from ..runtime.parallel import thread_environment
+    from ..runtime.server import serve as run
+    from ..runtime.spec import load_deployment
+
+    deployment = load_deployment(spec)
+    api_key = os.environ.get("PARETUNE_API_KEY")
+    if api_key_file is not None:
+        with open(api_key_file) as stream:
+            api_key = stream.read().strip()
+    os.environ.update(thread_environment(deployment.pool))
+    sys.exit(
+        run(
+            deployment,
+            host=host,
+            port=port,
+            request_log=request_log,
+            step_log=step_log,
+            api_key=api_key,
+            served_model_name=served_model_name,
+            allow_anyone=allow_anyone,
+        )
+    )
+
+
+@click.command()
+@click.argument("log", type=LOG)
+@click.option("--url", required=True, help="Of an OpenAI-compatible server.")
+@click.option("--model", help="The name to ask for; default: the first that the server has.")
+@click.option("--rate", type=float, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts' tokens.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for one request.")
+@speaks
+def replay(
+    speaker: Speaker, log: str, url: str, model: str | None, rate: float, k: int, seed: int, timeout: float
+) -> None:
+    """Send a request log's requests to a running server at their recorded times, and measure.
+
+    The key, if the server wants one, comes in the environment variable PARETUNE_API_KEY.
+
+    \b
+    Example: paretune replay log.parquet --url http://127.0.0.1:8000
+    """
+    from ..profiler.replay import replay as run
+    from ..traces import read
+    from ..traces.metrics import summarize
+
+    trace = read(log)
+    with speaker.progress("replaying") as report:
+        result = run(
+            trace,
+            url,
+            k=k,
+            seed=seed,
+            rate=rate,
+            api_key=os.environ.get("PARETUNE_API_KEY"),
+            model=model,
+            timeout_s=timeout,
+            progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
+        )
+    for error in result.errors[:10]:
+        speaker.warn(error)
+    if len(result.errors) > 10:
+        speaker.warn(f"and {len(result.errors) - 10} more requests failed")
+    summary = summarize(result.times)
+    late = result.schedule_error_s
+    text = (
+        f"{summary_table(summary)}\nschedule kept within {milliseconds(late['p50'])} ms (p50), "
+        f"{milliseconds(late['p95'])} ms (p95), {milliseconds(late['max'])} ms (most)"
+    )
+    data = {
+        "summary": summary.to_dict(),
+        "schedule_error_s": late,
+        "errors": result.errors,
+        "server": result.server,
+        "client_cpu_s": result.client_cpu_s,
+    }
+    speaker.result(data, text)
+    if result.errors:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("spec", type=EXISTING)
+@click.argument("log", type=LOG)
+@click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets.")
+@click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
+@speaks
+def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], k: int) -> None:
+    """Start a spec's server, replay the log against it, and hold what was predicted against what was measured.
+
+    Exits with 5 when a target is missed.
+
+    \b
+    Example: paretune verify out/spec.yaml log.parquet
+    """
+    from ..optimizer.verify import verify as compare
+    from ..profiler.live import measure_live
+    from ..runtime.spec import load_deployment
+    from ..traces import Target, read
+
+    deployment = load_deployment(spec)
+    trace = read(log)
+    with speaker.progress("replaying") as report:
+        result = measure_live(
+            deployment,
+            trace,
+            k=k,
+            progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
+        )
+    found = compare(deployment, trace, result.times, [Target.parse(text) for text in slos])
+    rows = [
+        [
+            f"{row.metric} p{row.percentile:g}",
+            milliseconds(row.predicted),
+            f"{milliseconds(row.low)} to {milliseconds(row.high)}",
+            milliseconds(row.measured),
+            f"{row.error:+.0%}",
+            "inside" if row.inside else "outside",
+        ]
+        for row in found.rows
+    ]
+    lines = (
+        [table(["milliseconds", "predicted", "90 % interval", "measured", "error", "interval"], rows)] if rows else []
+    )
+    inside = sum(row.inside for row in found.rows)
+    if rows:
+        lines.append(f"{inside} of {len(rows)} measured values lie inside their interval")
+    lines += [f"{'met' if met else 'MISSED'}: {target}" for target, met in found.met.items()]
+    lines.append(f"{found.finished:,} of {found.requests:,} requests finished")
+    speaker.result({"verification": found, "passed": found.passed}, "\n".join(lines))
+    if not found.passed:
+        sys.exit(VERIFICATION_FAILED)
+
+
+COMMANDS = (serve, replay, verify)

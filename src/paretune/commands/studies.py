@@ -1,1 +1,297 @@
-COMMANDS = ()
+"""`paretune simulate | tune | front | pick | export | report`: from a request log to a chosen spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..output import Speaker, speaks, table
+from .machine import EXISTING, MODEL, OUTPUT, PROFILE_PATH
+from .traces import LOG
+
+if TYPE_CHECKING:
+    from ..optimizer.front import Evaluation, Front
+    from ..traces.metrics import Summary
+
+LEDGER = "out/paretune.db"
+
+storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
+profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE_PATH, show_default=True)
+prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
+accelerator_option = click.option(
+    "--accelerator", default="cpu", show_default=True, help="Name in the catalogue; 'cpu' is this machine."
+)
+
+
+def milliseconds(value_s: float) -> str:
+    """As tables print a latency."""
+    return "-" if value_s != value_s else f"{value_s * 1e3:,.1f}"
+
+
+def summary_table(summary: Summary) -> str:
+    """Latencies of a run in milliseconds."""
+    names = ("mean", "p50", "p90", "p95", "p99")
+    rows = [[metric, *(milliseconds(values[name]) for name in names)] for metric, values in summary.values.items()]
+    head = (
+        f"{summary.finished:,} of {summary.requests:,} requests finished in {summary.duration_s:,.1f} s, "
+        f"{summary.output_tokens_per_s:,.1f} output tokens/s; "
+        f"{summary.short_of_k_share:.0%} of answers have fewer than k tokens\n"
+    )
+    return head + table(["milliseconds", *names], rows)
+
+
+@click.command()
+@click.argument("log", type=LOG)
+@click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
+@profile_option
+@click.option("--rate", type=float, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
+@speaks
+def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int) -> None:
+    """Serve a request log on a virtual clock with one deployment.
+
+    \b
+    Example: paretune simulate log.parquet --spec out/spec.yaml
+    """
+    from ..optimizer.sources import Sources
+    from ..profiler.simulator import simulate as run
+    from ..runtime.spec import load_deployment
+    from ..traces import read
+    from ..traces.metrics import summarize, violations
+
+    deployment = load_deployment(spec_path)
+    trace = read(log)
+    pool = deployment.pool
+    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    modeled = sources.step_model(pool)
+    result = run(trace, pool, modeled.tables, k=k, rate=rate)
+    summary = summarize(result.times)
+    label = "" if modeled.measured else "\nNOT MEASURED: step times come from a data sheet"
+    text = (
+        f"{summary_table(summary)}\n{result.steps:,} steps, {result.preemptions:,} preemptions, "
+        f"{result.rejected:,} rejected, step times +-{modeled.relative_error:.0%}{label}"
+    )
+    for target, value in violations(result.times, trace):
+        text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
+    data = {
+        "summary": summary.to_dict(),
+        "steps": result.steps,
+        "preemptions": result.preemptions,
+        "rejected": result.rejected,
+        "prefix_hit_tokens": result.prefix_hit_tokens,
+        "measured_step_times": modeled.measured,
+        "relative_error": modeled.relative_error,
+        "not_modelled": modeled.not_modelled,
+    }
+    speaker.result(data, text)
+
+
+def deployment_words(evaluation: Evaluation) -> str:
+    """A candidate in one line."""
+    pool = evaluation.deployment.pool
+    threads = f" x {pool.num_threads} threads" if pool.accelerator == "cpu" else ""
+    flags = ("" if pool.enable_chunked_prefill else ", whole prompts") + (
+        "" if pool.enable_prefix_caching else ", no prefix cache"
+    )
+    return (
+        f"{pool.replicas} x TP {pool.tensor_parallel_size}{threads}, {pool.weight_dtype}, "
+        f"seqs {pool.max_num_seqs}, tokens {pool.max_num_batched_tokens}{flags}"
+    )
+
+
+def front_table(front: Front) -> str:
+    """The curve, cheapest first."""
+    latency = f"{front.metric} p{front.percentile:g}, ms"
+    unit = "$/M tokens" if front.cost == "capacity" else "$/hour"
+    rows = []
+    for number, each in enumerate(front.points, start=1):
+        low, high = each.interval(front.metric, front.percentile)
+        value = each.value(front.metric, front.percentile)
+        rows.append(
+            [
+                f"{number}  {deployment_words(each)}",
+                f"{each.cost(front.cost):,.4g}",
+                milliseconds(value),
+                f"{milliseconds(low)} to {milliseconds(high)}",
+                f"{each.capacity_rate:.2f}x" if front.cost == "capacity" else str(each.replicas_needed),
+                each.fidelity,
+            ]
+        )
+    last = "capacity" if front.cost == "capacity" else "replicas"
+    return table(["point", unit, latency, "90 % interval", last, "known by"], rows)
+
+
+@click.command()
+@click.argument("log", type=LOG)
+@click.option("--model", default=MODEL, show_default=True, help="Model directory, or paretune/small.")
+@click.option("--slo", "slos", multiple=True, help="What must hold, such as ttf30:p95<=600ms; else the log's targets.")
+@click.option("--metric", default="ttf30:p95", show_default=True, help="The latency axis of the curve.")
+@click.option("--cost", type=click.Choice(["capacity", "sizing"]), default="capacity", show_default=True)
+@click.option("--space", "space_path", type=EXISTING, help="YAML with the values to try for each field.")
+@click.option("--baseline", "baseline_path", type=EXISTING, help="Spec that runs today: trial 0.")
+@accelerator_option
+@click.option(
+    "--max-devices", type=click.IntRange(min=1), help="Most devices of a deployment (cpu: this machine's cores)."
+)
+@profile_option
+@click.option("--tiles", "tiles_path", type=EXISTING, help="Tiles that `kernels tune` found.")
+@prices_option
+@click.option("--study", default="default", show_default=True)
+@storage_option
+@click.option("--trials", type=click.IntRange(min=1), default=200, show_default=True, help="Candidates to simulate.")
+@click.option("--measure", "finalists", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Finalists to serve and replay for real.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), help="Threads; default: the cores. Does not change the result.")
+@click.option("--time-budget", type=float, help="Seconds after which no trial is begun.")
+@click.option("--fresh", is_flag=True, help="Delete an earlier study of this name first.")
+@speaks
+def tune(speaker: Speaker, log: str, **options: Any) -> None:
+    """Work out the curve of cost against latency for a request log.
+
+    A study that was interrupted goes on when the same command is typed again.
+
+    \b
+    Example: paretune tune log.parquet --slo 'ttf30:p95<=600ms' --measure 6
+    """
+    from ..optimizer.tuning import Ask, tune_trace
+
+    with speaker.progress("tuning") as report:
+        study = tune_trace(Ask(log=log, **options), report)
+    found = study.screened
+    text = [
+        front_table(study.front),
+        f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
+        + ("" if study.complete else " (stopped by the time budget)"),
+    ]
+    text += [f"not modelled: {each}" for each in study.not_modelled]
+    speaker.result(_study_data(study), "\n".join(text))
+
+
+def _study_data(study: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = study.to_dict()
+    return {
+        "study": study.name,
+        "points": [each.to_dict() for each in study.front.points],
+        "screened": whole["screened"],
+        "not_modelled": whole["not_modelled"],
+        "complete": study.complete,
+    }
+
+
+@click.command()
+@click.argument("study", default="default")
+@storage_option
+@click.option("--csv", "as_csv", is_flag=True, help="Every evaluation as CSV.")
+@speaks
+def front(speaker: Speaker, study: str, storage: str, as_csv: bool) -> None:
+    """Show a study's curve as a table, CSV or JSON.
+
+    \b
+    Example: paretune front default
+    """
+    from ..optimizer.store import Ledger
+    from ..optimizer.study import load_study
+
+    found = load_study(Ledger(storage), study)
+    text = found.front.to_pandas().to_csv(index=False) if as_csv else front_table(found.front)
+    speaker.result(_study_data(found), text)
+
+
+@click.command()
+@click.argument("study", default="default")
+@storage_option
+@click.option("--slo", "slos", multiple=True, help="The cheapest point that holds these; default: the study's targets.")
+@click.option("--budget", type=float, help="The fastest point within so many dollars (in the study's unit of cost).")
+@click.option("--knee", is_flag=True, help="The point after which more money buys little.")
+@click.option("--point", type=click.IntRange(min=1), help="The point of this number in `paretune front`.")
+@click.option("--confidence", type=click.FloatRange(0.0, 0.999), default=0.9, show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default="out/spec.yaml", show_default=True)
+@speaks
+def pick(
+    speaker: Speaker,
+    study: str,
+    storage: str,
+    slos: tuple[str, ...],
+    budget: float | None,
+    knee: bool,
+    point: int | None,
+    confidence: float,
+    output: str,
+) -> None:
+    """Choose a point of the curve and write its deployment spec.
+
+    \b
+    Example: paretune pick default --slo 'ttf30:p95<=600ms' -o out/spec.yaml
+    """
+    from ..optimizer.tuning import pick_spec
+
+    chosen, deployment = pick_spec(
+        study, storage, slos=slos, budget_usd=budget, knee=knee, point=point, confidence=confidence, output=output
+    )
+    data = {"written": output, "deployment": deployment.model_dump(mode="json")}
+    lines = [f"wrote {output}: {deployment_words(chosen)}"]
+    for each in deployment.predicted:
+        if each.percentile in (50, 95):
+            interval = f"{milliseconds(each.low)} to {milliseconds(each.high)}"
+            lines.append(f"  {each.metric} p{each.percentile:g}: {milliseconds(each.value)} ms ({interval})")
+    speaker.result(data, "\n".join(lines))
+
+
+@click.command()
+@click.argument("spec", type=EXISTING)
+@click.option("--target", type=click.Choice(["vllm"]), default="vllm", show_default=True)
+@click.option("--engine-version", help="Of the engine that will read it; default: the one we tested.")
+@click.option("--allow-untested", is_flag=True, help="Accept a version that was not tested.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the engine's YAML config here.")
+@speaks
+def export(
+    speaker: Speaker, spec: str, target: str, engine_version: str | None, allow_untested: bool, output: str | None
+) -> None:
+    """Translate a spec into another engine's arguments; what it cannot do is refused, not dropped.
+
+    \b
+    Example: paretune export out/spec.yaml --target vllm
+    """
+    from ..optimizer.export import vllm
+    from ..runtime.spec import load_deployment
+    from ..traces.whole_file import write_whole
+
+    exported = vllm.export(load_deployment(spec), engine_version=engine_version, allow_untested=allow_untested)
+    if output is not None:
+        write_whole(output, exported.yaml)
+    for each in exported.not_translated:
+        speaker.warn(each)
+    speaker.result(exported, " \\\n  ".join(exported.argv))
+
+
+@click.command()
+@click.argument("study", default="default")
+@storage_option
+@click.option("--spec", "spec_path", type=EXISTING, help="The spec that was picked; default: the knee.")
+@click.option("-o", "--output", type=OUTPUT, default="out/report.html", show_default=True)
+@click.option("--plots", is_flag=True, help="Also write the curve as PNG and SVG beside it.")
+@speaks
+def report(speaker: Speaker, study: str, storage: str, spec_path: str | None, output: str, plots: bool) -> None:
+    """Write the HTML report of a study: one file that opens anywhere.
+
+    \b
+    Example: paretune report default --spec out/spec.yaml -o out/report.html
+    """
+    from ..reports.gather import gather
+    from ..reports.page import write_report
+    from ..reports.plots import write_curve
+
+    data = gather(study, storage, spec_path=spec_path)
+    write_report(data, output)
+    written = [output]
+    if plots:
+        for suffix in (".png", ".svg"):
+            written.append(str(Path(output).with_suffix(suffix)))
+            write_curve(data, written[-1])
+    speaker.result({"written": written}, "\n".join(f"wrote {path}" for path in written))
+
+
+COMMANDS = (simulate, tune, front, pick, export, report)

@@ -1,0 +1,151 @@
+// Normalization, rotary embedding with the KV write, and the gated activation: same names, shapes and references as
+// kernels/fused.py. Plain C interface; the caller owns every buffer, the functions allocate, throw and keep nothing.
+#include <cmath>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace paretune {
+namespace {
+
+constexpr int64_t SERIAL_BELOW = 32768;  // elements; an estimate of what waking a helper costs, not measured
+
+// Rows are handed out in a few items per thread.
+template <class Body>
+void rows_in_parallel(int64_t rows, int64_t width, int threads, const Body& body) {
+    if (rows * width < SERIAL_BELOW) threads = 1;
+    const int64_t items = threads == 1 ? 1 : rows < 8 * threads ? rows : 8 * threads;
+    parallel_items(items, threads, [&](int64_t item, int) {
+        for (int64_t row = item * rows / items; row < (item + 1) * rows / items; ++row) body(row);
+    });
+}
+
+template <class Element>
+Floats load_upto(const Element* p, int64_t left) {
+    return left >= LANES ? load(p) : load_some(p, left);
+}
+template <class Element>
+void store_upto(Element* p, Floats x, int64_t left) {
+    if (left >= LANES) {
+        store(p, x);
+    } else {
+        store_some(p, x, left);
+    }
+}
+
+// With a residual: residual += x, and that is normalized.
+template <class Element>
+void norm_row(const Element* x, Element* residual, const float* weight, float eps, Element* out, int64_t width) {
+    Floats squares = spread(0.0f);
+    for (int64_t i = 0; i < width; i += LANES) {
+        Floats v = load_upto(x + i, width - i);
+        if (residual) {
+            v += load_upto(residual + i, width - i);
+            store_upto(residual + i, v, width - i);
+            v = load_upto(residual + i, width - i);  // what the next layer will read, rounded to its dtype
+        }
+        squares += v * v;
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / (float)width + eps);
+    const Element* normed = residual ? residual : x;
+    for (int64_t i = 0; i < width; i += LANES) {
+        store_upto(out + i, load_upto(normed + i, width - i) * factor * load_upto(weight + i, width - i), width - i);
+    }
+}
+
+template <class Element>
+void norm_rows(const void* x, int64_t stride, void* residual, const float* weight, float eps, void* out, int64_t rows,
+               int64_t width, int threads) {
+    rows_in_parallel(rows, width, threads, [&](int64_t row) {
+        norm_row((const Element*)x + row * stride, residual ? (Element*)residual + row * width : nullptr, weight, eps,
+                 (Element*)out + row * width, width);
+    });
+}
+
+template <class Element>
+void swiglu_rows(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t width, int threads) {
+    rows_in_parallel(rows, 4 * width, threads, [&](int64_t row) {
+        const Element *gate = (const Element*)gate_up + row * stride, *up = gate + width;
+        Element* to = (Element*)out + row * width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            Floats g = load_upto(gate + i, width - i), u = load_upto(up + i, width - i);
+            store_upto(to + i, g / (1.0f + exp(-g)) * u, width - i);
+        }
+    });
+}
+
+// One head: (first, second) halves are the real and imaginary parts. `to` may be `from`.
+template <class From, class To>
+void rotate(const From* from, To* to, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        const int64_t left = half - i;
+        Floats a = load_upto(from + i, left), b = load_upto(from + half + i, left);
+        Floats c = load_upto(cosine + i, left), s = load_upto(sine + i, left);
+        store_upto(to + i, a * c - b * s, left);
+        store_upto(to + half + i, b * c + a * s, left);
+    }
+}
+
+template <class From, class To>
+void copy_row(const From* from, To* to, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES) store_upto(to + i, load_upto(from + i, width - i), width - i);
+}
+
+template <class Element, class Cache>
+void rope_rows(void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+               const int64_t* positions, const float* cosine, const float* sine, void* k_cache, void* v_cache,
+               const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads) {
+    const int64_t half = head_dim / 2, kv_width = kv_heads * head_dim;
+    rows_in_parallel(tokens, (heads + 2 * kv_heads) * head_dim, threads, [&](int64_t t) {
+        const float *c = cosine + positions[t] * half, *s = sine + positions[t] * half;
+        Element* query = (Element*)q + t * q_stride;
+        for (int64_t h = 0; h < heads; ++h) rotate(query + h * head_dim, query + h * head_dim, c, s, half);
+        if (slots[t] < 0) return;
+        const Element* key = (const Element*)k + t * k_stride;
+        Cache* key_to = (Cache*)k_cache + slots[t] * kv_width;
+        for (int64_t h = 0; h < kv_heads; ++h) rotate(key + h * head_dim, key_to + h * head_dim, c, s, half);
+        copy_row((const Element*)v + t * v_stride, (Cache*)v_cache + slots[t] * kv_width, kv_width);
+    });
+}
+
+}  // namespace
+}  // namespace paretune
+
+using namespace paretune;
+
+extern "C" void paretune_rms_norm(const void* x, int64_t x_stride, const void* weight, float eps, void* out, int64_t rows,
+                                  int64_t width, int is_bf16, int threads) {
+    if (is_bf16) {
+        norm_rows<uint16_t>(x, x_stride, nullptr, (const float*)weight, eps, out, rows, width, threads);
+    } else {
+        norm_rows<float>(x, x_stride, nullptr, (const float*)weight, eps, out, rows, width, threads);
+    }
+}
+
+extern "C" void paretune_add_rms_norm(const void* x, void* residual, const void* weight, float eps, void* out, int64_t rows,
+                                      int64_t width, int is_bf16, int threads) {
+    if (is_bf16) {
+        norm_rows<uint16_t>(x, width, residual, (const float*)weight, eps, out, rows, width, threads);
+    } else {
+        norm_rows<float>(x, width, residual, (const float*)weight, eps, out, rows, width, threads);
+    }
+}
+
+extern "C" void paretune_swiglu(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t width, int is_bf16,
+                                int threads) {
+    if (is_bf16) {
+        swiglu_rows<uint16_t>(gate_up, stride, out, rows, width, threads);
+    } else {
+        swiglu_rows<float>(gate_up, stride, out, rows, width, threads);
+    }
+}
+
+extern "C" void paretune_rope_and_cache(void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
+                                        int64_t v_stride, int is_bf16, const void* positions, const void* cosine,
+                                        const void* sine, void* k_cache, void* v_cache, int cache_is_bf16, const void* slots,
+                                        int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads) {
+    auto rows = is_bf16 ? (cache_is_bf16 ? rope_rows<uint16_t, uint16_t> : rope_rows<uint16_t, float>)
+                        : (cache_is_bf16 ? rope_rows<float, uint16_t> : rope_rows<float, float>);
+    rows(q, q_stride, k, k_stride, v, v_stride, (const int64_t*)positions, (const float*)cosine, (const float*)sine, k_cache,
+         v_cache, (const int64_t*)slots, tokens, heads, kv_heads, head_dim, threads);
+}

@@ -1,0 +1,95 @@
+"""Attention of one new token per sequence over its paged KV cache.
+
+    out[s, h] = softmax(scale * q[s, h] @ K[s, :, h // g].T) @ V[s, :, h // g],   g = heads / kv_heads
+
+Long contexts are cut into parts that threads take as they come free, merged by running maximum and sum (Milakov and
+Gimelshein, arXiv:1805.02867). K and V are read once per KV head for its whole group of query heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import prefill_attention as general
+from .cpu.build import load
+from .cpu.workspace import WORKSPACE
+from .tiles import BadTile, Tile
+
+
+def reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_len: Tensor, scale: float
+) -> Tensor:
+    """In float64: the oracle. Arguments as in `decode_attention`."""
+    filled = context_len > 0
+    starts = torch.arange(int(filled.sum()) + 1)
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    out[filled] = general.reference(
+        q[filled], k_cache, v_cache, block_tables[filled], starts, context_len[filled] - 1, scale
+    )
+    return out
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_len: Tensor,
+    scale: float,
+    tile: Tile | None = None,
+) -> Tensor:
+    """One query token per sequence.
+
+    Args:
+        q: (S, heads, head_dim) fp32 or bf16; sequences may be strided, heads and dims not.
+        k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim) fp32 or bf16, contiguous.
+        block_tables: (S, max_blocks) int32, block ids in order of the context; entries past the last block are not
+        read. context_len: (S,) int32, tokens in the cache WITH the new one; 0 gives a row of zeros.
+        scale: usually head_dim ** -0.5.
+        tile: left out: C++, or torch where there is no compiler.
+    Returns: (S, heads, head_dim), dtype of q, computed in fp32; within 1e-5 of reference() for N(0, 1) inputs in fp32.
+    Raises ValueError: shapes or dtypes that do not fit together.
+    Cost: bandwidth-bound; reads 2 * sum(context_len) * kv_heads * head_dim * itemsize bytes of cache.
+    """
+    general.check_shapes(q, k_cache, v_cache, block_tables, context_len)
+    sequences, heads, head_dim = q.shape
+    if sequences != context_len.shape[0]:
+        raise ValueError(f"{sequences} rows of q for {context_len.shape[0]} sequences; decoding takes one row each")
+    library = load()
+    if tile is None:
+        tile = Tile("decode_attention", "torch") if library is None else _DEFAULT
+    if tile.backend == "torch":
+        return _torch(q, k_cache, v_cache, block_tables, context_len, scale)
+    if tile.backend != "cpp" or library is None:
+        raise BadTile("decode_attention: backend", tile.backend, "what this machine has", "run `paretune doctor`")
+    if q.stride(2) != 1 or q.stride(1) != head_dim:
+        q = q.contiguous()
+    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype)
+    arguments = (
+        q.data_ptr(), q.stride(0), q.dtype is torch.bfloat16,
+        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.dtype is torch.bfloat16, k_cache.shape[1],
+        block_tables.data_ptr(), block_tables.stride(0), context_len.data_ptr(), sequences,
+        heads, k_cache.shape[2], head_dim, scale, out.data_ptr(), *tile.arguments,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    needed = library.decode_attention(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
+    if needed > 0:
+        WORKSPACE.grow(needed)
+        library.decode_attention(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
+    return out
+
+
+_DEFAULT = Tile("decode_attention", "cpp")
+
+
+def _torch(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_len: Tensor, scale: float
+) -> Tensor:
+    filled = context_len > 0
+    starts = torch.arange(int(filled.sum()) + 1, dtype=torch.int32)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    out[filled] = general.torch_attention(
+        q[filled], k_cache, v_cache, block_tables[filled], starts, context_len[filled] - 1, scale
+    )
+    return out

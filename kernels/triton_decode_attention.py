@@ -1,0 +1,122 @@
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Paged decode attention on a GPU: the Triton kernels of `decode_attention.py`, their launcher and tiles.
+
+Same formula and reference as kernels/decode_attention.py. The query heads of one KV head are the rows of one tile, so
+that K and V are read once; the context is cut into `splits` parts, merged by a second kernel. Import it only where it
+runs."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import BadTile, Tile
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, tables_ptr, context_ptr, mixed_ptr, largest_ptr, total_ptr, scale, q_stride, table_stride,
+    block_size, kv_heads, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(context_ptr + sequence)
+    part = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * part
+    end = min(begin + part, context)
+    g, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
+    head = kv_head * GROUP + g
+    real = (g[:, None] < GROUP) & (dim[None, :] < HEAD_DIM)
+    q_ptrs = q_ptr + sequence.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + dim[None, :]
+    q = tl.load(q_ptrs, mask=real, other=0.0)
+    largest = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((PADDED_GROUP,), tl.float32)
+    mixed = tl.zeros((PADDED_GROUP, PADDED_DIM), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        there = position < end
+        block = tl.load(tables_ptr + sequence * table_stride + position // block_size, mask=there, other=0)
+        slot = block.to(tl.int64) * block_size + position % block_size
+        offset = (slot * kv_heads + kv_head) * HEAD_DIM
+        have = there[:, None] & (dim[None, :] < HEAD_DIM)
+        k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
+        v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
+        scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee") * scale
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        peak = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp(scores - peak[:, None])
+        down = tl.exp(largest - peak)
+        total = total * down + tl.sum(weights, 1)
+        mixed = mixed * down[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        largest = peak
+    row = (sequence * kv_heads * GROUP + head) * SPLITS + split
+    tl.store(mixed_ptr + row[:, None].to(tl.int64) * HEAD_DIM + dim[None, :], mixed, mask=real)
+    tl.store(largest_ptr + row, largest, mask=g < GROUP)
+    tl.store(total_ptr + row, total, mask=g < GROUP)
+
+
+@triton.jit
+def merge_kernel(
+    mixed_ptr, largest_ptr, total_ptr, out_ptr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr
+):
+    row, split, dim = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, PADDED_DIM)
+    inside = dim < HEAD_DIM
+    largest = tl.load(largest_ptr + row * SPLITS + split)
+    total = tl.load(total_ptr + row * SPLITS + split)
+    peak = tl.max(largest, 0)
+    weight = tl.where(total > 0, tl.exp(largest - peak), 0.0)
+    offset = (row * SPLITS + split)[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
+    mixed = tl.sum(tl.load(mixed_ptr + offset, mask=inside[None, :], other=0.0) * weight[:, None], 0)
+    whole = tl.sum(total * weight, 0)
+    out = tl.where(whole > 0, mixed / tl.where(whole > 0, whole, 1.0), 0.0)
+    tl.store(out_ptr + row.to(tl.int64) * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_len: Tensor,
+    scale: float,
+    tile: Tile,
+) -> Tensor:
+    """As kernels/decode_attention.py, for tensors on a GPU (or on the CPU under TRITON_INTERPRET=1).
+
+    Raises BadTile: the tile belongs to another operator or backend.
+    """
+    if (tile.operator, tile.backend) != ("decode_attention", "triton"):
+        found = f"{tile.operator} on {tile.backend}"
+        raise BadTile("decode_attention: tile", found, "decode_attention on triton", "look it up again")
+    sequences, heads, head_dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    block_n, splits, num_warps, num_stages = tile.arguments
+    group, padded_dim = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
+    mixed = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=q.device)
+    largest = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
+    total = torch.empty_like(largest)
+    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+    decode_attention_kernel[(sequences, kv_heads, splits)](
+        q, k_cache, v_cache, block_tables, context_len, mixed, largest, total, scale, q.stride(0),
+        block_tables.stride(0), block_size, kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim,
+        padded_dim, splits, block_n, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    merge_kernel[(sequences * heads,)](mixed, largest, total, out, head_dim, padded_dim, splits)
+    return out
+
+
+def tiles(context_tokens: int, head_dim: int, shared_memory_bytes: int, itemsize: int = 2) -> list[Tile]:
+    """What a search may try. Left out: parts shorter than one step, and pipelines of K and V beyond shared memory."""
+    found = []
+    for block_n, splits, num_warps, num_stages in itertools.product(
+        (16, 32, 64, 128), (1, 2, 4, 8, 16, 32), (2, 4, 8), (1, 2, 3)
+    ):
+        fits = 2 * block_n * num_stages * head_dim * itemsize <= shared_memory_bytes
+        if fits and (splits == 1 or splits * block_n <= context_tokens):
+            parameters = {"block_n": block_n, "splits": splits, "num_warps": num_warps, "num_stages": num_stages}
+            found.append(Tile("decode_attention", "triton", tuple(parameters.items())))
+    return found

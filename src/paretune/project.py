@@ -1,0 +1,89 @@
+"""`paretune.yaml`: a project's settings, written by `init`, read by every command run in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .runtime.safe_yaml import BadYaml, load_yaml
+
+FILE_NAME = "paretune.yaml"
+
+
+class Project(BaseModel):
+    """What the commands take where no flag and no PARETUNE_* variable says otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    log: str = Field("trace.csv", description="the request log that `retune` reads every night")
+    model: str = Field("paretune/small", description="model directory, or the small model that ships with the package")
+    slo: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
+    metric: str = Field("ttf30:p95", description="the latency axis of the curve")
+    cost: str = "capacity"
+    accelerator: str = "cpu"
+    profile: str = "out/profile.json"
+    tiles: str | None = None
+    prices: str | None = None
+    space: str | None = None
+    spec: str = Field("out/spec.yaml", description="the deployment that runs; `retune` replaces it")
+    storage: str = "out/paretune.db"
+    study: str = "default"
+    trials: int = Field(200, ge=1)
+    measure: int = Field(0, ge=0, description="finalists to serve and replay for real")
+
+
+def load_project(path: str | Path = FILE_NAME) -> Project:
+    """Read the settings. Raises: BadYaml, naming the field; OSError."""
+    data = load_yaml(path)
+    try:
+        return Project.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadYaml(f"{Path(path).name}: {field}", first.get("input"), first["msg"]) from None
+
+
+def defaults(project: Project) -> dict[str, dict[str, Any]]:
+    """The settings as defaults of the commands' options (click's default_map)."""
+    study = {"storage": project.storage, "study": project.study}
+    sources = {"model": project.model, "accelerator": project.accelerator, "profile_path": project.profile}
+    tune = {
+        **study,
+        **sources,
+        "slos": list(project.slo),
+        "metric": project.metric,
+        "cost": project.cost,
+        "tiles_path": project.tiles,
+        "prices_path": project.prices,
+        "space_path": project.space,
+        "trials": project.trials,
+        "finalists": project.measure,
+    }
+    given = {name: value for name, value in tune.items() if value is not None}
+    return {
+        "tune": given,
+        "front": study,
+        "pick": {**study, "output": project.spec},
+        "report": study,
+        "simulate": {"profile_path": project.profile},
+        "profile": {"run": {"model": project.model, "output": project.profile}},
+        "kernels": {"tune": {"model": project.model}},
+    }
+
+
+TEMPLATE = """\
+# Settings of this folder's paretune commands; a flag or a PARETUNE_* variable goes before them.
+schema_version: 1
+log: {log}               # the request log that `paretune retune` reads every night
+model: paretune/small         # a Hugging Face model directory (config.json, safetensors, tokenizer.json)
+slo: ['ttf30:p95<=1500ms']    # what must hold
+metric: ttf30:p95             # the latency axis of the curve
+profile: out/profile.json     # measured step times: paretune profile run
+spec: out/spec.yaml           # the deployment that runs; `paretune retune` replaces it
+storage: out/paretune.db      # the ledger of every study
+trials: 200
+measure: 4                    # finalists to serve and replay for real
+"""

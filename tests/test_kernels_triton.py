@@ -1,0 +1,165 @@
+"""Triton kernels where there is no GPU: results under the interpreter, and machine code for GPUs compiled ahead of
+time.
+
+Each runs in a process of its own: TRITON_INTERPRET counts when triton is imported, and this process stays without
+triton."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="no triton here: pip install triton (Linux)"
+)
+
+PREAMBLE = """
+import torch
+from paretune.kernels import BadTile, Tile
+torch.manual_seed(0)
+
+def tile(operator, **parameters):
+    return Tile(operator, "triton", tuple(parameters.items()))
+
+def check(result, oracle, tolerance):
+    error = torch.nan_to_num((result.double() - oracle).abs(), nan=float("inf")).max().item()
+    assert error < tolerance, error
+
+def paged(lengths, kv_heads, head_dim, block_size, dtype):
+    blocks = [-(-length // block_size) for length in lengths]
+    order, taken = torch.randperm(sum(blocks) + 2).int(), 0
+    tables = torch.zeros(len(lengths), max(blocks) + 1, dtype=torch.int32)
+    k = torch.full((len(order), block_size, kv_heads, head_dim), float("nan"), dtype=dtype)
+    v = k.clone()
+    for s, length in enumerate(lengths):
+        tables[s, : blocks[s]] = order[taken : taken + blocks[s]]
+        taken += blocks[s]
+        for p in range(length):
+            at = (int(tables[s, p // block_size]), p % block_size)
+            k[at], v[at] = torch.randn(kv_heads, head_dim).to(dtype), torch.randn(kv_heads, head_dim).to(dtype)
+    return k, v, tables
+"""
+
+
+def run(program, interpret=True):
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
+    code = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_matmul_is_the_matrix_product():
+    run("""
+        from paretune.kernels.linear import reference
+        from paretune.kernels.triton_matmul import matmul
+        for m, n, k, dtype, tolerance in ((70, 90, 100, torch.float32, 1e-4), (1, 33, 17, torch.float16, 1e-2)):
+            x, weight, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+            chosen = tile("linear", block_m=32, block_n=64, block_k=64, group_m=2)
+            check(matmul(x, weight, chosen, bias), reference(x, weight, bias), tolerance)
+            check(matmul(x, weight, chosen), reference(x, weight), tolerance)
+        try:
+            matmul(x, weight, Tile("linear", "torch"))
+        except BadTile as error:
+            assert error.where == "matmul: tile"
+        else:
+            raise AssertionError("took a tile of another backend")
+    """)
+
+
+def test_prefill_attention_is_causal_softmax_attention():
+    run("""
+        from paretune.kernels.prefill_attention import reference
+        from paretune.kernels.triton_prefill_attention import prefill_attention
+        rows, contexts = [40, 1, 0, 7], [0, 20, 0, 30]
+        cases = ((4, 1, 24, torch.float32, 1e-4), (2, 2, 16, torch.float16, 1e-2))
+        for heads, kv_heads, head_dim, dtype, tolerance in cases:
+            k, v, tables = paged([r + c for r, c in zip(rows, contexts)], kv_heads, head_dim, 8, dtype)
+            q = torch.randn(sum(rows), heads, head_dim).to(dtype)
+            starts = torch.tensor([0, 40, 41, 41, 48], dtype=torch.int32)
+            context = torch.tensor(contexts, dtype=torch.int32)
+            chosen = tile("prefill_attention", block_m=32, block_n=32)
+            out = prefill_attention(q, k, v, tables, starts, context, 0.2, chosen, max(rows))
+            check(out, reference(q, k, v, tables, starts, context, 0.2), tolerance)
+    """)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_decode_attention_is_softmax_attention(splits):
+    run(f"""
+        from paretune.kernels.decode_attention import reference
+        from paretune.kernels.triton_decode_attention import decode_attention
+        lengths = [1, 70, 0, 33]
+        cases = ((8, 2, 24, torch.float32, 1e-4), (2, 2, 16, torch.float16, 1e-2))
+        for heads, kv_heads, head_dim, dtype, tolerance in cases:
+            k, v, tables = paged(lengths, kv_heads, head_dim, 8, dtype)
+            q, context = torch.randn(4, heads, head_dim).to(dtype), torch.tensor(lengths, dtype=torch.int32)
+            out = decode_attention(q, k, v, tables, context, 0.2, tile("decode_attention", block_n=32, splits={splits}))
+            check(out, reference(q, k, v, tables, context, 0.2), tolerance)
+    """)
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma")])
+def test_matmul_becomes_tensor_core_code_for_gpus_that_are_not_here(arch, instruction):
+    run(
+        f"""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from paretune.kernels.triton_matmul import matmul_kernel
+        pointers = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*bf16")
+        numbers = ("rows", "out_features", "in_features", "x_stride", "weight_stride", "out_stride")
+        constants = dict(HAS_BIAS=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+        source = ASTSource(
+            fn=matmul_kernel, constexprs=constants,
+            signature=pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr"),
+            attrs={{(i,): [["tt.divisibility", 16]] for i in range(10)}},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", {arch}, 32), options=dict(num_warps=8, num_stages=3))
+        assert "{instruction}" in compiled.asm["ptx"]
+        assert len(compiled.asm["cubin"]) > 1000
+        assert compiled.metadata.shared <= 227 * 1024
+    """,
+        interpret=False,
+    )
+
+
+def test_decode_attention_compiles_for_a_gpu_that_is_not_here():
+    run(
+        """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from paretune.kernels.triton_decode_attention import decode_attention_kernel
+        names = decode_attention_kernel.arg_names
+        kinds = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | dict(scale="fp32")
+        kinds |= dict.fromkeys(("tables_ptr", "context_ptr"), "*i32")
+        kinds |= dict.fromkeys(("mixed_ptr", "largest_ptr", "total_ptr"), "*fp32")
+        constants = dict(GROUP=4, PADDED_GROUP=16, HEAD_DIM=128, PADDED_DIM=128, SPLITS=4, BLOCK_N=64)
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+        source = ASTSource(fn=decode_attention_kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
+        assert ".target sm_90" in compiled.asm["ptx"]
+    """,
+        interpret=False,
+    )
+
+
+def test_the_search_space_holds_only_tiles_that_fit():
+    run("""
+        from paretune.kernels.triton_decode_attention import tiles as decode_tiles
+        from paretune.kernels.triton_matmul import tiles
+        from paretune.kernels.triton_prefill_attention import tiles as prefill_tiles
+        small, large = tiles((1, 4096, 4096), 227 * 1024), tiles((512, 4096, 4096), 227 * 1024)
+        assert small and {t.get("block_m") for t in small} == {16}
+        assert {t.get("block_m") for t in large} == {16, 32, 64, 128, 256}
+        for shared in (64 * 1024, 227 * 1024):
+            for t in tiles((512, 4096, 4096), shared):
+                assert (t.get("block_m") + t.get("block_n")) * t.get("block_k") * 2 * t.get("num_stages") <= shared
+        assert len(tiles((512, 4096, 4096), 64 * 1024)) < len(large)
+        assert {t.get("splits") for t in decode_tiles(16, 64, 227 * 1024)} == {1}
+        assert all(t.get("block_m") <= 32 for t in prefill_tiles(20, 64, 227 * 1024))
+    """)
