@@ -1,0 +1,121 @@
+"""What a report says, gathered from a study in its ledger and from the live runs that were kept with it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from datetime import UTC, datetime
+from typing import ClassVar
+
+from .. import __version__
+from ..optimizer.front import Evaluation
+from ..optimizer.pick import knee
+from ..optimizer.tuning import Kept, kept
+from ..profiler.tile_file import TileFile
+from ..runtime.spec import load_deployment
+from ..traces import statistics
+from .report_data import Measured, ReportData, TileGain
+from .summary import search_words
+
+
+class BadReport(Exception):
+    """A report that was asked for a spec which its study does not know."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, where: str, found: object, allowed: str, todo: str) -> None:
+        super().__init__(where, found, allowed, todo)
+        self.where, self.found, self.allowed, self.todo = where, found, allowed, todo
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {str(self.found)[:80]}; allowed: {self.allowed}; {self.todo}"
+
+
+def gather(
+    study: str,
+    storage: str,
+    *,
+    spec_path: str | None = None,
+    chosen_measured: Measured | None = None,
+    default_measured: Measured | None = None,
+    commands: tuple[str, ...] = (),
+) -> ReportData:
+    """Everything for `write_report`.
+
+    Args:
+        spec_path: the spec that was picked; None: the knee of the curve.
+        chosen_measured, default_measured: from `verify`; None: the study's own measurements, where it made any.
+        commands: that led here; None: the ones that would.
+    Raises: NoSuchStudy, BadTrace, BadSpec, BadReport (exit code 2), LedgerError (1).
+    """
+    found = kept(study, storage)
+    chosen = knee(found.study.front) if spec_path is None else _picked(found, spec_path)
+    price = found.sources.price(chosen.deployment.pool)
+    default = found.study.default
+    spec = spec_path or "out/spec.yaml"
+    log, slos = found.about["log"], [word for target in found.study.targets for word in ("--slo", str(target))]
+    tuned_by = tuple(
+        shlex.join(["paretune", *words])
+        for words in (
+            ["profile", "run", "--model", found.sources.model],
+            ["tune", log, "--study", study, *slos],
+            ["pick", study, "-o", spec],
+            ["verify", spec, log],
+        )
+    )
+    return ReportData(
+        study=study,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        statistics=statistics(found.trace),
+        front=found.study.front,
+        chosen=chosen,
+        default=default,
+        targets=found.study.targets,
+        profile=found.sources.name,
+        profile_measured=found.study.measured_steps,
+        prices=price.source,
+        prices_as_of=price.as_of,
+        search=search_words(found.study),
+        not_modelled=found.study.not_modelled,
+        chosen_measured=chosen_measured or _measured(chosen),
+        default_measured=default_measured or _measured(default),
+        tile_gains=_tile_gains(found),
+        commands=commands or tuned_by,
+        provenance=(
+            ("paretune", __version__),
+            ("trace", f"{found.trace.source}, {found.trace.digest()[:16]}"),
+            ("step times", f"{found.sources.name}, {found.sources.digest}"),
+            ("prices", f"{price.source}, as of {price.as_of}"),
+            ("study", f"{study}, seed {found.study.seed}, {found.study.sampler}"),
+        ),
+    )
+
+
+def _picked(found: Kept, spec_path: str) -> Evaluation:
+    """The study's best-known evaluation of what a spec runs."""
+    digest = load_deployment(spec_path).digest()
+    same = [each for each in found.study.front.evaluations if each.deployment.digest() == digest]
+    if not same:
+        where = f"a deployment with the digest {digest}"
+        raise BadReport(spec_path, where, f"one that study {found.study.name!r} tried", "name the study of the spec")
+    return max(same, key=lambda each: (each.fidelity == "measured", bool(each.intervals)))
+
+
+def _measured(evaluation: Evaluation) -> Measured | None:
+    if evaluation.measured is None:
+        return None
+    return Measured(evaluation.measured, math.nan)
+
+
+def _tile_gains(found: Kept) -> tuple[TileGain, ...]:
+    path = found.about.get("tiles")
+    if path is None:
+        return ()
+    gains = []
+    for each in TileFile.load(path).of_threads:
+        for gain in each.gains:
+            tile = each.table.get((gain.operator, gain.precision, gain.bucket))
+            words = "default" if tile is None else " ".join([tile.backend, *(f"{n}={v}" for n, v in tile.parameters)])
+            threads = f"{gain.operator}, {each.num_threads} threads" if each.num_threads > 1 else gain.operator
+            gains.append(TileGain(threads, gain.precision, gain.bucket, gain.default_s, gain.best_s, words))
+    return tuple(gains)

@@ -1,0 +1,69 @@
+"""From a study in the ledger to a report, with everything real but the hardware: an H100's data sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paretune.optimizer.pick import knee
+from paretune.optimizer.tuning import Ask, pick_spec, tune_trace
+from paretune.profiler.hardware import accelerators
+from paretune.reports.gather import BadReport, gather
+from paretune.reports.page import html
+from paretune.runtime.spec import Deployment, save_deployment
+from paretune.traces import Trace, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log, and a ledger with one study of it."""
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
+    n = 200
+    trace = Trace(np.cumsum(rng.exponential(0.05, n)), rng.integers(16, 600, n), rng.integers(2, 120, n))
+    write(trace, folder / "log.parquet")
+    tune_trace(
+        Ask(
+            log=str(folder / "log.parquet"),
+            model="paretune/small",
+            slos=("ttf30:p95<=1s",),
+            accelerator=next(name for name in sorted(accelerators()) if name.startswith("H100")),
+            max_devices=1,
+            study="=<b>nightly</b>",
+            storage=str(folder / "paretune.db"),
+            trials=6,
+        ),
+        lambda share, what: None,
+    )
+    return folder
+
+
+def test_a_study_becomes_a_report(folder: Path) -> None:
+    storage, spec = str(folder / "paretune.db"), str(folder / "spec.yaml")
+    chosen, deployment = pick_spec("=<b>nightly</b>", storage, output=spec)
+    data = gather("=<b>nightly</b>", storage, spec_path=spec)
+    assert data.chosen.deployment.digest() == chosen.deployment.digest() == deployment.digest()
+    assert data.profile_measured is False
+    assert data.default.trial == 0
+    assert data.prices_as_of[:2] == "20"
+    assert data.not_modelled
+    assert [str(target) for target in data.targets] == ["ttf30:p95<=1s"]
+    text = html(data)
+    assert "Step times are not measured" in text
+    assert "<b>nightly" not in text
+    assert data.commands[1] == f"paretune tune {folder / 'log.parquet'} --study '=<b>nightly</b>' --slo 'ttf30:p95<=1s'"
+    assert any("were simulated" in sentence for sentence in data.search)
+
+
+def test_without_a_spec_the_knee_is_shown(folder: Path) -> None:
+    data = gather("=<b>nightly</b>", str(folder / "paretune.db"))
+    assert data.chosen is knee(data.front)
+
+
+def test_a_spec_of_another_study_is_refused(folder: Path) -> None:
+    save_deployment(Deployment().with_pool(max_num_seqs=3), folder / "other.yaml")
+    with pytest.raises(BadReport, match=r"that study .* tried") as refusal:
+        gather("=<b>nightly</b>", str(folder / "paretune.db"), spec_path=str(folder / "other.yaml"))
+    assert refusal.value.exit_code == 2
