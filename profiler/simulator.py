@@ -22,6 +22,7 @@ from ..runtime.scheduler import (
     NUM_RUNNING,
     PLAN_FINISHED,
     PLAN_SIZE,
+    PLAN_TOKENS,
     Plan,
     State,
     add_request,
@@ -37,7 +38,7 @@ from ..runtime.spec import Pool
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
 from ..traces.trace import Trace
-from .step_time import StepTables, step_time_s
+from .step_time import StepTables, composed_time_s, composition
 
 # why the event loop returned
 _DRAINED = 0
@@ -182,13 +183,15 @@ def _run(
             now_s = requests.arrival_s[upcoming]
             continue
 
-        first_s = step_time_s(tables, plan, 0.0)
+        tokens = plan.counts[PLAN_TOKENS]
+        samples, context, pairs = composition(plan)
+        first_s = composed_time_s(tables, tokens, size, samples, context, pairs)
         growth_s = 0.0
         steps = 1
         if jump and is_decode_run(state, plan):
             steps = decode_run_length(state, plan, 1 << 30)
             if steps > 1:
-                last_s = step_time_s(tables, plan, float((steps - 1) * size))
+                last_s = composed_time_s(tables, tokens, size, samples, context + float((steps - 1) * size), pairs)
                 growth_s = (last_s - first_s) / (steps - 1)
                 # with every lane taken a newcomer changes nothing before somebody ends
                 if upcoming < number and state.counts[NUM_RUNNING] < state.limits[MAX_NUM_SEQS]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler import PLAN_SIZE, PLAN_TOKENS, Plan
+from ..runtime.scheduler import PLAN_SIZE, Plan
 
 POINTS_PER_OCTAVE = 4
 OCTAVES = 44
@@ -77,10 +77,10 @@ def composed_time_s(
 
 
 @njit
-def step_time_s(tables: StepTables, plan: Plan, more_context: float) -> float:
-    """Seconds of a planned step, with `more_context` tokens in the cache beside those the plan says."""
+def composition(plan: Plan) -> tuple[int, float, float]:
+    """Of a planned step: rows that sample, context of its one-token rows, query-key pairs of the others."""
     samples = 0
-    decode_context = more_context
+    decode_context = 0.0
     prefill_pairs = 0.0
     for row in range(plan.counts[PLAN_SIZE]):
         tokens = plan.num_tokens[row]
@@ -90,6 +90,4 @@ def step_time_s(tables: StepTables, plan: Plan, more_context: float) -> float:
             decode_context += plan.start[row] + 1
         else:
             prefill_pairs += tokens * (plan.start[row] + 0.5 * (tokens + 1))
-    return composed_time_s(
-        tables, plan.counts[PLAN_TOKENS], plan.counts[PLAN_SIZE], samples, decode_context, prefill_pairs
-    )
+    return samples, decode_context, prefill_pairs

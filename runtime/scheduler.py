@@ -309,10 +309,10 @@ def _preempt(state: State, plan: Plan, index: int) -> None:
 def _hold_blocks(state: State, slot: int, num_tokens: int) -> bool:
     """Hold blocks for its first `num_tokens` tokens; False, and nothing changed, if too few are left."""
     block_size = state.limits[BLOCK_SIZE]
-    needed = (num_tokens + block_size - 1) // block_size
     held = state.num_blocks[slot]
-    if needed <= held:
+    if num_tokens <= held * block_size:
         return True
+    needed = (num_tokens + block_size - 1) // block_size
     if needed - held > kv_cache.num_available(state.blocks):
         return False
     row = state.block_table[state.lane[slot]]
@@ -536,6 +536,8 @@ def decode_run_length(state: State, plan: Plan, most: int) -> int:
         steps = min(steps, state.max_num_tokens[slot] - state.num_tokens[slot])
     block_size = state.limits[BLOCK_SIZE]
     available = kv_cache.num_available(state.blocks)
+    if plan.counts[PLAN_SIZE] * (steps // block_size + 1) <= available:
+        return steps  # no request can need more, so nobody is asked
     while steps > 1:
         needed = 0
         for row in range(plan.counts[PLAN_SIZE]):
