@@ -17,9 +17,9 @@ def prefix_hashes(
     """Chained keyed hash of every whole block of a prompt.
 
     hash[i] = BLAKE2b(key=salt, hash[i - 1] + token ids of block i), 8 bytes: equal prefixes give equal hashes, and
-    without the salt nobody can try prompts against them. The salt stays with the owner of the log: keep one salt for
-    logs that shall share prefixes, and never write it beside them. Of n hashes two different ones collide with
-    probability below n**2 / 2**65.
+    without the salt nobody can try prompts against them. The salt stays with the owner of the log: one salt for logs
+    that shall share prefixes, in a file that nobody else can read and that is never passed on with them. Of n hashes
+    two different ones collide with probability below n**2 / 2**65.
 
     Args:
         token_ids: of the prompt, each in 0 .. 2**63 - 1; tokens after the last whole block have no hash.

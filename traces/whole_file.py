@@ -31,8 +31,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)
         os.replace(scratch, target)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # a full disk does not say which file it could not hold
+            error.filename = os.fspath(path)
         raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:

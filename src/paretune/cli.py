@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +18,9 @@ from .output import Speaker, envelope
 
 RESUMABLE = 75
 INTERRUPTED = 130
+# Typed again, they go on, or at least lose nothing.
+RESUMED = ("tune", "retune")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PARETUNE"})
@@ -53,6 +58,21 @@ def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _drop_stdout() -> bool:
+    """If nobody takes stdout any more, let what its buffer still holds go, or it fails again when Python exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _disk_message(error: OSError, where: str) -> str:
+    todo = "free some space, or choose another place, and run again" if error.errno in _FULL else "nothing was changed"
+    return f"{where}: {error.strerror or error}; {todo}"
+
+
 def main() -> None:
     """Entry point: every error that knows its exit code becomes one message on stderr; any other is a bug and shows."""
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -68,14 +88,23 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail(context.obj if context else None, INTERRUPTED, "interrupted")
-    except BrokenPipeError:
-        sys.exit(1)
+        # it ends now; a second Ctrl-C would only tear the message apart
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        speaker = context.obj if context else None
+        if isinstance(speaker, Speaker) and speaker.command in RESUMED:
+            _fail(speaker, RESUMABLE, "interrupted; type the same command again to go on")
+        _fail(speaker, INTERRUPTED, "interrupted")
     except Exception as error:
         speaker = context.obj if context else None
         exit_code = getattr(error, "exit_code", None)
         if debug or (exit_code is None and not isinstance(error, OSError | MemoryError)):
             raise
-        if exit_code is None:
-            _fail(speaker, 1, f"{type(error).__name__}: {error}")
-        _fail(speaker, exit_code, str(error))
+        if exit_code is not None:
+            _fail(speaker, exit_code, str(error))
+        if isinstance(error, MemoryError):
+            _fail(speaker, 1, f"out of memory: {error}")
+        if not _drop_stdout():
+            _fail(speaker, 1, _disk_message(error, str(error.filename or type(error).__name__)))
+        if not isinstance(error, BrokenPipeError):
+            _fail(None, 1, _disk_message(error, "standard output"))
+        sys.exit(1)

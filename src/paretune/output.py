@@ -28,10 +28,10 @@ class Speaker:
     quiet: bool = False
     warnings: list[str] = dataclasses.field(default_factory=list)
 
-    def result(self, data: Any, text: str) -> None:
-        """The command's result: `text` for people, or `data` as one JSON object."""
+    def result(self, data: Any, text: str, exit_code: int = 0) -> None:
+        """The command's result: `text` for people, or `data` as one JSON object that names the exit code."""
         if self.json:
-            click.echo(envelope(self.command, 0, data, self.warnings))
+            click.echo(envelope(self.command, exit_code, data, self.warnings))
         elif text:
             click.echo(text)
 

@@ -104,11 +104,11 @@ def _profile_text(found: object) -> str:
             ]
         )
     lines = [found.name, table(["configuration", "points", "host per step", "held-out error (90 %)"], rows)]
-    if found.serving is not None:
+    for live in found.serving:
         lines.append(
-            f"live server: steps x {found.serving.contention:.2f} (+- {found.serving.contention_spread:.0%}), "
-            f"{found.serving.to_scheduler_s * 1e3:.1f} ms to the scheduler, "
-            f"{found.serving.to_client_s * 1e3:.1f} ms back"
+            f"live server, {live.cores} cores computing: steps x {live.contention:.2f} "
+            f"(+- {live.contention_spread:.0%}), {live.between_steps_s * 1e3:.2f} ms between steps, "
+            f"{live.to_scheduler_s * 1e3:.1f} ms to the scheduler, {live.to_client_s * 1e3:.1f} ms back"
         )
     return "\n".join(lines)
 

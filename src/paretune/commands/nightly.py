@@ -77,7 +77,7 @@ def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, d
         decision = run(project.spec, trace, tonight(ask, report), decisions=decisions, dry_run=dry_run)
     words = {"unchanged": "unchanged", "kept": "kept the old spec", "replaced": f"replaced {project.spec}"}
     lines = [words[decision.action] + (" (dry run)" if dry_run else ""), *(f"- {why}" for why in decision.why)]
-    speaker.result(decision.to_dict(), "\n".join(lines))
+    speaker.result(decision.to_dict(), "\n".join(lines), decision.exit_code)
     sys.exit(decision.exit_code)
 
 

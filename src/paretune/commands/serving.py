@@ -118,9 +118,9 @@ def replay(
         "server": result.server,
         "client_cpu_s": result.client_cpu_s,
     }
-    speaker.result(data, text)
-    if result.errors:
-        sys.exit(1)
+    exit_code = 1 if result.errors else 0
+    speaker.result(data, text, exit_code)
+    sys.exit(exit_code)
 
 
 @click.command()
@@ -171,9 +171,9 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], k: int)
         lines.append(f"{inside} of {len(rows)} measured values lie inside their interval")
     lines += [f"{'met' if met else 'MISSED'}: {target}" for target, met in found.met.items()]
     lines.append(f"{found.finished:,} of {found.requests:,} requests finished")
-    speaker.result({"verification": found, "passed": found.passed}, "\n".join(lines))
-    if not found.passed:
-        sys.exit(VERIFICATION_FAILED)
+    exit_code = 0 if found.passed else VERIFICATION_FAILED
+    speaker.result({"verification": found, "passed": found.passed}, "\n".join(lines), exit_code)
+    sys.exit(exit_code)
 
 
 COMMANDS = (serve, replay, verify)

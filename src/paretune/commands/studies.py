@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from ..traces.metrics import Summary
 
 LEDGER = "out/paretune.db"
+NOTHING_FEASIBLE = 3
+OUT_OF_TIME = 75
 
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
 profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE_PATH, show_default=True)
@@ -151,7 +156,8 @@ def front_table(front: Front) -> str:
 def tune(speaker: Speaker, log: str, **options: Any) -> None:
     """Work out the curve of cost against latency for a request log.
 
-    A study that was interrupted goes on when the same command is typed again.
+    A study that was interrupted goes on when the same command is typed again. Exits with 3 when no candidate holds the
+    targets, and with 75 when it was interrupted or the time budget ended it.
 
     \b
     Example: paretune tune log.parquet --slo 'ttf30:p95<=600ms' --measure 6
@@ -164,10 +170,14 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     text = [
         front_table(study.front),
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
-        + ("" if study.complete else " (stopped by the time budget)"),
+        + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
+    if not study.front.points:
+        text.append(f"no candidate is feasible; the default: {study.default.reason}")
     text += [f"not modelled: {each}" for each in study.not_modelled]
-    speaker.result(_study_data(study), "\n".join(text))
+    exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
+    speaker.result(_study_data(study), "\n".join(text), exit_code)
+    sys.exit(exit_code)
 
 
 def _study_data(study: Any) -> dict[str, Any]:
@@ -228,6 +238,10 @@ def pick(
     """
     from ..optimizer.tuning import pick_spec
 
+    ways = {"--slo": bool(slos), "--budget": budget is not None, "--knee": knee, "--point": point is not None}
+    if sum(ways.values()) > 1:
+        given = ", ".join(name for name, used in ways.items() if used)
+        raise click.UsageError(f"{given}: these are several ways to choose; give one")
     chosen, deployment = pick_spec(
         study, storage, slos=slos, budget_usd=budget, knee=knee, point=point, confidence=confidence, output=output
     )
@@ -255,16 +269,28 @@ def export(
     \b
     Example: paretune export out/spec.yaml --target vllm
     """
-    from ..optimizer.export import vllm
+    from ..optimizer.export.vllm import export as to_vllm
     from ..runtime.spec import load_deployment
     from ..traces.whole_file import write_whole
 
-    exported = vllm.export(load_deployment(spec), engine_version=engine_version, allow_untested=allow_untested)
+    exported = to_vllm(load_deployment(spec), engine_version=engine_version, allow_untested=allow_untested)
     if output is not None:
-        write_whole(output, exported.yaml)
+        write_whole(output, exported.config)
     for each in exported.not_translated:
         speaker.warn(each)
-    speaker.result(exported, " \\\n  ".join(exported.argv))
+    speaker.result(exported, shell_command(exported.env, exported.argv))
+
+
+def shell_command(env: dict[str, str], argv: Sequence[str]) -> str:
+    """What to paste into a shell: one option a line, everything quoted that a shell would read otherwise."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
+    lines = [" ".join(words)] if words else []
+    for word in argv:
+        if word.startswith("--") or not lines:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n  ".join(lines)
 
 
 @click.command()

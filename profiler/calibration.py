@@ -1,0 +1,192 @@
+"""What serving over HTTP adds to the steps, measured with one short replay against a live server and its step log.
+
+Three things: how much slower steps are while HTTP, text and a client take their part of the cores; the time between two
+steps; and the time before and after them. No more: what differs between configurations beyond that is in their profile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.model_shape import ModelShape, resolve_model
+from ..runtime.spec import Deployment
+from ..traces.trace import Trace
+from .live import measure_live
+from .profile import BadProfile, Profile, Serving
+from .replay import Progress, ReplayResult
+from .simulator import simulate
+from .step_time import StepTables, composed_time_s
+from .tables import step_tables
+
+# A longer pause after a step means that the replica had nothing to do, and belongs to no step.
+_BETWEEN_STEPS_LIMIT_S = 2e-3
+_BLOCKS = 10
+_LEAST_STEPS = 50
+_LEAST_LONE_REQUESTS = 5
+_LONE_REQUESTS = 20
+_LONE_INPUT, _LONE_OUTPUT = 48, 4
+_LOADED_INPUT, _LOADED_OUTPUT = (16, 192), (8, 96)
+_LOAD = 0.6  # of the modelled capacity
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """A line of a server's step log (runtime.engine.StepRecord, and which replica)."""
+
+    replica: int
+    num_tokens: int
+    num_rows: int
+    num_samples: int
+    decode_context: float
+    prefill_pairs: float
+    seconds: float
+    started_s: float
+
+
+def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[LoggedStep, ...]:
+    """Steps that began at or after `since_s` (clock of time.perf_counter), in order of time by replica."""
+    with open(path, encoding="utf-8") as stream:
+        steps = [LoggedStep(**json.loads(line)) for line in stream]
+    kept = [step for step in steps if step.started_s >= since_s]
+    return tuple(sorted(kept, key=lambda step: (step.replica, step.started_s)))
+
+
+def serving_from(
+    trace: Trace, result: ReplayResult, steps: Sequence[LoggedStep], tables: StepTables, *, cores: int, measured_on: str
+) -> Serving:
+    """What serving added, from a replay and the steps that its server logged.
+
+    Args:
+        tables: as modelled without serving.
+        cores: that the replicas compute on.
+        measured_on: for people.
+    Raises: BadProfile: too few steps, or too few requests that were alone in the server.
+    """
+    again = "calibrate with a longer replay"
+    if len(steps) < _LEAST_STEPS:
+        raise BadProfile("calibration: steps", len(steps), f"at least {_LEAST_STEPS}", again)
+    measured_s = np.array([step.seconds for step in steps])
+    modelled_s = np.array(
+        [
+            composed_time_s(tables, s.num_tokens, s.num_rows, s.num_samples, s.decode_context, s.prefill_pairs)
+            for s in steps
+        ]
+    )
+    blocks = np.array_split(np.argsort([step.started_s for step in steps], kind="stable"), _BLOCKS)
+    ratios = np.array([measured_s[block].sum() / modelled_s[block].sum() for block in blocks])
+    contention = float(measured_s.sum() / modelled_s.sum())
+    low, high = np.quantile(ratios, (0.05, 0.95))
+    before_s, after_s = _lone_requests(trace, result, steps)
+    if len(before_s) < _LEAST_LONE_REQUESTS:
+        raise BadProfile("calibration: lone requests", len(before_s), f"at least {_LEAST_LONE_REQUESTS}", again)
+    return Serving(
+        cores=cores,
+        contention=contention,
+        contention_spread=float(high - low) / 2 / contention,
+        between_steps_s=_between_steps_s(steps),
+        to_scheduler_s=max(0.0, float(np.median(before_s))),
+        to_client_s=max(0.0, float(np.median(after_s))),
+        steps=len(steps),
+        requests=len(before_s),
+        measured_on=measured_on,
+    )
+
+
+def _between_steps_s(steps: Sequence[LoggedStep]) -> float:
+    """Median pause between two steps of a replica that had work all the while."""
+    pauses = [
+        later.started_s - step.started_s - step.seconds
+        for step, later in itertools.pairwise(steps)
+        if step.replica == later.replica
+    ]
+    busy = [pause for pause in pauses if 0 <= pause < _BETWEEN_STEPS_LIMIT_S]
+    return float(np.median(busy)) if busy else 0.0
+
+
+def _lone_requests(
+    trace: Trace, result: ReplayResult, steps: Sequence[LoggedStep]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of requests whose whole prompt was a step of its own: seconds before and after that step.
+
+    Before: from the scheduled arrival to its start. After: from its end to the first token at the client.
+    """
+    times = result.times
+    lone = sorted((s for s in steps if s.num_rows == 1 and s.num_samples == 1), key=lambda s: s.started_s)
+    starts = np.array([step.started_s for step in lone]) - result.started_s
+    before, after = [], []
+    for i in np.flatnonzero(times.finished).tolist():
+        place = int(np.searchsorted(starts, times.sent_s[i]))
+        if place < len(lone) and lone[place].num_tokens == trace.input_tokens[i]:
+            end_s = starts[place] + lone[place].seconds
+            if end_s <= times.first_token_s[i]:
+                before.append(starts[place] - times.scheduled_s[i])
+                after.append(times.first_token_s[i] - end_s)
+    return np.array(before), np.array(after)
+
+
+def calibration_trace(tables: StepTables, deployment: Deployment, *, seconds: float, seed: int) -> Trace:
+    """First requests that are alone in the server, then Poisson arrivals at _LOAD of the modelled capacity.
+
+    The capacity is what a simulation of the loaded part does when everything arrives at once.
+    """
+    rng = np.random.default_rng(seed)
+    pool = deployment.pool
+    most = pool.max_model_len // 2
+    lone_input, lone_output = min(_LONE_INPUT, most), min(_LONE_OUTPUT, most)
+    count = 200
+    inputs = np.minimum(rng.integers(*_LOADED_INPUT, count), most)
+    outputs = np.minimum(rng.integers(*_LOADED_OUTPUT, count), most)
+    at_once = simulate(Trace(np.zeros(count), inputs, outputs), pool, tables)
+    rate = _LOAD * count / float(np.nanmax(at_once.times.end_s))
+    arrivals = np.cumsum(rng.exponential(1 / rate, count))
+    inside = arrivals < seconds
+    inside[:_LONE_REQUESTS] = True
+    prompt_s = float(tables.tokens_s[min(lone_input, len(tables.tokens_s) - 1)])
+    alone_s = prompt_s + lone_output * float(tables.tokens_s[1])
+    spacing_s = max(0.1, 4 * alone_s)
+    lone_s = np.arange(_LONE_REQUESTS) * spacing_s
+    return Trace(
+        np.concatenate([lone_s, lone_s[-1] + 2 * spacing_s + arrivals[inside]]),
+        np.concatenate([np.full(_LONE_REQUESTS, lone_input), inputs[inside]]),
+        np.concatenate([np.full(_LONE_REQUESTS, lone_output), outputs[inside]]),
+        source="calibration",
+    )
+
+
+def calibrate_serving(
+    profile: Profile,
+    deployment: Deployment,
+    *,
+    seconds: float = 8.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profile:
+    """The profile with what serving adds where a deployment's number of cores computes; other numbers are kept.
+
+    Args:
+        seconds: of the loaded part of the replay; starting the server and the lone requests come on top.
+    Raises: BadProfile: the deployment's configuration is not in the profile; ServerFailed.
+    """
+    shape = ModelShape.load(resolve_model(deployment.model))
+    pool = deployment.pool
+    bare = profile.model_copy(update={"serving": ()})
+    modeled = step_tables(bare, shape, pool)
+    trace = calibration_trace(modeled.tables, deployment, seconds=seconds, seed=seed)
+    with tempfile.TemporaryDirectory(prefix="paretune-calibration-") as folder:
+        log = Path(folder) / "steps.jsonl"
+        result = measure_live(deployment, trace, step_log=log, seed=seed, progress=progress)
+        steps = read_step_log(log, result.started_s)
+    cores = pool.replicas * pool.devices_per_replica
+    measured_on = str(profile.configuration(pool).key)
+    serving = serving_from(trace, result, steps, modeled.tables, cores=cores, measured_on=measured_on)
+    kept = [other for other in profile.serving if other.cores != cores]
+    return profile.model_copy(update={"serving": tuple(sorted([*kept, serving], key=lambda s: s.cores))})

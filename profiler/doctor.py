@@ -1,0 +1,121 @@
+"""What this machine can do for paretune, what is missing, what that costs, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..kernels.cpu.build import load, why_missing
+from ..kernels.jit import cache_dir
+from .hardware import PriceBook
+from .profile import BadProfile, Profile, this_machine
+
+State = Literal["ok", "limited", "missing"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. todo: what to do about it; empty where nothing needs doing."""
+
+    name: str
+    state: State
+    text: str
+    todo: str = ""
+
+
+def examine(profile_path: str | os.PathLike[str] | None = None) -> tuple[Finding, ...]:
+    """Look at the processor, compiler, caches, packages, disk, prices, and the profile where one is named."""
+    findings = [_processor(), _compiler(), _cache(), _triton(), _cuda(), _postgres(), _disk(), _prices()]
+    if profile_path is not None:
+        findings.append(_profile(Path(profile_path)))
+    return tuple(findings)
+
+
+def _processor() -> Finding:
+    library = load()
+    machine = this_machine("" if library is None else library.instructions)
+    flags = [flag for flag in ("avx512_bf16", "avx512_vnni", "avx512f", "avx2") if flag in machine.flags]
+    text = f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / GIB:.0f} GiB; {' '.join(flags) or 'no AVX2'}"
+    if "avx512_bf16" in flags and "avx512_vnni" in flags:
+        return Finding("processor", "ok", text)
+    todo = "bf16 and int8 weights are right here, computed without dot-product instructions: profile before you choose"
+    return Finding("processor", "limited", text, todo)
+
+
+def _compiler() -> Finding:
+    reason = why_missing()
+    if reason is None:
+        return Finding("CPU operators", "ok", "the C++ library is compiled and loaded")
+    text = f"torch computes all operators ({reason}); decode takes about twice as long"
+    return Finding("CPU operators", "limited", text, "install a C++ compiler (Debian: apt install g++)")
+
+
+def _cache() -> Finding:
+    folder = cache_dir()
+    if folder is not None:
+        return Finding("compile cache", "ok", str(folder.parent.parent))
+    todo = "set PARETUNE_CACHE_DIR to a folder of your own that others cannot write"
+    return Finding("compile cache", "limited", "none: every start compiles anew (about 20 s)", todo)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _triton() -> Finding:
+    version = _version("triton")
+    if version is None:
+        return Finding("triton", "missing", "not installed: only the CPU operators run", "pip install triton (Linux)")
+    return Finding("triton", "ok", version)
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        text = f"none; torch {torch.__version__}. The bundled runtime serves on the CPU"
+        return Finding("GPU", "missing", text, "tune for an accelerator of the catalogue: paretune tune --accelerator")
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    text = f"{names}; the bundled runtime serves on the CPU for now"
+    return Finding("GPU", "limited", text, "export the spec to vLLM to serve on the GPU")
+
+
+def _postgres() -> Finding:
+    version = _version("psycopg")
+    if version is None:
+        todo = "pip install 'paretune[postgres]' to keep studies in PostgreSQL"
+        return Finding("PostgreSQL driver", "missing", "not installed: studies are kept in SQLite", todo)
+    return Finding("PostgreSQL driver", "ok", version)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    state: State = "ok" if free > GIB else "limited"
+    return Finding(
+        "disk", state, f"{free / GIB:.1f} GiB free here", "" if state == "ok" else "make room: 1 GiB is safe"
+    )
+
+
+def _prices() -> Finding:
+    price = PriceBook.load().usd_per_device_hour("cpu")
+    text = f"a CPU core {price.usd_per_hour:.3f} USD an hour, as of {price.as_of} ({price.source})"
+    return Finding("price book", "ok", text, "give your own prices with --prices FILE")
+
+
+def _profile(path: Path) -> Finding:
+    if not path.exists():
+        return Finding("profile", "missing", f"{path} is not there", f"paretune profile run -o {path}")
+    try:
+        profile = Profile.load(path)
+    except BadProfile as error:
+        return Finding("profile", "limited", str(error), f"paretune profile run -o {path}")
+    return Finding("profile", "ok", f"{path}: {profile.name}, {len(profile.configurations)} configurations")

@@ -1,0 +1,266 @@
+"""Measures a model on this machine, configuration by configuration, into a Profile.
+
+Each configuration runs in processes of its own, started as a server starts its replicas. Where replicas share the
+machine the others are busy while one is measured, because they share memory bandwidth and caches: under full load
+that is right, and under little load it errs on the slow side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import psutil
+
+from ..kernels.cpu.build import load
+from ..kernels.tiles import Tile, TileTable
+from ..runtime.memory import check_memory
+from ..runtime.model_shape import ModelShape, resolve_model
+from ..runtime.parallel import thread_environment, usable_cores
+from ..runtime.runnable import WEIGHT_DTYPES, check_runnable
+from ..runtime.spec import Deployment, Pool
+from .operators import linears
+from .profile import (
+    Configuration,
+    Key,
+    OperatorPoint,
+    Peaks,
+    Profile,
+    StepPoint,
+    now,
+    shape_data,
+    this_machine,
+    versions,
+)
+
+OPERATOR_ROWS = (1, 4, 16, 64, 256, 1024)
+START_LIMIT_S = 300.0
+# a pass over the scenarios that has begun is ended, so a configuration may take longer than it was given
+PASS_LIMIT_S = 600.0
+
+Progress = Callable[[str, float], None]
+
+
+class MeasureFailed(RuntimeError):
+    """A measuring process that failed, with what it said."""
+
+    exit_code: ClassVar[int] = 1
+
+
+def possible_configurations(
+    cores: int | None = None,
+    *,
+    weight_dtypes: Sequence[str] = WEIGHT_DTYPES,
+    kv_cache_dtypes: Sequence[str] = ("bf16",),
+    num_kv_heads: int | None = None,
+) -> tuple[Key, ...]:
+    """Every way to use up to `cores` cores (default: this machine's) by powers of two: ranks x threads x replicas."""
+    cores = usable_cores() if cores is None else cores
+    powers = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
+    return tuple(
+        Key(tp, threads, replicas, weight, kv)
+        for weight in weight_dtypes
+        for kv in kv_cache_dtypes
+        for tp in powers
+        for threads in powers
+        for replicas in powers
+        if tp * threads * replicas <= cores and (num_kv_heads is None or num_kv_heads % tp == 0)
+    )
+
+
+def measure(
+    model: str,
+    configurations: Sequence[Key] | None = None,
+    *,
+    seconds_per_configuration: float = 10.0,
+    tiles: Callable[[Key], TileTable] | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 2048,
+    max_model_len: int = 2048,
+    progress: Progress | None = None,
+    command: str = "",
+) -> Profile:
+    """Measure whole steps, operators and peaks.
+
+    Args:
+        model: directory, or "paretune/small".
+        configurations: left out: all that this machine can run (`possible_configurations`).
+        seconds_per_configuration: of whole steps, starting and operators not counted.
+        tiles: the tiles that a configuration's whole steps run on; its linear tiles are measured as operators, too,
+            beside the default one. Left out: default tiles.
+        max_num_seqs, max_num_batched_tokens, max_model_len: largest steps to measure.
+        progress: called with what comes next and the share that is done.
+    Raises: BadModel, BadSpec: the model cannot run so; MeasureFailed: a measuring process failed.
+    """
+    model_dir = resolve_model(model)
+    shape = ModelShape.load(model_dir)
+    keys = possible_configurations(num_kv_heads=shape.num_kv_heads) if configurations is None else configurations
+    max_model_len = min(max_model_len, shape.max_position_embeddings)
+    tell = progress or (lambda what, share: None)
+    threads = sorted({key.num_threads for key in keys})
+    busy_before = psutil.cpu_percent(interval=1.0) / 100
+    jobs = len(threads) + 2 * len(keys)
+    done = 0
+    peaks = []
+    for number in threads:
+        tell(f"peaks of {number} threads", done / jobs)
+        environment = {"OMP_NUM_THREADS": str(number)}
+        answer = _run({"kind": "peaks", "num_threads": number}, environment)
+        peaks.append(Peaks(num_threads=number, **answer))
+        done += 1
+    measured = []
+    operators: dict[tuple[int, int, str, str], tuple[OperatorPoint, ...]] = {}
+    for key in keys:
+        table = tiles(key) if tiles is not None else TileTable()
+        pool = Pool(
+            tensor_parallel_size=key.tensor_parallel_size,
+            num_threads=key.num_threads,
+            replicas=key.replicas,
+            weight_dtype=key.weight_dtype,
+            kv_cache_dtype=key.kv_cache_dtype,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_kv_blocks=-(-max(24576, max_num_seqs * 320, max_model_len + 16) // 16),
+            enable_prefix_caching=False,
+            tiles=table,
+        )
+        deployment = Deployment(model=str(model_dir), pools=(pool,))
+        check_runnable(deployment, shape)
+        check_memory(shape, pool)
+        kind = (key.tensor_parallel_size, key.num_threads, key.weight_dtype, key.kv_cache_dtype)
+        if kind not in operators:
+            tell(f"operators, {key}", done / jobs)
+            operators[kind] = _operators(shape, pool)
+        done += 1
+        tell(f"steps, {key}", done / jobs)
+        answer = _steps(deployment, model_dir, seconds_per_configuration)
+        steps = tuple(StepPoint(**point) for point in answer["steps"])
+        configuration = Configuration(
+            **key._asdict(), tiles=table, steps=steps, disturbed=answer["disturbed"], operators=operators[kind]
+        )
+        measured.append(configuration)
+        done += 1
+    library = load()
+    return Profile(
+        created_at=now(),
+        command=command,
+        machine=this_machine("torch" if library is None else library.instructions),
+        versions=versions(),
+        model=model,
+        shape=shape_data(shape),
+        peaks=tuple(_raised(p, measured, shape) for p in peaks),
+        configurations=tuple(measured),
+        busy_before=busy_before,
+    )
+
+
+def _steps(deployment: Deployment, model_dir: Path, seconds: float) -> Any:
+    pool = deployment.pool
+    environment = dict(thread_environment(pool))
+    task = {"deployment": deployment.model_dump(mode="json"), "model_dir": str(model_dir.resolve()), "seconds": seconds}
+    with ExitStack() as neighbors:
+        for _ in range(pool.replicas - 1):
+            neighbors.enter_context(_worker({**task, "kind": "load"}, environment))
+        return _run({**task, "kind": "steps"}, environment)
+
+
+def _operators(shape: ModelShape, pool: Pool) -> tuple[OperatorPoint, ...]:
+    tp, precision = pool.tensor_parallel_size, pool.weight_dtype
+    default = Tile("linear", "torch" if load() is None else "cpp")
+    wanted = ("linear", precision)
+    named = {tile for key, tile in pool.tiles.items() if key[:2] == wanted}
+    chosen = [default, *sorted(named - {default}, key=repr)]
+    task = {
+        "kind": "operators",
+        "layers": [
+            {"name": x.name, "out_features": x.out_features, "in_features": x.in_features, "tensor_parallel_size": tp}
+            for x in linears(shape, tp)
+        ],
+        "precision": precision,
+        "kv_dtype": pool.kv_cache_dtype,
+        "tiles": [{"backend": t.backend, "parameters": dict(t.parameters), "default": t == default} for t in chosen],
+        "rows": [rows for rows in OPERATOR_ROWS if rows <= pool.max_num_batched_tokens],
+        "attention": {
+            "heads": shape.num_heads // tp,
+            "kv_heads": max(1, shape.num_kv_heads // tp),
+            "head_dim": shape.head_dim,
+            "tensor_parallel_size": tp,
+        },
+        "num_threads": pool.num_threads,
+    }
+    return tuple(OperatorPoint(**point) for point in _run(task, {"OMP_NUM_THREADS": str(pool.num_threads)}))
+
+
+def _raised(peaks: Peaks, configurations: Sequence[Configuration], shape: ModelShape) -> Peaks:
+    """The peaks, and no less than what any operator has shown: a bound that a measurement beats is no bound."""
+    flops, reads = dict(peaks.flops_per_s), dict(peaks.read_bytes)
+    for configuration in configurations:
+        if configuration.num_threads != peaks.num_threads:
+            continue
+        tp = configuration.tensor_parallel_size
+        sizes = {x.name: x.out_features * x.in_features for x in linears(shape, tp)}
+        item = {"fp32": 4, "bf16": 2, "int8": 1}[configuration.weight_dtype]
+        for point in configuration.operators:
+            if point.operator != "linear":
+                continue
+            fastest_s = max(point.median_s - point.iqr_s, 0.5 * point.median_s)
+            rate = 2 * point.rows * sizes[point.name] / fastest_s
+            flops[point.precision] = max(flops.get(point.precision, 0.0), rate)
+            if point.rows == 1:
+                read = sizes[point.name] * item
+                reads[read] = max(reads.get(read, 0.0), read / fastest_s)
+    return Peaks(num_threads=peaks.num_threads, flops_per_s=flops, read_bytes=tuple(sorted(reads.items())))
+
+
+@contextmanager
+def _worker(task: dict[str, Any], environment: dict[str, str]) -> Iterator[Any]:
+    """A measuring process; gives its answer, and ends it."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.measure_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            yield _answer(process, process.stdout, said)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+
+def _run(task: dict[str, Any], environment: dict[str, str]) -> Any:
+    with _worker(task, environment) as answer:
+        return answer
+
+
+def _answer(process: subprocess.Popen[str], stdout: IO[str], said: IO[str]) -> Any:
+    deadline = time.monotonic() + START_LIMIT_S + PASS_LIMIT_S
+    while not select.select([stdout], [], [], 0.5)[0]:
+        if time.monotonic() > deadline:
+            raise MeasureFailed(f"a measuring process did not answer within {START_LIMIT_S + PASS_LIMIT_S:.0f} s")
+    line = stdout.readline()
+    if not line:
+        process.wait()
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+        raise MeasureFailed(f"a measuring process ended with exit code {process.returncode}: {' | '.join(lines[-3:])}")
+    return json.loads(line)

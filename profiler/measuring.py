@@ -1,0 +1,76 @@
+"""Measure this machine for one model: every way to share its cores, with tuned tiles, and what a live server adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..runtime.model_shape import ModelShape, resolve_model
+from ..runtime.parallel import usable_cores
+from ..runtime.spec import Deployment, Pool
+from .calibration import calibrate_serving
+from .measure import measure, possible_configurations
+from .profile import Key, Profile
+from .tile_file import TileFile
+
+Report = Callable[[float, str], None]
+
+# Starting a server and its replay against starting a configuration and measuring it: about three times as long.
+_SERVING_JOBS = 3
+
+
+def profile_machine(
+    model: str,
+    *,
+    weight_dtypes: Sequence[str] = ("fp32", "bf16", "int8"),
+    seconds_per_configuration: float = 8.0,
+    tiles: TileFile | None = None,
+    max_model_len: int = 2048,
+    serving: bool = True,
+    progress: Report | None = None,
+    command: str = "",
+) -> Profile:
+    """Measure steps and operators of every configuration, then a live server for each number of cores that computes.
+
+    Args:
+        tiles: searched ones; every configuration runs on those for its number of threads.
+        serving: also replay against a live server; without it, predictions leave out HTTP and its share of the cores.
+        progress: called with the share that is done and what comes next.
+    Raises: BadModel, BadSpec (exit code 2); MeasureFailed, ServerFailed (1).
+    """
+    tell = progress or (lambda share, what: None)
+    shape = ModelShape.load(resolve_model(model))
+    keys = possible_configurations(weight_dtypes=weight_dtypes, num_kv_heads=shape.num_kv_heads)
+    loads = _loads(keys) if serving else ()
+    whole = len(keys) + _SERVING_JOBS * len(loads)
+    profile = measure(
+        model,
+        keys,
+        seconds_per_configuration=seconds_per_configuration,
+        tiles=(lambda key: tiles.table(key.num_threads).only(key.weight_dtype)) if tiles else None,
+        max_model_len=max_model_len,
+        progress=lambda what, share: tell(share * len(keys) / whole, what),
+        command=command,
+    )
+    for number, key in enumerate(loads):
+        tell((len(keys) + _SERVING_JOBS * number) / whole, f"live server on {_cores(key)} cores")
+        pool = Pool(
+            **key._asdict(),
+            max_model_len=min(max_model_len, shape.max_position_embeddings),
+            max_num_seqs=64,
+            tiles=tiles.table(key.num_threads).only(key.weight_dtype) if tiles else {},
+        )
+        profile = calibrate_serving(profile, Deployment(model=model, pools=(pool,)))
+    return profile
+
+
+def _cores(key: Key) -> int:
+    return key.tensor_parallel_size * key.num_threads * key.replicas
+
+
+def _loads(keys: Sequence[Key]) -> tuple[Key, ...]:
+    """For each number of cores the configuration measured live: one replica, threads before ranks, bf16 first."""
+    chosen = []
+    for cores in sorted({_cores(key) for key in keys if _cores(key) <= usable_cores()}):
+        same = [key for key in keys if _cores(key) == cores]
+        chosen.append(min(same, key=lambda key: (key.weight_dtype != "bf16", key.replicas, key.tensor_parallel_size)))
+    return tuple(chosen)

@@ -1,0 +1,328 @@
+"""Measured times of this runtime on one machine, as a versioned file: whole or refused.
+
+What is in it says where it comes from: processor, memory, versions, date, command; every point has its median, spread
+and count. The file is JSON in one canonical form with a digest, and is taken only if it is byte for byte what we wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..runtime.model_shape import ModelShape
+from ..runtime.spec import Pool, Tiles
+from ..traces.whole_file import write_whole
+
+SCHEMA_VERSION = 1
+_FLAGS_THAT_MATTER = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_tile",
+    "asimd",
+    "sve",
+    "bf16",
+)
+
+
+class BadProfile(Exception):
+    """A profile that will not be used: where, what was found, what is allowed, what to do."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, where: str, found: object, allowed: str, todo: str) -> None:
+        super().__init__(where, found, allowed, todo)
+        self.where, self.found, self.allowed, self.todo = where, found, allowed, todo
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {str(self.found)[:100]}; allowed: {self.allowed}; {self.todo}"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Key(NamedTuple):
+    """What step times depend on and a profile has to have measured; replicas run side by side on the one machine."""
+
+    tensor_parallel_size: int
+    num_threads: int
+    replicas: int
+    weight_dtype: str
+    kv_cache_dtype: str
+
+    def __str__(self) -> str:
+        replicas = "" if self.replicas == 1 else f"{self.replicas} x "
+        dtypes = f"{self.weight_dtype}/{self.kv_cache_dtype}"
+        return f"{replicas}TP {self.tensor_parallel_size} x {self.num_threads} threads {dtypes}"
+
+
+class Peaks(_Part):
+    """The best that so many threads have shown.
+
+    flops_per_s  by precision ("fp32", "bf16", "int8"), over all linear layers measured
+    read_bytes   (size, bytes/s) of reading an array of that size again and again: from cache, or from memory
+    """
+
+    num_threads: int = Field(ge=1)
+    flops_per_s: dict[str, float]
+    read_bytes: tuple[tuple[int, float], ...]
+
+    def bytes_per_s(self, size: float) -> float:
+        """No data of `size` bytes come faster: the best of the largest array that is no larger, and of all above."""
+        below = max((measured for measured, _ in self.read_bytes if measured <= size), default=0)
+        return max(rate for measured, rate in self.read_bytes if measured >= below)
+
+
+class Machine(_Part):
+    """Where it was measured. cpu: model name with family and model number; flags: all of the CPU's, sorted."""
+
+    cpu: str
+    flags: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    instructions: str = Field(description="instruction set of the compiled operators, or 'torch' where no compiler was")
+
+    def fits(self, other: Machine) -> bool:
+        """Whether times of one hold on the other: processor, the instruction sets that matter, and cores."""
+        mine, its = (set(m.flags) & set(_FLAGS_THAT_MATTER) for m in (self, other))
+        return (self.cpu, mine, self.cores) == (other.cpu, its, other.cores)
+
+
+class StepPoint(_Part):
+    """Whole steps of one composition (see operators.Composition), as the engine ran them; seconds with a core."""
+
+    num_tokens: int = Field(ge=1)
+    num_rows: int = Field(ge=1)
+    num_samples: int = Field(ge=0)
+    decode_context: float = Field(ge=0)
+    prefill_pairs: float = Field(ge=0)
+    median_s: float = Field(gt=0)
+    iqr_s: float = Field(ge=0)
+    count: int = Field(ge=1)
+
+
+class OperatorPoint(_Part):
+    """One operator by itself, one call; seconds.
+
+    name      ModelShape.matrices' name for a linear layer ("qkv", ...), else the operator's
+    rows      M of a linear layer; query tokens of an attention
+    default   its tile is what the engine takes where a table names none
+    backend, parameters  of its tile
+    """
+
+    operator: str
+    name: str
+    precision: str
+    tensor_parallel_size: int
+    rows: int
+    context: int = 0
+    default: bool = False
+    backend: str
+    parameters: dict[str, int]
+    median_s: float = Field(gt=0)
+    iqr_s: float = Field(ge=0)
+    count: int = Field(ge=1)
+
+
+class Configuration(_Part):
+    """What was measured of one key. tiles: of the whole steps; operators beside them."""
+
+    tensor_parallel_size: int = Field(ge=1)
+    num_threads: int = Field(ge=1)
+    replicas: int = Field(ge=1)
+    weight_dtype: str
+    kv_cache_dtype: str
+    tiles: Tiles
+    steps: tuple[StepPoint, ...]
+    disturbed: float = Field(
+        0.0, ge=0, le=1, description="share of steps during which others took the core; CPU time counts there"
+    )
+    operators: tuple[OperatorPoint, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return Key(self.tensor_parallel_size, self.num_threads, self.replicas, self.weight_dtype, self.kv_cache_dtype)
+
+
+class Serving(_Part):
+    """What serving over HTTP adds to the steps, from one replay (calibration.calibrate_serving).
+
+    cores               that the replicas computed on; what is left of the machine is the server's and the client's
+    contention          step time under live load / modelled step time, all steps together
+    contention_spread   half of its 90 % range over blocks of steps, relative to the median
+    between_steps_s     from the end of a step to the start of the next while there is work, median
+    to_scheduler_s      from the scheduled arrival until the scheduler sees the request, median
+    to_client_s         from the end of a token's step until the client has the token, median
+    steps, requests     how many it was taken from
+    """
+
+    cores: int = Field(ge=1)
+    contention: float = Field(gt=0)
+    contention_spread: float = Field(ge=0)
+    between_steps_s: float = Field(ge=0)
+    to_scheduler_s: float = Field(ge=0)
+    to_client_s: float = Field(ge=0)
+    steps: int
+    requests: int
+    measured_on: str
+
+
+class Profile(_Part):
+    """Everything measured of one model on one machine."""
+
+    schema_version: int = SCHEMA_VERSION
+    created_at: str
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    model: str
+    shape: dict[str, Any]
+    peaks: tuple[Peaks, ...]
+    configurations: tuple[Configuration, ...]
+    busy_before: float = Field(0.0, description="share of the cores that others used before measuring began")
+    serving: tuple[Serving, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.machine.cpu}, {self.created_at[:10]}"
+
+    def digest(self) -> str:
+        """Sixteen hex digits that name the content."""
+        return _digest(self.model_dump(mode="json"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all. Raises: OSError."""
+        plain = self.model_dump(mode="json")
+        write_whole(path, _text({"digest": _digest(plain), **plain}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, any_machine: bool = False) -> Profile:
+        """Read a file that `save` wrote.
+
+        Args:
+            any_machine: take a profile of another processor; by default it is refused, because its times say nothing
+                here.
+        Raises: BadProfile: another version, changed content, another machine; OSError.
+        """
+        name = Path(path).name
+        raw = Path(path).read_bytes()
+        again = "measure again: `paretune profile`"
+        try:
+            plain = json.loads(raw)
+            version, digest = plain["schema_version"], plain.pop("digest")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise BadProfile(
+                name, "no JSON with a schema_version and a digest", "a profile as paretune wrote it", again
+            ) from None
+        if version != SCHEMA_VERSION:
+            raise BadProfile(f"{name}: schema_version", version, str(SCHEMA_VERSION), again)
+        try:
+            profile = cls.model_validate(plain)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = f"{name}: {'.'.join(map(str, first['loc']))}"
+            raise BadProfile(where, first["msg"], "a profile as paretune wrote it", again) from None
+        if digest != _digest(plain) or _text({"digest": digest, **plain}).encode() != raw:
+            raise BadProfile(name, "changed content", "a profile as paretune wrote it, byte for byte", again)
+        if not any_machine:
+            profile.check_machine()
+        return profile
+
+    def check_machine(self) -> None:
+        """Raises: BadProfile: it was measured on another processor than this one."""
+        here = this_machine(self.machine.instructions)
+        if not self.machine.fits(here):
+            found = f"{self.machine.cpu}, {self.machine.cores} cores"
+            raise BadProfile(
+                "profile: machine", found, f"{here.cpu}, {here.cores} cores", "measure here, or ask for any machine"
+            )
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Raises: BadProfile: it was measured with a model of another shape."""
+        mine = shape_data(shape)
+        if self.shape != mine:
+            differing = next(field for field in mine if self.shape.get(field) != mine[field])
+            raise BadProfile(
+                f"profile of {self.model}: {differing}", self.shape.get(differing), str(mine[differing]),
+                "measure this model: `paretune profile`",
+            )  # fmt: skip
+
+    def configuration(self, pool: Pool) -> Configuration:
+        """The measured configuration that a pool runs as on this machine.
+
+        So many of its replicas as fit on the cores share the machine; further ones stand on further machines like it.
+        Raises: BadProfile: not measured.
+        """
+        beside = max(1, min(pool.replicas, self.machine.cores // (pool.tensor_parallel_size * pool.num_threads)))
+        wanted = Key(pool.tensor_parallel_size, pool.num_threads, beside, pool.weight_dtype, pool.kv_cache_dtype)
+        for configuration in self.configurations:
+            if configuration.key == wanted:
+                return configuration
+        known = "; ".join(str(configuration.key) for configuration in self.configurations)
+        raise BadProfile("profile", f"no {wanted}", known, "measure it: `paretune profile`")
+
+    def peaks_of(self, num_threads: int) -> Peaks:
+        """Raises: BadProfile: not measured with so many threads."""
+        for peaks in self.peaks:
+            if peaks.num_threads == num_threads:
+                return peaks
+        known = ", ".join(str(p.num_threads) for p in self.peaks)
+        raise BadProfile("profile: peaks", f"none of {num_threads} threads", known, "measure it: `paretune profile`")
+
+
+def shape_data(shape: ModelShape) -> dict[str, Any]:
+    """The sizes of a model that its step times depend on, as plain JSON data."""
+    skipped = ("eos_token_ids", "rms_norm_eps", "rope")
+    return {name: value for name, value in dataclasses.asdict(shape).items() if name not in skipped}
+
+
+def this_machine(instructions: str) -> Machine:
+    """This machine as the operating system describes it."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            field, _, value = line.partition(":")
+            fields[field.strip()] = value.strip()
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        model += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
+    return Machine(
+        cpu=model,
+        flags=tuple(sorted((fields.get("flags") or fields.get("Features") or "").split())),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        instructions=instructions,
+    )
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python and the libraries that step times depend on."""
+    packages = ("paretune", "torch", "numba", "numpy")
+    return {"python": platform.python_version()} | {package: metadata.version(package) for package in packages}
+
+
+def now() -> str:
+    """ISO 8601, UTC, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _text(plain: dict[str, Any]) -> str:
+    return json.dumps(plain, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(plain).encode()).hexdigest()[:16]

@@ -1,0 +1,143 @@
+"""Step times from a data sheet: never measured, and labelled so.
+
+The bound of an operator is max(operations / peak rate, bytes / peak bandwidth) (Williams, Waterman and Patterson,
+"Roofline", CACM 52(4), 2009), of a ring all-reduce over t ranks 2 (t - 1) / t * bytes / link rate + latency. Real
+engines take longer: a share of the peaks, and time between kernels. Both are fitted to published serving points.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.model_shape import ModelShape
+from ..runtime.spec import Pool
+from .hardware import Accelerator, BadHardware
+from .operators import Composition, OperatorWork, kv_bytes_per_token, rank_weight_bytes, step_work
+from .step_time import WORK_GRID, StepTables
+
+# Fitted by benchmarks/roofline_calibration.py on 2026-11-23 to the TPOT of 360 published fp8 points of dense models
+# (H100 and B200, TensorRT-LLM and vLLM, TP 1 to 8; NVIDIA's aiconfigurator silicon set): the share of its bound that
+# an operator reaches, and the time a layer takes beside its operators. The error: each group (GPU, engine, model) is
+# predicted by the others, and of the groups' 90 % quantiles (0.13 to 0.56; all points together 0.23) the worst counts,
+# because a tune asks about a new group. Other accelerators and precisions were not checked at all.
+EFFICIENCY = 0.76
+LAYER_OVERHEAD_S = 38e-6
+RELATIVE_ERROR = 0.56
+
+# Share of device memory that weights and KV cache may take: vLLM's --gpu-memory-utilization as of version 0.33.
+MEMORY_SHARE = 0.92
+
+# By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
+# int8 models compute in bf16.
+_ARITHMETIC = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8"}
+
+
+def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str, tensor_parallel_size: int) -> float:
+    """Least time of an operator on one rank, seconds: a bound, not an estimate.
+
+    Args:
+        precision: of the arithmetic, not of the storage.
+    Raises: BadHardware: the accelerator has no rate for this precision; no other is put in its place.
+
+    >>> from .hardware import accelerator
+    >>> one_token = OperatorWork("4096 x 4096", flops=2 * 4096**2, weight_bytes=2 * 4096**2)
+    >>> f"{operator_bound_s(one_token, accelerator('H100'), 'bf16', 1) * 1e6:.1f} µs"
+    '10.0 µs'
+    """
+    seconds = (work.weight_bytes + work.kv_bytes + work.activation_bytes) / accelerator.peak_bytes_per_s
+    if work.flops:
+        seconds = max(seconds, work.flops / accelerator.flops_per_s(precision))
+    if work.messages:
+        share = 2 * (tensor_parallel_size - 1) / tensor_parallel_size
+        seconds += (
+            work.messages * accelerator.link_latency_s + share * work.message_bytes / accelerator.link_bytes_per_s
+        )
+    return seconds
+
+
+def step_bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> dict[str, float]:
+    """Least time of each operator of a step, seconds by operator."""
+    tp = pool.tensor_parallel_size
+    work = step_work(shape, step, tensor_parallel_size=tp, weight_dtype=pool.weight_dtype, kv_dtype=pool.kv_cache_dtype)
+    plain = "fp32" if pool.weight_dtype == "fp32" else "bf16"
+    return {
+        w.name: operator_bound_s(
+            w, accelerator, plain if "attention" in w.name or w.name == "head" else _ARITHMETIC[pool.weight_dtype], tp
+        )
+        for w in work
+    }
+
+
+def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> float:
+    """What a step may take in a real engine: its bounds over EFFICIENCY, and LAYER_OVERHEAD_S a layer."""
+    bound_s = sum(step_bound_s(accelerator, shape, step, pool).values())
+    return bound_s / EFFICIENCY + shape.num_layers * LAYER_OVERHEAD_S
+
+
+def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
+    """Step tables of a pool on an accelerator that nobody measured.
+
+    The chords between the points of the tables lie above the convex bound, so no step is faster than it.
+
+    Raises: BadHardware: a missing peak rate, or a model that the memory does not hold.
+    """
+    if accelerator.peak_bytes_per_s == 0:
+        todo = "run `paretune profile` and tune with the profile"
+        raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalogue", todo)
+    check_kv_blocks(accelerator, shape, pool)
+
+    def sampled(size: int, samples: bool) -> NDArray[np.float64]:
+        at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.int64)
+        bounds = []
+        for n in at.tolist():
+            step = Composition(1, 1, n, 0.0, 0.0) if samples else Composition(n, 1, 0, 0.0, 0.0)
+            bound = step_bound_s(accelerator, shape, step, pool)
+            bounds.append(sum(s for name, s in bound.items() if name.startswith("head") == samples))
+        table = np.interp(np.arange(size + 1), at, np.array(bounds) / EFFICIENCY)
+        table[0] = 0.0
+        return table
+
+    def attention(decode: bool) -> NDArray[np.float64]:
+        name = "decode_attention" if decode else "prefill_attention"
+        table = []
+        for work in WORK_GRID.tolist():
+            # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
+            tokens = 1 if decode else max(1, math.ceil(math.sqrt(2 * work) - 1))
+            step = Composition(tokens, 1, 0, work if decode else 0.0, 0.0 if decode else work)
+            table.append(step_bound_s(accelerator, shape, step, pool)[name] / EFFICIENCY)
+        return np.maximum.accumulate(np.array(table))
+
+    tokens_s = sampled(pool.max_num_batched_tokens, samples=False)
+    tokens_s[1:] += shape.num_layers * LAYER_OVERHEAD_S
+    return StepTables(
+        tokens_s=tokens_s,
+        rows_s=np.zeros(pool.max_num_seqs + 1),
+        samples_s=sampled(pool.max_num_seqs, samples=True),
+        decode_attention_s=attention(decode=True),
+        prefill_attention_s=attention(decode=False),
+        request_s=np.zeros(2),
+    )
+
+
+def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:
+    """KV blocks of pool.block_size tokens that fit beside the weights: MEMORY_SHARE of the memory, less the weights.
+
+    Activations and the engine's own buffers come out of the rest; 0 or less where the weights alone do not fit.
+    """
+    tp = pool.tensor_parallel_size
+    left = accelerator.memory_bytes * MEMORY_SHARE - rank_weight_bytes(shape, tp, pool.weight_dtype)
+    return math.floor(left / (pool.block_size * kv_bytes_per_token(shape, tp, pool.kv_cache_dtype)))
+
+
+def check_kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> None:
+    """Raises: BadHardware: the pool asks for more KV blocks than fit."""
+    fit = kv_blocks(accelerator, shape, pool)
+    if pool.num_kv_blocks > fit:
+        devices = f"{pool.tensor_parallel_size} x {accelerator.name}"
+        allowed = f"at most {max(fit, 0)} on {devices} with {pool.weight_dtype} weights"
+        raise BadHardware(
+            "num_kv_blocks", pool.num_kv_blocks, allowed, "lower it, or shard the model over more devices"
+        )

@@ -1,0 +1,249 @@
+"""Step tables of a pool: from a profile where one was measured, from a data sheet where none was.
+
+What was measured is bounded by physics all the same: no table entry is below what the machine's own measured peaks
+allow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.tiles import Tile, TileTable, bucket
+from ..runtime.model_shape import DTYPE_BYTES, ModelShape
+from ..runtime.spec import CPU, Pool
+from .hardware import Accelerator, BadHardware
+from .operators import Linear, kv_bytes_per_token, linears, rank_weight_bytes
+from .profile import Configuration, Peaks, Profile, Serving, StepPoint
+from .roofline import RELATIVE_ERROR, roofline_tables
+from .step_fit import StepFit, fit_steps
+from .step_time import WORK_GRID, StepTables
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ModeledStep:
+    """Step times of one replica of a pool, and how far to trust them.
+
+    measured        False: from a data sheet, not measured
+    relative_error  half width of the 90 % interval of a step's time, as a share of it
+    not_modelled    what the times leave out or assume, for people
+    """
+
+    tables: StepTables
+    measured: bool
+    relative_error: float
+    not_modelled: tuple[str, ...]
+
+
+def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+    """Step times of a pool.
+
+    Args:
+        source: a profile for accelerator "cpu"; any accelerator of the catalogue else.
+    Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
+        accelerator is another than the pool's, lacks a peak rate, or does not hold the model.
+    """
+    if isinstance(source, Profile):
+        if pool.accelerator != CPU:
+            todo = "give the accelerator of the catalogue, or tune for 'cpu'"
+            raise BadHardware("pool.accelerator", pool.accelerator, f"{CPU!r}, which the profile measured", todo)
+        return _measured(source, shape, pool)
+    if pool.accelerator != source.name:
+        raise BadHardware("pool.accelerator", pool.accelerator, source.name, "give the accelerator of the pool")
+    left_out = (
+        f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
+        "time outside the steps (HTTP, tokenizer), padding of batches, contention of replicas",
+        "tiles: every operator is taken to reach the same share of its bound",
+    )
+    return ModeledStep(roofline_tables(source, shape, pool), False, RELATIVE_ERROR, left_out)
+
+
+def scaled(tables: StepTables, factor: float) -> StepTables:
+    """All step times times a factor; what happens outside the steps stays."""
+    parts = {name: table * factor for name, table in tables._asdict().items() if name != "request_s"}
+    return tables._replace(**parts)
+
+
+def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
+    profile.check_shape(shape)
+    configuration = profile.configuration(pool)
+    peaks = profile.peaks_of(pool.num_threads)
+    fit = _fit(configuration.steps)
+    notes = []
+    tokens = np.arange(pool.max_num_batched_tokens + 1, dtype=np.float64)
+    seqs = np.arange(pool.max_num_seqs + 1, dtype=np.float64)
+    tokens_s = fit.step_s + fit.tokens(tokens)
+    samples_s = fit.samples(seqs)
+    for table, head in ((tokens_s, False), (samples_s, True)):
+        delta_s, unknown = _tile_difference(shape, pool, configuration, len(table) - 1, head=head)
+        table[1:] += delta_s[1:]
+        notes += unknown
+    for operator in ("decode_attention", "prefill_attention"):
+        if _tiles_of(pool.tiles, operator) != _tiles_of(configuration.tiles, operator):
+            notes.append(f"tiles of {operator}: taken as those of the profile")
+    tables = StepTables(
+        tokens_s=tokens_s,
+        rows_s=fit.rows(seqs),
+        samples_s=samples_s,
+        decode_attention_s=fit.decode(WORK_GRID),
+        prefill_attention_s=fit.prefill(WORK_GRID),
+        request_s=np.zeros(2),
+    )
+    error = fit.relative_error
+    if not profile.serving:
+        notes.append("serving over HTTP: time outside the steps and its share of the cores were not measured")
+    else:
+        cores = configuration.replicas * pool.devices_per_replica
+        serving = min(profile.serving, key=lambda s: (abs(s.cores - cores), s.cores))
+        if serving.cores != cores:
+            notes.append(f"serving over HTTP: taken as measured where {serving.cores} cores compute, not {cores}")
+        tables, error = _served(tables, serving, error)
+    bound = bound_tables(shape, pool, peaks)
+    tables = StepTables(*(np.maximum(table, least) for table, least in zip(tables, bound)))
+    tables.tokens_s[0] = 0.0
+    for part, most in (("num_tokens", pool.max_num_batched_tokens), ("num_rows", pool.max_num_seqs)):
+        if most > fit.largest[part]:
+            notes.append(f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured")
+    if pool.replicas > configuration.replicas:
+        notes.append(f"replicas beyond {configuration.replicas}: on further machines like the measured one")
+    return ModeledStep(tables, True, error, tuple(dict.fromkeys(notes)))
+
+
+@lru_cache(maxsize=256)
+def _fit(steps: tuple[StepPoint, ...]) -> StepFit:
+    return fit_steps(steps)
+
+
+def _served(tables: StepTables, serving: Serving, error: float) -> tuple[StepTables, float]:
+    busy = scaled(tables, serving.contention)
+    busy.tokens_s[1:] += serving.between_steps_s
+    request_s = np.array([serving.to_scheduler_s, serving.to_client_s])
+    # two independent causes: what the fit misses, and how unevenly the server and its clients take the cores
+    return busy._replace(request_s=request_s), float(np.hypot(error, serving.contention_spread))
+
+
+def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
+    """The least step times that the measured peaks allow; weights and cached KV count, activations do not.
+
+    Weights come at the rate of an array as large as all of a rank's weights; KV and arithmetic of attention at the best
+    rate of any size and of any precision.
+    """
+    tp = pool.tensor_parallel_size
+    weight_rate = peaks.bytes_per_s(rank_weight_bytes(shape, tp, pool.weight_dtype))
+    cache_rate = max(rate for _, rate in peaks.read_bytes)
+    linear_rate = peaks.flops_per_s[pool.weight_dtype]
+    attention_rate = max(peaks.flops_per_s.values())
+
+    def linear_s(size: int, head: bool) -> Floats:
+        rows = np.arange(size + 1, dtype=np.float64)
+        total = np.zeros(size + 1)
+        for layer in linears(shape, tp):
+            elements = layer.out_features * layer.in_features
+            weights_s = elements * DTYPE_BYTES[pool.weight_dtype] / weight_rate
+            total += linear_count(layer, head) * np.maximum(2.0 * elements * rows / linear_rate, weights_s)
+        total[0] = 0.0
+        return total
+
+    per_pair = 4.0 * (shape.num_heads // tp) * shape.head_dim * shape.num_layers / attention_rate
+    per_token = kv_bytes_per_token(shape, tp, pool.kv_cache_dtype) / cache_rate
+    return StepTables(
+        tokens_s=linear_s(pool.max_num_batched_tokens, head=False),
+        rows_s=np.zeros(pool.max_num_seqs + 1),
+        samples_s=linear_s(pool.max_num_seqs, head=True),
+        decode_attention_s=WORK_GRID * max(per_pair, per_token),
+        prefill_attention_s=WORK_GRID * per_pair,
+        request_s=np.zeros(2),
+    )
+
+
+def linear_count(layer: Linear, sampled: bool) -> int:
+    """How many of a kind of linear layer the bundled engine computes for all tokens, or for the samples alone.
+
+    Of the last layer only the rows that sample go through o, gate_up and down (runtime/transformer.py).
+    """
+    if layer.name == "head":
+        return layer.count if sampled else 0
+    if layer.name == "qkv":
+        return 0 if sampled else layer.count
+    return 1 if sampled else layer.count - 1
+
+
+def _tiles_of(table: TileTable, operator: str) -> dict[tuple[str, str, int], Tile]:
+    return {key: tile for key, tile in table.items() if key[0] == operator}
+
+
+def _tile_difference(
+    shape: ModelShape, pool: Pool, configuration: Configuration, size: int, *, head: bool
+) -> tuple[Floats, list[str]]:
+    """By rows: time of the linear layers with the pool's tiles less that with the tiles of the measured steps, seconds.
+
+    Both from the operator points, where each tile was measured by itself; 0 where a tile was not, which is said.
+    """
+    delta_s = np.zeros(size + 1)
+    if pool.tiles == configuration.tiles:
+        return delta_s, []
+    notes = []
+    curves: dict[Tile | None, tuple[Floats, Floats] | None] = {}
+    rows = 1
+    while rows < 2 * size:
+        mine, measured = (t.lookup("linear", pool.weight_dtype, rows) for t in (pool.tiles, configuration.tiles))
+        if mine != measured:
+            for tile in (mine, measured):
+                if tile not in curves:
+                    curves[tile] = _linear_curve(shape, configuration, tile, head)
+            new, old = curves[mine], curves[measured]
+            if new is None or old is None:
+                notes.append(f"tiles of linear layers up to {rows} rows: not measured, taken as those of the profile")
+            else:
+                at = np.arange(rows // 2 + 1, min(rows, size) + 1)
+                delta_s[at] = _interpolated(new, at) - _interpolated(old, at)
+        rows *= 2
+    return delta_s, notes
+
+
+def _linear_curve(
+    shape: ModelShape, configuration: Configuration, tile: Tile | None, head: bool
+) -> tuple[Floats, Floats] | None:
+    """(rows, seconds) of all linear layers of a step with one tile, at the rows at which all were measured."""
+    layers = [x for x in linears(shape, configuration.tensor_parallel_size) if linear_count(x, head)]
+    by_rows: dict[int, dict[str, float]] = {}
+    for point in configuration.operators:
+        if point.operator != "linear" or point.precision != configuration.weight_dtype:
+            continue
+        if tile is None:
+            same = point.default
+        else:
+            same = point.backend == tile.backend and point.parameters == dict(tile.parameters)
+        if same:
+            by_rows.setdefault(point.rows, {})[point.name] = point.median_s
+    whole = {r: s for r, s in sorted(by_rows.items()) if all(x.name in s for x in layers)}
+    if not whole:
+        return None
+    seconds = [sum(linear_count(x, head) * s[x.name] for x in layers) for s in whole.values()]
+    return np.array(list(whole), np.float64), np.array(seconds)
+
+
+def _interpolated(curve: tuple[Floats, Floats], rows: NDArray[np.int64]) -> Floats:
+    """Between measured rows linear in the logarithms; beyond them in proportion to the rows."""
+    at, seconds = curve
+    inside = np.exp(np.interp(np.log(rows), np.log(at), np.log(seconds)))
+    return np.asarray(inside * np.maximum(1.0, rows / at[-1]), np.float64)
+
+
+def fastest_tiles(configuration: Configuration) -> TileTable:
+    """The fastest measured tile of the linear layers for each bucket of rows, as a table for a deployment."""
+    best: dict[int, tuple[float, Tile]] = {}
+    totals: dict[tuple[int, str, tuple[tuple[str, int], ...]], float] = {}
+    for point in configuration.operators:
+        if point.operator == "linear":
+            key = (bucket(point.rows), point.backend, tuple(point.parameters.items()))
+            totals[key] = totals.get(key, 0.0) + point.median_s
+    for (rows, backend, parameters), seconds in totals.items():
+        if rows not in best or seconds < best[rows][0]:
+            best[rows] = (seconds, Tile("linear", backend, parameters))
+    return TileTable(tuple((("linear", configuration.weight_dtype, rows), tile) for rows, (_, tile) in best.items()))

@@ -1,0 +1,235 @@
+"""A planned step as tensors: which token stands where, which KV slot it fills, which blocks its request reads.
+
+The plan of a step goes through one flat int32 array, the wire: `write_wire` fills it from the scheduler's state, tensor
+parallel ranks receive it as it is, and `Batch.read` makes the same tensors of it on every rank. Layout:
+
+    wire[0] requests S · wire[1] tokens T · wire[2] width B of the block tables · wire[3] what the head computes
+    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · samples? (S) · block tables (S, B)
+
+The buffers are allocated once; a step only takes views of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.jit import njit
+from .scheduler import BLOCK_SIZE, PLAN_SIZE, PREFIX_CACHING, Plan, State
+from .spec import Pool
+
+ROWS = 0
+TOKENS = 1
+TABLE_WIDTH = 2
+HEAD = 3
+HEADER = 4
+
+# wire[HEAD]: what the last layer's rows are turned into
+ARGMAX = 0  # the best token of each sampling row; ranks send one (logit, token) pair a row
+LOGITS = 1  # the logits of each sampling row
+ALL_LOGITS = 2  # the logits of every row, for tests and perplexity
+
+
+def new_wire(pool: Pool) -> NDArray[np.int32]:
+    """A wire that holds any step within the limits of `pool`."""
+    tables = pool.max_num_seqs * -(-pool.max_model_len // pool.block_size)
+    return np.zeros(HEADER + pool.max_num_batched_tokens + 3 * pool.max_num_seqs + tables, np.int32)
+
+
+def used_places(header: Sequence[int]) -> int:
+    """Places that a step takes of the wire, from its header."""
+    rows = header[ROWS]
+    return HEADER + header[TOKENS] + 3 * rows + rows * header[TABLE_WIDTH]
+
+
+@njit
+def write_wire(state: State, plan: Plan, tokens: NDArray[np.int32], head: int, wire: NDArray[np.int32]) -> int:
+    """Write a plan; returns how many places of the wire it takes.
+
+    Args:
+        tokens: arena of token ids; those of a request begin at its hash_start x block size.
+        head: ARGMAX, LOGITS or ALL_LOGITS.
+    """
+    rows = plan.counts[PLAN_SIZE]
+    block_size = state.limits[BLOCK_SIZE]
+    place = HEADER
+    width = 0
+    for row in range(rows):
+        slot = plan.slot[row]
+        first = state.hash_start[slot] * block_size + plan.start[row]
+        for i in range(plan.num_tokens[row]):
+            wire[place + i] = tokens[first + i]
+        place += plan.num_tokens[row]
+        width = max(width, (plan.start[row] + plan.num_tokens[row] + block_size - 1) // block_size)
+    wire[ROWS] = rows
+    wire[TOKENS] = place - HEADER
+    wire[TABLE_WIDTH] = width
+    wire[HEAD] = head
+    for row in range(rows):
+        wire[place + row] = plan.num_tokens[row]
+        wire[place + rows + row] = plan.start[row]
+        wire[place + 2 * rows + row] = plan.samples[row]
+    place += 3 * rows
+    for row in range(rows):
+        slot = plan.slot[row]
+        held = min(width, state.num_blocks[slot])
+        table = state.block_table[state.lane[slot]]
+        for i in range(held):
+            wire[place + i] = table[i]
+        for i in range(held, width):
+            wire[place + i] = 0
+        place += width
+    return int(place)
+
+
+@njit
+def _expand(
+    wire: NDArray[np.int32],
+    block_size: int,
+    token_ids: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    query_start: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    head_rows: NDArray[np.int64],
+) -> int:
+    """Fill the arrays of a Batch from a wire; returns the number of head rows."""
+    rows, tokens, width = wire[ROWS], wire[TOKENS], wire[TABLE_WIDTH]
+    counts = HEADER + tokens
+    tables = counts + 3 * rows
+    place = 0
+    heads = 0
+    query_start[0] = 0
+    for row in range(rows):
+        n, start = wire[counts + row], wire[counts + rows + row]
+        for i in range(n):
+            position = np.int64(start) + i
+            block = np.int64(wire[tables + row * width + position // block_size])
+            token_ids[place + i] = wire[HEADER + place + i]
+            positions[place + i] = position
+            slots[place + i] = block * block_size + position % block_size
+        place += n
+        query_start[row + 1] = place
+        lengths[row] = start + n
+        if wire[HEAD] == ALL_LOGITS:
+            for i in range(n):
+                head_rows[heads + i] = place - n + i
+            heads += n
+        elif wire[counts + 2 * rows + row] != 0:
+            head_rows[heads] = place - 1
+            heads += 1
+    return int(heads)
+
+
+class Batch:
+    """The tensors of one step: T tokens of S requests, those of a request one after the other.
+
+    Views of buffers that the next `read` overwrites.
+
+    token_ids, positions  (T,) int64
+    slot_mapping          (T,) int64    block * block_size + offset in the KV cache
+    query_start           (S + 1,) int32
+    context_len           (S,) int32    tokens in the cache before the step
+    length                (S,) int32    tokens in the cache after it
+    block_tables          (S, B) int32
+    head_rows             (H,) int64    tokens whose hidden state the head sees
+    head                  what it makes of them: ARGMAX, LOGITS or ALL_LOGITS
+    decode_only           every request computes one token
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    length: Tensor
+    block_tables: Tensor
+    head_rows: Tensor
+    head: int
+    decode_only: bool
+
+    def __init__(self, pool: Pool) -> None:
+        self.wire = new_wire(pool)
+        self._block_size = pool.block_size
+        tokens, seqs = pool.max_num_batched_tokens, pool.max_num_seqs
+        self._arrays = (
+            np.zeros(tokens, np.int64),
+            np.zeros(tokens, np.int64),
+            np.zeros(tokens, np.int64),
+            np.zeros(seqs + 1, np.int32),
+            np.zeros(seqs, np.int32),
+            np.zeros(tokens, np.int64),
+        )
+        self._tensors = tuple(torch.from_numpy(array) for array in self._arrays)
+        self.wire_tensor = torch.from_numpy(self.wire)
+
+    def read(self) -> None:
+        """Take the step that lies in `wire`."""
+        wire = self.wire
+        rows, tokens, width = int(wire[ROWS]), int(wire[TOKENS]), int(wire[TABLE_WIDTH])
+        heads = _expand(wire, self._block_size, *self._arrays)
+        token_ids, positions, slots, query_start, lengths, head_rows = self._tensors
+        counts = HEADER + tokens
+        tables = counts + 3 * rows
+        self.token_ids, self.positions, self.slot_mapping = token_ids[:tokens], positions[:tokens], slots[:tokens]
+        self.query_start, self.length, self.head_rows = query_start[: rows + 1], lengths[:rows], head_rows[:heads]
+        self.context_len = self.wire_tensor[counts + rows : counts + 2 * rows]
+        self.block_tables = self.wire_tensor[tables : tables + rows * width].view(rows, width)
+        self.head = int(wire[HEAD])
+        self.decode_only = rows == tokens
+
+
+@njit
+def append_tokens(
+    state: State,
+    plan: Plan,
+    tokens: NDArray[np.int32],
+    new_tokens: NDArray[np.int64],
+    num_cached: NDArray[np.int64],
+    full: NDArray[np.int64],
+) -> int:
+    """Between `schedule` and `commit`: put the tokens that the plan's rows sampled behind those of their requests.
+
+    Args:
+        tokens: the arena, as in write_wire.
+        new_tokens: (sampling rows,) in the order of the plan.
+        num_cached: (slots,) set for requests that get their first token.
+        full: (max_num_seqs,) filled with the slots of requests that have full blocks without a hash after this step.
+    Returns: how many of `full` there are.
+    """
+    block_size = state.limits[BLOCK_SIZE]
+    caching = state.limits[PREFIX_CACHING] != 0
+    sampled = 0
+    found = 0
+    for row in range(plan.counts[PLAN_SIZE]):
+        slot = plan.slot[row]
+        if plan.samples[row]:
+            tokens[state.hash_start[slot] * block_size + state.num_tokens[slot]] = new_tokens[sampled]
+            sampled += 1
+            if state.num_tokens[slot] == state.num_prompt_tokens[slot]:
+                num_cached[slot] = state.num_cached_tokens[slot]
+        if caching and state.num_computed_tokens[slot] // block_size > state.num_hashes[slot]:
+            full[found] = slot
+            found += 1
+    return found
+
+
+@njit
+def step_work(plan: Plan) -> tuple[float, float]:
+    """What attention of a step reads and computes, as `profiler.step_time.composed_time_s` counts it.
+
+    Returns: tokens whose KV the one-token rows read, their own included; query-key pairs of the other rows.
+    """
+    decode_context = 0.0
+    prefill_pairs = 0.0
+    for row in range(plan.counts[PLAN_SIZE]):
+        start, tokens = plan.start[row], plan.num_tokens[row]
+        if tokens == 1:
+            decode_context += start + 1
+        else:
+            prefill_pairs += tokens * start + tokens * (tokens + 1) / 2
+    return decode_context, prefill_pairs

@@ -1,0 +1,366 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+    engine = Engine(deployment, model_dir)
+    engine.add(Request(0, prompt_token_ids, SamplingParams(max_tokens=32)))
+    while engine.has_work:
+        for output in engine.step(): ...
+
+A step is the scheduler's plan, computed by the ranks, sampled, and committed. Not thread-safe: one thread drives it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import kv_cache
+from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
+from .memory import check_memory
+from .model_shape import ModelShape
+from .parallel import RankFailed
+from .peers import Peers
+from .rank import OtherRanks, Rank
+from .runnable import check_runnable
+from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
+from .scheduler import (
+    NUM_PREEMPTIONS,
+    NUM_PREFIX_HIT_TOKENS,
+    NUM_PREFIX_QUERY_TOKENS,
+    NUM_RUNNING,
+    NUM_WAITING,
+    PLAN_FINISHED,
+    PLAN_SIZE,
+    PLAN_TOKENS,
+    abort,
+    add_request,
+    commit,
+    grow,
+    new_plan,
+    new_state,
+    schedule,
+)
+from .spec import Deployment
+from .token_store import TokenStore
+
+__all__ = [
+    "BadRequest",
+    "Engine",
+    "EngineStats",
+    "FinishReason",
+    "KeptLogits",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "StepRecord",
+    "TokenLogprobs",
+]
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to continue.
+
+    request_id        the caller's, unique among live requests
+    prompt_token_ids  (n,) int32, n >= 1
+    """
+
+    request_id: int
+    prompt_token_ids: NDArray[np.int32]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step brought for one request.
+
+    token_ids          new tokens, in order; a token that ends the answer is among them
+    logprobs           of each new token, if the request asked for them
+    finish_reason      None while the answer goes on
+    num_cached_tokens  of the prompt, found in the prefix cache when the request was first admitted
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the engine began, and what it holds now."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step as the step-time model sees it (profiler/step_time.py).
+
+    decode_context  tokens whose KV the one-token rows read, their own included, summed over these rows
+    prefill_pairs   query-key pairs of the other rows
+    seconds         of the whole step: planning, computing, sampling, committing
+    started_s       on the clock of time.perf_counter
+    """
+
+    num_tokens: int
+    num_rows: int
+    num_samples: int
+    decode_context: float
+    prefill_pairs: float
+    seconds: float
+    started_s: float
+
+
+class KeptLogits(NamedTuple):
+    """Logits (n, vocab_size) fp32 of places start .. start + n - 1 of a request's tokens."""
+
+    request_id: int
+    start: int
+    logits: Tensor
+
+
+class Engine:
+    """One replica of a deployment on this machine. It sets torch's threads for the whole process.
+
+    Args:
+        deployment: one mixed pool on the CPU; `replicas` is the business of whoever starts engines.
+        model_dir: what `resolve_model(deployment.model)` gives.
+        keep_logits: put the logits of every computed token into `kept_logits`, for tests and for perplexity.
+
+    Raises: BadSpec: a field that this engine cannot honor, or more memory than there is; BadModel; BadTile; RankFailed.
+    """
+
+    def __init__(self, deployment: Deployment, model_dir: Path, *, keep_logits: bool = False) -> None:
+        self.shape = ModelShape.load(model_dir)
+        check_runnable(deployment, self.shape)
+        self.pool = deployment.pool
+        check_memory(self.shape, self.pool, replicas=1)
+        self.kept_logits: list[KeptLogits] = []
+        self._keep_logits = keep_logits
+        self._others: OtherRanks | None = None
+        self._failed: RankFailed | None = None
+        peers = None
+        try:
+            if self.pool.tensor_parallel_size > 1:
+                self._others = OtherRanks(self.pool, model_dir, self.shape)
+                peers = Peers(self._others.folder, 0, self.pool.tensor_parallel_size)
+            self._rank = Rank(self.pool, self.shape, model_dir, peers)
+            if self._others is not None:
+                self._others.wait_until_loaded()
+            self._reset()
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _reset(self) -> None:
+        self._store = TokenStore(self.pool.block_size)
+        self._state = new_state(self.pool, hashes=self._store.hashes)
+        self._plan = new_plan(self.pool)
+        slots = len(self._state.request_id)
+        self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
+        self._num_cached = np.zeros(slots, np.int64)
+        self._full = np.zeros(self.pool.max_num_seqs, np.int64)
+        self._slot_of: dict[int, int] = {}
+        self._aborted: list[Output] = []
+        self._steps = 0
+        self.last_step: StepRecord | None = None
+
+    def _warm_up(self) -> None:
+        """Prefill and decode once, then forget it: the first request shall not wait for Numba, threads and memory."""
+        keep, self._keep_logits = self._keep_logits, False
+        tokens = np.zeros(max(1, min(4, self.pool.max_model_len - 2)), np.int32)
+        self.add(Request(0, tokens, SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)))
+        while self.has_work:
+            self.step()
+        self._reset()
+        self._keep_logits = keep
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its answer ends at max_model_len if max_tokens would go beyond.
+
+        Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token.
+        """
+        prompt = self._checked_prompt(request)
+        max_num_tokens = min(len(prompt) + request.sampling.max_tokens, self.pool.max_model_len)
+        unit = self._store.hold(max_num_tokens)
+        if self._store.hashes is not self._state.hashes:
+            self._state = self._state._replace(hashes=self._store.hashes)
+        first = unit * self.pool.block_size
+        self._store.tokens[first : first + len(prompt)] = prompt
+        num_hashes = len(prompt) // self.pool.block_size if self.pool.enable_prefix_caching else 0
+        self._store.hash_blocks(unit, 0, num_hashes)
+        slot = add_request(self._state, request.request_id, len(prompt), max_num_tokens, unit, num_hashes)
+        if slot < 0:
+            self._grow()
+            slot = add_request(self._state, request.request_id, len(prompt), max_num_tokens, unit, num_hashes)
+        self._sampler.put(slot, request.sampling)
+        self._slot_of[request.request_id] = slot
+
+    def _checked_prompt(self, request: Request) -> NDArray[np.int32]:
+        prompt = np.asarray(request.prompt_token_ids)
+        if request.request_id in self._slot_of:
+            raise BadRequest("request_id", request.request_id, "an id that no live request has")
+        if prompt.ndim != 1 or not 1 <= len(prompt) < self.pool.max_model_len:
+            allowed = f"1 to {self.pool.max_model_len - 1} tokens (max_model_len - 1)"
+            raise BadRequest("prompt_token_ids", f"{prompt.size} tokens", allowed)
+        if not np.issubdtype(prompt.dtype, np.integer):
+            raise BadRequest("prompt_token_ids", prompt.dtype, "integers")
+        if prompt.min() < 0 or prompt.max() >= self.shape.vocab_size:
+            found = f"ids from {prompt.min()} to {prompt.max()}"
+            raise BadRequest("prompt_token_ids", found, f"0 to {self.shape.vocab_size - 1} (vocab_size - 1)")
+        return prompt.astype(np.int32, copy=False)
+
+    def _grow(self) -> None:
+        self._state = grow(self._state)
+        slots = len(self._state.request_id)
+        self._sampler.grow(slots)
+        self._num_cached = np.concatenate([self._num_cached, np.zeros(slots - len(self._num_cached), np.int64)])
+
+    def abort(self, request_id: int) -> bool:
+        """End a request whose answer nobody wants; the next step reports it as "abort". False: no such request."""
+        slot = self._slot_of.get(request_id)
+        if slot is None:
+            return False
+        abort(self._state, slot)
+        self._aborted.append(Output(request_id, (), None, "abort", int(self._num_cached[slot])))
+        self._forget(slot)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would bring something."""
+        counts = self._state.counts
+        return bool(counts[NUM_RUNNING] + counts[NUM_WAITING] > 0 or self._aborted)
+
+    def step(self) -> list[Output]:
+        """Plan, compute and commit one step; what it brought, one Output for each request that got a token or ended.
+
+        Raises: RankFailed: a tensor parallel rank is gone; every later step raises it, too.
+        """
+        if self._failed is not None:
+            raise self._failed
+        started_s = time.perf_counter()
+        outputs, self._aborted = self._aborted, []
+        state, plan = self._state, self._plan
+        schedule(state, plan)
+        rows = int(plan.counts[PLAN_SIZE])
+        if rows == 0:
+            return outputs
+        slots = plan.slot[:rows][plan.samples[:rows]]
+        generated = state.num_tokens[slots] - state.num_prompt_tokens[slots]
+        tokens, logprobs = self._compute(slots, generated)
+        self._take(tokens)
+        stopped = self._sampler.ends(slots, tokens)
+        plan.stopped[:rows] = False
+        plan.stopped[:rows][plan.samples[:rows]] = stopped
+        plan.accepted[:rows] = 1
+        commit(state, plan)
+        ended = set(plan.finished[: plan.counts[PLAN_FINISHED]].tolist())
+        ids, cached = state.request_id[slots].tolist(), self._num_cached[slots].tolist()
+        for row, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist())):
+            reason: FinishReason | None = None
+            if slot in ended:
+                reason = "stop" if stopped[row] else "length"
+            told = logprobs[row] if logprobs else None
+            outputs.append(Output(ids[row], (token,), None if told is None else (told,), reason, cached[row]))
+        for slot in ended:
+            self._forget(slot)
+        self._steps += 1
+        seconds = time.perf_counter() - started_s
+        decode_context, prefill_pairs = step_work(plan)
+        num_tokens = int(plan.counts[PLAN_TOKENS])
+        self.last_step = StepRecord(num_tokens, rows, len(slots), decode_context, prefill_pairs, seconds, started_s)
+        return outputs
+
+    def _compute(
+        self, slots: NDArray[np.int64], generated: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[TokenLogprobs | None]]:
+        """Tokens (and log-probabilities, where any are wanted) of the plan's sampling rows."""
+        head = ARGMAX if self._sampler.argmax_will_do(slots, generated) else LOGITS
+        head = ALL_LOGITS if self._keep_logits else head
+        used = write_wire(self._state, self._plan, self._store.tokens, head, self._rank.batch.wire)
+        try:
+            if self._others is not None:
+                self._others.check()
+            result = self._rank.run(used)
+        except RuntimeError as error:
+            if self._others is None:
+                raise
+            self._failed = error if isinstance(error, RankFailed) else self._others.explain(error)
+            raise self._failed from error
+        assert result is not None
+        if head == ARGMAX:
+            return result.numpy(), []
+        if head == ALL_LOGITS:
+            result = self._kept(result)
+        with torch.inference_mode():
+            return self._sampler.sample(result, slots, generated)
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """Keep the logits of every token of the step; returns those of its sampling rows."""
+        plan, rows = self._plan, int(self._plan.counts[PLAN_SIZE])
+        ends = np.cumsum(plan.num_tokens[:rows])
+        for row, end in enumerate(ends.tolist()):
+            start, count = int(plan.start[row]), int(plan.num_tokens[row])
+            request_id = int(self._state.request_id[plan.slot[row]])
+            self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end]))
+        return logits[torch.from_numpy(ends[plan.samples[:rows]] - 1)]
+
+    def _take(self, tokens: NDArray[np.int64]) -> None:
+        """Put new tokens behind those of their requests, and name the blocks that this step fills."""
+        state = self._state
+        full = append_tokens(state, self._plan, self._store.tokens, tokens, self._num_cached, self._full)
+        for slot in self._full[:full].tolist():
+            last = int(state.num_computed_tokens[slot]) // self.pool.block_size
+            self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
+            state.num_hashes[slot] = last
+
+    def _forget(self, slot: int) -> None:
+        del self._slot_of[int(self._state.request_id[slot])]
+        self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
+
+    def stats(self) -> EngineStats:
+        """Counts since the engine began, and what it holds now. Cached blocks that nobody holds are not in use."""
+        counts = self._state.counts
+        return EngineStats(
+            running=int(counts[NUM_RUNNING]),
+            waiting=int(counts[NUM_WAITING]),
+            kv_blocks_used=self.pool.num_kv_blocks - kv_cache.num_available(self._state.blocks),
+            kv_blocks_total=self.pool.num_kv_blocks,
+            preemptions=int(counts[NUM_PREEMPTIONS]),
+            prefix_query_tokens=int(counts[NUM_PREFIX_QUERY_TOKENS]),
+            prefix_hit_tokens=int(counts[NUM_PREFIX_HIT_TOKENS]),
+            steps=self._steps,
+        )
+
+    def close(self) -> None:
+        """End the other ranks. The engine is of no more use."""
+        if self._others is not None:
+            self._others.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,274 @@
+"""What a model is made of, read from a Hugging Face `config.json`: sizes, rotary embedding, biases, bytes. No tensors.
+
+Dense decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3. What this code does not compute (another
+activation, another rotary scaling, experts, quantized checkpoints) is refused by name rather than left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from .small_model import MODEL_DIR
+from .spec import SMALL_MODEL
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
+
+# What transformers takes where config.json is silent (its configuration classes, version 5.17).
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
+_DEFAULT_RMS_NORM_EPS = 1e-6
+_DEFAULT_ROPE_THETA = 10000.0
+
+
+class BadModel(Exception):
+    """A model directory that cannot be served: where (file, field or tensor), what was found, what is allowed."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, where: str, found: object, allowed: str, todo: str) -> None:
+        super().__init__(where, found, allowed, todo)
+        self.where, self.found, self.allowed, self.todo = where, found, allowed, todo
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {str(self.found)[:120]}; allowed: {self.allowed}; {self.todo}"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al., arXiv:2104.09864) and how its frequencies are stretched.
+
+    linear: all frequencies / factor (Chen et al., arXiv:2306.15595). llama3: low frequencies / factor, high ones as
+    they are, those between interpolated (Llama 3.1's `rope_scaling`; what is low is measured against
+    original_max_position_embeddings).
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one dense decoder.
+
+    sliding_window  tokens of context a layer sees, None = all of them; contexts up to it are computed exactly
+    eos_token_ids   tokens that end an answer
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
+        """From the content of a config.json. Raises: BadModel, naming the field."""
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise BadModel(f"{name}: model_type", family, ", ".join(FAMILIES), "serve a dense model of these families")
+        if config.get("quantization_config"):
+            found = dict(config["quantization_config"]).get("quant_method", "quantized weights")
+            raise BadModel(
+                f"{name}: quantization_config", found, "fp32, bf16 or fp16 weights", "use the original model"
+            )
+        if config.get("hidden_act", "silu") != "silu":
+            raise BadModel(f"{name}: hidden_act", config["hidden_act"], "silu", "serve a model with this activation")
+        if config.get("partial_rotary_factor", 1.0) != 1.0:
+            raise BadModel(
+                f"{name}: partial_rotary_factor", config["partial_rotary_factor"], "1", "serve another model"
+            )
+        heads = _size(config, "num_attention_heads", name)
+        hidden = _size(config, "hidden_size", name)
+        kv_heads = _size(config, "num_key_value_heads", name, heads)
+        head_dim = _size(config, "head_dim", name, _DEFAULT_HEAD_DIM.get(family, hidden // heads))
+        if heads % kv_heads:
+            raise BadModel(
+                f"{name}: num_key_value_heads", kv_heads, f"a divisor of {heads} heads", "correct the config"
+            )
+        if head_dim % 2:
+            raise BadModel(f"{name}: head_dim", head_dim, "an even number (rotary pairs)", "correct the config")
+        attention_bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3")
+        positions = _size(config, "max_position_embeddings", name)
+        return cls(
+            family=family,
+            vocab_size=_size(config, "vocab_size", name),
+            hidden_size=hidden,
+            intermediate_size=_size(config, "intermediate_size", name),
+            num_layers=_size(config, "num_hidden_layers", name),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=positions,
+            rms_norm_eps=float(config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
+            rope=_rope(config, name),
+            qkv_bias=family == "qwen2" or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            sliding_window=_sliding_window(config, family, positions),
+            eos_token_ids=_token_ids(config.get("eos_token_id"), f"{name}: eos_token_id"),
+        )
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> ModelShape:
+        """From a model directory; `generation_config.json`, where there is one, has the last word on eos_token_id.
+
+        Raises: BadModel: no config.json, not JSON, or a model that is not supported.
+        """
+        folder = Path(model_dir)
+        config = read_json(folder / "config.json")
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            eos = read_json(generation).get("eos_token_id")
+            if eos is not None:
+                config = {**config, "eos_token_id": eos}
+        return cls.from_config(config, str(folder / "config.json"))
+
+    @property
+    def qkv_features(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def matrices(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Every kind of weight matrix that a token is multiplied with: (name, out_features, in_features, how many)."""
+        hidden, layers = self.hidden_size, self.num_layers
+        return (
+            ("qkv", self.qkv_features, hidden, layers),
+            ("o", hidden, self.num_heads * self.head_dim, layers),
+            ("gate_up", 2 * self.intermediate_size, hidden, layers),
+            ("down", hidden, self.intermediate_size, layers),
+            ("head", self.vocab_size, hidden, 1),
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters of the checkpoint; a tied head counts once."""
+        matrices = sum(out * into * count for _, out, into, count in self.matrices())
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return matrices + embedding + self._vector_parameters()
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of keys and values that one token of context holds, all layers together."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def embedding_bytes(self, dtype: str) -> int:
+        """Bytes of the embedding table: fp32 where the weights are fp32, else bf16; rows are looked up only."""
+        return self.vocab_size * self.hidden_size * (4 if dtype == "fp32" else 2)
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of the weights that a step reads, the head with them and the embedding table without.
+
+        int8 has a scale and a sum per output channel; norms and biases are fp32.
+        """
+        per_channel = 8 if dtype == "int8" else 0
+        matrices = sum(
+            count * out * (into * DTYPE_BYTES[dtype] + per_channel) for _, out, into, count in self.matrices()
+        )
+        return matrices + 4 * self._vector_parameters()
+
+    def _vector_parameters(self) -> int:
+        per_layer = 2 * self.hidden_size
+        per_layer += 2 * self.head_dim if self.qk_norm else 0
+        per_layer += self.qkv_features if self.qkv_bias else 0
+        per_layer += self.hidden_size if self.o_bias else 0
+        per_layer += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
+        return self.num_layers * per_layer + self.hidden_size
+
+
+def resolve_model(model: str) -> Path:
+    """The directory of a deployment's model: "paretune/small" is the one that ships with the package.
+
+    Raises: BadModel: no such directory, or one without config.json.
+    """
+    folder = MODEL_DIR if model == SMALL_MODEL else Path(model)
+    if not folder.is_dir():
+        todo = "download the model first and give the path of its directory"
+        raise BadModel(f"model {model!r}", "no such directory", f"a directory, or {SMALL_MODEL!r}", todo)
+    if not (folder / "config.json").is_file():
+        todo = "give the directory that Hugging Face's save_pretrained wrote"
+        raise BadModel(str(folder / "config.json"), "no such file", "config.json beside the safetensors", todo)
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model directory. Raises: BadModel."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadModel(str(path), error.strerror or error, "a readable file", "copy the model again") from None
+    except ValueError as error:
+        raise BadModel(str(path), f"no JSON ({error})", "a JSON object", "copy the model again") from None
+    if not isinstance(content, dict):
+        raise BadModel(str(path), type(content).__name__, "a JSON object", "copy the model again")
+    return content
+
+
+def _size(config: Mapping[str, Any], field: str, name: str, default: int | None = None) -> int:
+    value = config.get(field)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadModel(f"{name}: {field}", value, "an integer >= 1", "correct the config")
+    return value
+
+
+def _token_ids(value: Any, where: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise BadModel(where, value, "a token id, or a list of them", "correct the config")
+    return ids
+
+
+def _sliding_window(config: Mapping[str, Any], family: str, positions: int) -> int | None:
+    window = config.get("sliding_window", _DEFAULT_SLIDING_WINDOW.get(family))
+    if family in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
+        window = None
+    if family == "llama" or window is None or window >= positions:
+        return None
+    return int(window)
+
+
+def _rope(config: Mapping[str, Any], name: str) -> Rope:
+    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given = config.get(field) or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise BadModel(f"{name}: {field}", given, "one rotary embedding for all layers", "serve another model")
+    theta = given.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA))
+    kind = given.get("rope_type", given.get("type", "default"))
+    numbers = {"factor": given.get("factor", 1.0)}
+    if kind == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            numbers[key] = given.get(key)
+    elif kind not in ("default", "linear"):
+        raise BadModel(f"{name}: {field}", kind, "default, linear, llama3", "serve a model with one of these")
+    for key, value in {"rope_theta": theta, **numbers}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise BadModel(f"{name}: {field}.{key}", value, "a number > 0", "correct the config")
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        found = f"{numbers['low_freq_factor']} and {numbers['high_freq_factor']}"
+        raise BadModel(f"{name}: {field}", found, "low_freq_factor < high_freq_factor", "correct the config")
+    return Rope(float(theta), kind, **(numbers if kind != "default" else {}))

@@ -1,0 +1,145 @@
+"""The forward pass of one rank: hidden states through the layers, keys and values into the paged cache, logits out.
+
+Activations are fp32 between operators, whatever the weights are (see kernels/linear.py). Attention takes mixed steps in
+one call; a step of pure decoding takes the decode kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels.cpu.build import load
+from ..kernels.decode_attention import decode_attention
+from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
+from ..kernels.linear import linear
+from ..kernels.prefill_attention import prefill_attention
+from ..kernels.tiles import BadTile, Tile, TileTable
+from .batch import Batch
+from .model_shape import ModelShape, Rope
+from .parallel import Share
+from .weights import LayerWeights, Weights
+
+_BUCKETS = 33
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Radians per position of each rotary pair: theta ** (-2 i / head_dim), stretched as `rope` says.
+
+    Returns: (head_dim / 2,) fp32; in fp32 because the models were trained with what that rounds to.
+    """
+    frequency = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return frequency * kept + frequency / rope.factor * (1 - kept)
+    return frequency
+
+
+def rope_tables(shape: ModelShape, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions 0 .. positions - 1: (positions, head_dim / 2) fp32."""
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), rope_frequencies(shape.rope, shape.head_dim))
+    return angles.cos(), angles.sin()
+
+
+def zeros_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory is taken only when it is first written, in 2 MB pages where Linux gives them.
+
+    Decoding reads a few KB here and there in hundreds of MB: with 4 KB pages the page walks made decode attention 1.3
+    to 1.6 times slower (8 sequences of 200 tokens, head_dim 32, Zen 4).
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Transformer:
+    """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        weights: Weights,
+        share: Share,
+        *,
+        num_kv_blocks: int,
+        block_size: int,
+        kv_cache_dtype: str,
+        max_model_len: int,
+        tiles: TileTable,
+        reduce: Callable[[Tensor], None] | None,
+    ) -> None:
+        self._shape = shape
+        self._weights = weights
+        self._reduce = reduce
+        self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
+        self._scale = shape.head_dim**-0.5
+        self._cos, self._sin = rope_tables(shape, max_model_len)
+        cache = (shape.num_layers, 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
+        self._cache = [tuple(layer) for layer in zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])]
+        self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
+        self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32."""
+        weights, eps = self._weights, self._shape.rms_norm_eps
+        residual = weights.embedding[batch.token_ids].float()
+        x = rms_norm(residual, weights.layers[0].input_norm, eps)
+        last = len(weights.layers) - 1
+        for index, layer in enumerate(weights.layers):
+            x = self._attention(x, layer, index, batch)
+            if index == last:  # of the last layer's output only the head's rows are ever read
+                x, residual = x[batch.head_rows], residual[batch.head_rows]
+            x = self._summed(linear(x, layer.o))
+            x = add_rms_norm(x, residual, layer.post_norm, eps)
+            x = self._summed(linear(swiglu(linear(x, layer.gate_up)), layer.down))
+            norm = weights.norm if index == last else weights.layers[index + 1].input_norm
+            x = add_rms_norm(x, residual, norm, eps)
+        return linear(x, weights.head)
+
+    def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch) -> Tensor:
+        """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""
+        tokens, heads, kv_heads, head_dim = x.shape[0], self._heads, self._kv_heads, self._shape.head_dim
+        qkv = linear(x, layer.qkv).view(tokens, heads + 2 * kv_heads, head_dim)
+        q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            eps = self._shape.rms_norm_eps
+            q = rms_norm(q.reshape(-1, head_dim), layer.q_norm, eps).view(tokens, heads, head_dim)
+            k = rms_norm(k.reshape(-1, head_dim), layer.k_norm, eps).view(tokens, kv_heads, head_dim)
+        k_cache, v_cache = self._cache[index]
+        rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, k_cache, v_cache, batch.slot_mapping)
+        exponent = (tokens - 1).bit_length()
+        if batch.decode_only:
+            tile = self._decode_tiles[exponent]
+            out = decode_attention(q, k_cache, v_cache, batch.block_tables, batch.length, self._scale, tile)
+        else:
+            tile = self._prefill_tiles[exponent]
+            out = prefill_attention(
+                q, k_cache, v_cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
+            )
+        return out.view(tokens, heads * head_dim)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        if self._reduce is not None and x.shape[0] > 0:
+            self._reduce(x)
+        return x
+
+
+def _by_bucket(tiles: TileTable, operator: str, precision: str) -> tuple[Tile | None, ...]:
+    """The table's tile for each power-of-two number of rows, index = exponent. Raises: BadTile: not for here."""
+    having = ("cpp", "torch") if load() is not None else ("torch",)
+    for backend in tiles.backends(operator, precision):
+        if backend not in having:
+            raise BadTile(f"{operator}: backend", backend, ", ".join(having), "run `paretune doctor` for the reason")
+    return tuple(tiles.lookup(operator, precision, 1 << exponent) for exponent in range(_BUCKETS))

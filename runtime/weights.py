@@ -1,0 +1,225 @@
+"""Weights from safetensors into the layout the operators want: read, checked, cut to one rank's share, packed.
+
+Only safetensors are read: a pickle can run any code when it is opened. What is cut where comes in as a `Share`; nothing
+here knows of processes. q, k and v lie in one matrix, gate and up in another: one product each, not three and two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..kernels.linear import PackedLinear, pack
+from ..kernels.tiles import TileTable
+from .model_shape import BadModel, ModelShape, read_json
+from .parallel import Share
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FLOATS = {"F32", "BF16", "F16", "F64"}
+
+
+class Checkpoint:
+    """The safetensors of a model directory. Every tensor is read at most once, and `check_all_read` names what is left.
+
+    Raises: BadModel, naming file and tensor.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        self._unread: set[str] = set()
+        index = model_dir / INDEX_FILE
+        if index.is_file():
+            self._read_index(index)
+        elif (model_dir / SINGLE_FILE).is_file():
+            path = model_dir / SINGLE_FILE
+            self._file_of = dict.fromkeys(self._opened(path).keys(), path)
+        else:
+            raise self._no_weights()
+        self._unread = set(self._file_of)
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise BadModel(f"{index}: weight_map", weight_map, "tensor names and their files", "copy the model again")
+        for file in sorted(set(weight_map.values())):
+            path = self.model_dir / file
+            if path.name != file or not file.endswith(".safetensors"):
+                raise BadModel(f"{index}: weight_map", file, "safetensors in this directory", "copy the model again")
+            if not path.is_file():
+                tensor = next(name for name, its_file in weight_map.items() if its_file == file)
+                raise BadModel(str(path), f"no such shard (tensor {tensor} is in it)", "all shards", "copy it as well")
+            missing = {name for name, its_file in weight_map.items() if its_file == file} - set(
+                self._opened(path).keys()
+            )
+            if missing:
+                raise BadModel(
+                    f"{path}: {min(missing)}", "no such tensor", "what the index says", "copy the shard again"
+                )
+        self._file_of = {name: self.model_dir / file for name, file in weight_map.items()}
+
+    def _no_weights(self) -> BadModel:
+        pickles = sorted(path.name for pattern in _PICKLES for path in self.model_dir.glob(pattern))
+        if pickles:
+            todo = (
+                "convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+            )
+            return BadModel(f"{self.model_dir / pickles[0]}", "pickled weights", "safetensors (pickles run code)", todo)
+        todo = "copy the weights beside config.json"
+        return BadModel(str(self.model_dir), "no weights", f"{SINGLE_FILE}, or shards and {INDEX_FILE}", todo)
+
+    def _opened(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise BadModel(str(path), error, "whole safetensors", "copy the file again") from None
+        return self._open[path]
+
+    def read(
+        self, name: str, shape: tuple[int, ...], *, rows: range | None = None, columns: range | None = None
+    ) -> Tensor:
+        """A tensor that must have this whole shape, or the given rows or columns of it, as stored."""
+        if name not in self._file_of:
+            where = f"{self.model_dir / (INDEX_FILE if len(self._open) > 1 else SINGLE_FILE)}: {name}"
+            raise BadModel(where, "no such tensor", "every weight that config.json asks for", "copy the model again")
+        path = self._file_of[name]
+        stored = self._opened(path).get_slice(name)
+        found = tuple(stored.get_shape())
+        if found != shape:
+            raise BadModel(
+                f"{path}: {name}", f"shape {found}", f"{shape} (from config.json)", "match config and weights"
+            )
+        if stored.get_dtype() not in _FLOATS:
+            todo = "use the model before it was quantized; weight_dtype in the spec quantizes it"
+            raise BadModel(f"{path}: {name}", stored.get_dtype(), "fp32, bf16 or fp16", todo)
+        self._unread.discard(name)
+        if rows is not None:
+            return torch.as_tensor(stored[rows.start : rows.stop])
+        if columns is not None:
+            return torch.as_tensor(stored[:, columns.start : columns.stop])
+        return torch.as_tensor(stored[:])
+
+    def check_all_read(self, *, ignored: tuple[str, ...]) -> None:
+        """Refuse tensors that the model has and nothing read: they would silently be left out of every answer."""
+        for name in sorted(self._unread):
+            if not name.endswith(ignored):
+                todo = "serve a model whose config.json says what its weights are"
+                raise BadModel(f"{self._file_of[name]}: {name}", "an extra tensor", "the weights of config.json", todo)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """One layer of one rank; norms (hidden,) or (head_dim,) fp32.
+
+    qkv      (heads + 2 * kv_heads) * head_dim from hidden, this rank's heads
+    o        hidden from heads * head_dim
+    gate_up  2 * intermediate from hidden, gate first
+    down     hidden from intermediate
+    """
+
+    input_norm: Tensor
+    qkv: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: PackedLinear
+    post_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A whole model, one rank's share. embedding (vocab, hidden) fp32 or bf16 on every rank; head: this rank's rows."""
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: PackedLinear
+
+
+def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype: str, tiles: TileTable) -> Weights:
+    """Read, cut and pack the weights of one rank.
+
+    Args:
+        weight_dtype: "fp32", "bf16" or "int8" for all matrices; the embedding stays bf16 beside int8.
+        tiles: of the deployment; a backend that it names and this machine lacks raises kernels.tiles.BadTile.
+    Raises: BadModel: a missing or truncated file, a missing, extra or wrongly shaped tensor.
+    """
+    checkpoint = Checkpoint(model_dir)
+    embedding = checkpoint.read("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
+    head_name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    head = checkpoint.read(head_name, (shape.vocab_size, shape.hidden_size), rows=share.vocab)
+    weights = Weights(
+        embedding=embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16),
+        layers=tuple(
+            _layer(checkpoint, shape, f"model.layers.{index}", share, weight_dtype, tiles)
+            for index in range(shape.num_layers)
+        ),
+        norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).float(),
+        head=pack(head, weight_dtype, tiles=tiles),
+    )
+    ignored = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if shape.tie_word_embeddings else ())
+    checkpoint.check_all_read(ignored=ignored)
+    return weights
+
+
+def _layer(
+    checkpoint: Checkpoint, shape: ModelShape, layer: str, share: Share, weight_dtype: str, tiles: TileTable
+) -> LayerWeights:
+    hidden, wide = shape.hidden_size, shape.num_heads * shape.head_dim
+    narrow, inter = shape.num_kv_heads * shape.head_dim, shape.intermediate_size
+    heads, kv_heads = _spread(share.heads, shape.head_dim), _spread(share.kv_heads, shape.head_dim)
+
+    def stacked(parts: tuple[tuple[str, int, range], ...], has_bias: bool) -> PackedLinear:
+        weight = torch.cat(
+            [checkpoint.read(f"{layer}.{name}.weight", (out, hidden), rows=rows) for name, out, rows in parts]
+        )
+        bias = None
+        if has_bias:
+            bias = torch.cat([checkpoint.read(f"{layer}.{name}.bias", (out,), rows=rows) for name, out, rows in parts])
+        return pack(weight, weight_dtype, bias=bias, tiles=tiles)
+
+    def summed(name: str, into: int, columns: range, has_bias: bool) -> PackedLinear:
+        weight = checkpoint.read(f"{layer}.{name}.weight", (hidden, into), columns=columns)
+        bias = None
+        if has_bias:
+            bias = checkpoint.read(f"{layer}.{name}.bias", (hidden,))
+            if share.rank != 0:  # the ranks' products are added up, and the bias belongs into the sum once
+                bias = None
+        return pack(weight, weight_dtype, bias=bias, tiles=tiles)
+
+    def norm(name: str, width: int) -> Tensor:
+        return checkpoint.read(f"{layer}.{name}.weight", (width,)).float()
+
+    return LayerWeights(
+        input_norm=norm("input_layernorm", hidden),
+        qkv=stacked(
+            (
+                ("self_attn.q_proj", wide, heads),
+                ("self_attn.k_proj", narrow, kv_heads),
+                ("self_attn.v_proj", narrow, kv_heads),
+            ),
+            shape.qkv_bias,
+        ),
+        q_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+        o=summed("self_attn.o_proj", wide, heads, shape.o_bias),
+        post_norm=norm("post_attention_layernorm", hidden),
+        gate_up=stacked(
+            (("mlp.gate_proj", inter, share.intermediate), ("mlp.up_proj", inter, share.intermediate)), shape.mlp_bias
+        ),
+        down=summed("mlp.down_proj", inter, share.intermediate, shape.mlp_bias),
+    )
+
+
+def _spread(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)

@@ -1,0 +1,65 @@
+"""What a precision costs on the shipped model, measured through the engine."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from paretune.runtime.model_shape import BadModel
+from paretune.runtime.quality import heldout_tokens, measure_quality, perplexity
+from paretune.runtime.random_model import write_random_model
+from paretune.runtime.small_model import MODEL_DIR
+
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> np.ndarray:
+    return heldout_tokens(MODEL_DIR)[: 8 * CONTEXT]
+
+
+def test_perplexity_is_that_of_transformers(token_ids: np.ndarray) -> None:
+    model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, attn_implementation="eager").eval()
+    windows = torch.from_numpy(token_ids).long().view(8, CONTEXT)
+    with torch.no_grad():
+        expected = math.exp(model(windows, labels=windows).loss)
+    assert perplexity(MODEL_DIR, "fp32", "fp32", token_ids=token_ids, context=CONTEXT) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "most_increase", "most_kl", "least_agreement"),
+    [("bf16", 0.005, 1e-3, 0.97), ("int8", 0.02, 1e-2, 0.93)],
+)
+def test_rounding_costs_little(
+    token_ids: np.ndarray, weight_dtype: str, most_increase: float, most_kl: float, least_agreement: float
+) -> None:
+    found = measure_quality(MODEL_DIR, weight_dtype, token_ids=token_ids, context=CONTEXT)
+    assert found.num_tokens == 8 * (CONTEXT - 1)
+    assert abs(found.perplexity_increase) < most_increase
+    assert 0 < found.kl_nats < most_kl
+    assert least_agreement < found.top1_agreement < 1
+
+
+def test_fp32_is_its_own_reference(token_ids: np.ndarray) -> None:
+    found = measure_quality(MODEL_DIR, "fp32", "fp32", token_ids=token_ids, context=CONTEXT)
+    assert found.perplexity == found.reference_perplexity
+    assert found.kl_nats == 0
+    assert found.top1_agreement == 1
+
+
+def test_a_text_of_other_lengths_than_the_window_is_counted_whole(token_ids: np.ndarray) -> None:
+    assert measure_quality(MODEL_DIR, "bf16", token_ids=token_ids[:300], context=CONTEXT).num_tokens == 127 + 127 + 43
+
+
+def test_a_model_without_a_tokenizer_needs_token_ids(tmp_path) -> None:
+    folder = write_random_model(
+        tmp_path / "m", vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    with pytest.raises(BadModel, match="tokenizer"):
+        perplexity(folder, "bf16")
+    assert perplexity(folder, "bf16", token_ids=np.arange(20), context=16) == pytest.approx(20, rel=0.2)

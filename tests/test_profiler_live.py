@@ -1,0 +1,156 @@
+"""The real engine and the real server: measured into a profile, replayed, calibrated, and gone afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from paretune.kernels.tiles import Tile, TileTable
+from paretune.profiler.calibration import calibrate_serving, read_step_log
+from paretune.profiler.live import ServerFailed, live_server, measure_live
+from paretune.profiler.measure import measure, possible_configurations
+from paretune.profiler.profile import Key, Profile
+from paretune.profiler.step_time import composed_time_s
+from paretune.profiler.tables import bound_tables, step_tables
+from paretune.runtime.model_shape import ModelShape
+from paretune.runtime.random_model import write_random_model
+from paretune.runtime.spec import Deployment, Pool
+from paretune.traces import read
+from paretune.traces.trace import Trace
+
+KEY = Key(1, 1, 1, "bf16", "bf16")
+TILES = TileTable(((("linear", "bf16", 16), Tile("linear", "torch")),))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(
+        tmp_path_factory.mktemp("models") / "tiny", vocab_size=512, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profile(model_dir: Path) -> Profile:
+    told: list[float] = []
+    found = measure(
+        str(model_dir), [KEY], seconds_per_configuration=1.0, tiles=lambda key: TILES, max_num_seqs=16,
+        max_num_batched_tokens=256, max_model_len=512, progress=lambda what, share: told.append(share),
+        command="a test",
+    )  # fmt: skip
+    assert told == sorted(told)
+    return found
+
+
+def deployment(model_dir: Path, **changes: object) -> Deployment:
+    plain = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 512, "num_kv_blocks": 256}
+    return Deployment(model=str(model_dir), pools=(Pool(**{**plain, **changes}),))
+
+
+def test_a_profile_holds_whole_steps_operators_and_peaks(profile: Profile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile
+    configuration = profile.configurations[0]
+    assert configuration.key == KEY
+    assert configuration.tiles == TILES
+    steps = configuration.steps
+    assert any(s.prefill_pairs == 0 and s.num_rows == 16 for s in steps)  # a full decode batch
+    assert any(s.num_rows == 1 and s.num_tokens >= 128 for s in steps)  # a prompt
+    assert any(s.decode_context > 0 and s.prefill_pairs > 0 for s in steps)  # both in one
+    assert {point.backend for point in configuration.operators if point.operator == "linear"} >= {"torch"}
+    assert {point.operator for point in configuration.operators} == {"linear", "decode_attention", "prefill_attention"}
+    assert set(profile.peaks[0].flops_per_s) >= {"fp32", "bf16", "int8"}
+    assert profile.versions.keys() >= {"python", "torch", "numba", "paretune"}
+
+
+def test_tables_of_a_real_profile_never_beat_its_peaks(profile: Profile, model_dir: Path) -> None:
+    shape = ModelShape.load(model_dir)
+    pool = deployment(model_dir).pool
+    tables = step_tables(profile, shape, pool).tables
+    bound = bound_tables(shape, pool, profile.peaks_of(1))
+    for step in profile.configurations[0].steps:
+        composition = (step.num_tokens, step.num_rows, step.num_samples, step.decode_context, step.prefill_pairs)
+        assert composed_time_s(tables, *composition) >= composed_time_s(bound, *composition) * (1 - 1e-9)
+
+
+def test_every_split_of_the_cores_is_a_configuration() -> None:
+    found = {key[:3] for key in possible_configurations(2, weight_dtypes=("bf16",))}
+    assert found == {(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2)}
+    assert {key.tensor_parallel_size for key in possible_configurations(4, num_kv_heads=1)} == {1}
+    assert len(possible_configurations(2)) == 3 * 4
+
+
+def test_a_trace_is_replayed_against_the_real_server_to_the_token(model_dir: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    log = Trace(np.sort(rng.uniform(0, 1.5, 12)), rng.integers(4, 60, 12), rng.integers(1, 40, 12))
+    result = measure_live(
+        deployment(model_dir), log, k=5, step_log=tmp_path / "steps.jsonl", request_log=tmp_path / "requests.jsonl"
+    )
+    assert result.errors == ()
+    assert result.times.finished.all()
+    assert (result.times.output_tokens == log.output_tokens).all()
+    assert result.server["tokens_per_event"] == 1.0
+    steps = read_step_log(tmp_path / "steps.jsonl", result.started_s)
+    # every token of every request was computed once: the prompt's, and all that came but the last
+    assert sum(s.num_tokens for s in steps) == int((log.input_tokens + log.output_tokens - 1).sum())
+    # the clocks agree: all steps lie between the first request and the last token
+    end_s = result.started_s + np.nanmax(result.times.end_s)
+    assert all(result.started_s <= s.started_s <= end_s for s in steps)
+    recorded = read(tmp_path / "requests.jsonl")
+    assert sorted(recorded.input_tokens.tolist()[-12:]) == sorted(log.input_tokens.tolist())
+
+
+def test_serving_is_calibrated_on_the_real_server(profile: Profile, model_dir: Path) -> None:
+    found = calibrate_serving(profile, deployment(model_dir), seconds=2.0)
+    serving = found.serving[0]
+    assert serving.cores == 1
+    assert 0.2 < serving.contention < 20
+    assert 0 < serving.to_scheduler_s < 0.5
+    assert 0 < serving.to_client_s < 0.5
+    modeled = step_tables(found, ModelShape.load(model_dir), deployment(model_dir).pool)
+    assert modeled.tables.request_s.tolist() == [serving.to_scheduler_s, serving.to_client_s]
+
+
+def test_no_process_is_left_when_the_block_ends(model_dir: Path) -> None:
+    with live_server(deployment(model_dir)) as server:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert len(family) >= 2
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_no_process_is_left_when_the_measuring_process_is_killed(model_dir: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from paretune.profiler.live import live_server\n"
+        "from paretune.runtime.spec import load_deployment\n"
+        "with live_server(load_deployment(sys.argv[1])) as server:\n"
+        "    Path(sys.argv[2]).write_text(str(server.pid))\n"
+        "    time.sleep(100)\n"
+    )
+    from paretune.runtime.spec import save_deployment
+
+    save_deployment(deployment(model_dir), tmp_path / "spec.yaml")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "spec.yaml"), str(tmp_path / "pid")])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    server = psutil.Process(int((tmp_path / "pid").read_text()))
+    family = [server, *server.children(recursive=True)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, timeout=20)
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_server_that_cannot_start_says_why(model_dir: Path) -> None:
+    with pytest.raises(ServerFailed) as raised, live_server(deployment(model_dir, accelerator="H100")):
+        pass
+    assert "accelerator" in str(raised.value)

@@ -1,0 +1,197 @@
+"""Tables from measured steps: they give back what was measured, rise, never beat physics, say how wrong they are."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paretune.kernels.tiles import Tile, TileTable
+from paretune.profiler.hardware import BadHardware
+from paretune.profiler.operators import Composition, linears, step_work
+from paretune.profiler.profile import BadProfile, Peaks, Serving
+from paretune.profiler.step_fit import fit_steps, non_negative_least_squares
+from paretune.profiler.step_time import composed_time_s
+from paretune.profiler.tables import bound_tables, fastest_tiles, scaled, step_tables
+from paretune.runtime.spec import Pool
+
+from .profiler_examples import SMALL, compositions, formula_s, operator_points, points, profile
+
+POOL = Pool(max_num_batched_tokens=1024, max_num_seqs=64)
+SERVING = Serving(
+    cores=1, contention=1.5, contention_spread=0.2, between_steps_s=1e-4, to_scheduler_s=2e-3, to_client_s=3e-3,
+    steps=100, requests=10, measured_on="a test",
+)  # fmt: skip
+
+
+def test_tables_give_back_the_steps_they_were_fitted_to() -> None:
+    tables = step_tables(profile(), SMALL, POOL).tables
+    for step in compositions():
+        assert composed_time_s(tables, *step) == pytest.approx(formula_s(step), rel=0.03), step
+
+
+@given(
+    tokens=st.integers(8, 900), rows=st.integers(1, 64), all_sample=st.booleans(), context=st.floats(0, 3e4),
+    start=st.floats(0, 1000),
+)  # fmt: skip
+def test_tables_predict_steps_that_were_not_measured(
+    tokens: int, rows: int, all_sample: bool, context: float, start: float
+) -> None:
+    rows = min(rows, tokens)
+    step = Composition(tokens, rows, rows - (not all_sample), context, tokens * start)
+    assert composed_time_s(EXACT, *step) == pytest.approx(formula_s(step), rel=0.08)
+
+
+EXACT = step_tables(profile(), SMALL, POOL).tables
+
+
+def test_held_out_points_say_how_wrong_the_fit_is() -> None:
+    exact, noisy = fit_steps(points()), fit_steps(points(noise=0.1))
+    assert exact.relative_error < 0.02
+    # log-normal noise of 10 %: nine in ten lie within 1.645 of it
+    assert noisy.relative_error == pytest.approx(0.1645, rel=0.5)
+    assert len(noisy.errors) == len(points()) // 4
+
+
+def test_a_few_disturbed_steps_do_not_bend_the_fit() -> None:
+    found = [
+        point.model_copy(update={"median_s": point.median_s * (20 if i % 17 == 0 else 1)})
+        for i, point in enumerate(points())
+    ]
+    fit = fit_steps(found)
+    assert abs(np.median(fit.errors)) < 0.05
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(BadProfile):
+        fit_steps(points()[:8])
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_every_table_rises_and_starts_where_nothing_is_done(noise: float) -> None:
+    tables = step_tables(profile(noise=noise), SMALL, POOL).tables
+    for name in ("tokens_s", "rows_s", "samples_s", "decode_attention_s", "prefill_attention_s"):
+        table = getattr(tables, name)
+        assert (np.diff(table[1:]) >= -1e-15).all(), name
+        assert (table >= 0).all(), name
+    assert tables.tokens_s[0] == tables.rows_s[0] == tables.samples_s[0] == 0
+    assert len(tables.tokens_s) == POOL.max_num_batched_tokens + 1
+    assert len(tables.rows_s) == len(tables.samples_s) == POOL.max_num_seqs + 1
+
+
+@settings(max_examples=50)
+@given(
+    tokens=st.integers(1, 1024), rows=st.integers(1, 64), samples=st.integers(0, 64), context=st.floats(0, 1e6),
+    pairs=st.floats(0, 1e7),
+)  # fmt: skip
+def test_no_prediction_is_faster_than_the_measured_peaks_allow(
+    tokens: int, rows: int, samples: int, context: float, pairs: float
+) -> None:
+    # peaks so slow that the measured steps would beat them
+    rows = min(rows, tokens)
+    step = Composition(tokens, rows, min(samples, rows), context, pairs)
+    seconds = composed_time_s(SLOW_TABLES, *step)
+    flops = {
+        w.name: w.flops for w in step_work(SMALL, step, tensor_parallel_size=1, weight_dtype="bf16", kv_dtype="bf16")
+    }
+    # of the last layer only sampled rows go through o, gate_up and down
+    layers = SMALL.num_layers
+    linear = flops["qkv"] + sum(flops[n] * (layers - 1) / layers for n in ("o", "gate_up", "down"))
+    everything = linear + flops.get("head", 0) + flops.get("decode_attention", 0) + flops.get("prefill_attention", 0)
+    assert seconds >= everything / 1e9 * (1 - 1e-9)
+    elements = {x.name: x.count * x.out_features * x.in_features for x in linears(SMALL, 1)}
+    read = 2 * (elements["qkv"] + sum(elements[n] * (layers - 1) / layers for n in ("o", "gate_up", "down")))
+    assert seconds >= read / 1e9 * (1 - 1e-9)
+
+
+SLOW = Peaks(num_threads=1, flops_per_s={"bf16": 1e9}, read_bytes=((1 << 20, 1e9),))
+SLOW_TABLES = step_tables(profile(peaks=SLOW), SMALL, POOL).tables
+
+
+def test_the_bound_is_below_what_the_made_up_machine_takes() -> None:
+    peaks = Peaks(num_threads=1, flops_per_s={"bf16": 5e11}, read_bytes=((1 << 20, 1e11),))
+    bound = bound_tables(SMALL, POOL, peaks)
+    assert all(composed_time_s(bound, *step) < formula_s(step) for step in compositions())
+
+
+def test_beyond_the_largest_measured_step_time_goes_on_rising_and_that_is_said() -> None:
+    large = Pool(max_num_batched_tokens=8192, max_num_seqs=256, max_model_len=2048)
+    modeled = step_tables(profile(), SMALL, large)
+    assert modeled.tables.tokens_s[8192] == pytest.approx(formula_s(Composition(8192, 0, 0, 0.0, 0.0)), rel=0.1)
+    assert any("num_tokens > 1024: extrapolated" in note for note in modeled.not_modelled)
+    assert not any("extrapolated" in note for note in step_tables(profile(), SMALL, POOL).not_modelled)
+
+
+def test_a_faster_tile_makes_steps_faster_by_what_it_saves() -> None:
+    operators = tuple(operator_points({"default": 2e-12, "512": 1e-12}))
+    measured = profile(operators=operators)
+    tile = Tile("linear", "cpp", (("prefetch_bytes", 512),))
+    tiles = TileTable(((("linear", "bf16", 256), tile),))
+    plain = step_tables(measured, SMALL, POOL).tables
+    tuned = step_tables(measured, SMALL, POOL.model_copy(update={"tiles": tiles})).tables
+    layers = SMALL.num_layers
+    count = {"qkv": layers, "o": layers - 1, "gate_up": layers - 1, "down": layers - 1}
+    elements = sum(count[x.name] * x.out_features * x.in_features for x in linears(SMALL, 1) if x.name in count)
+    for tokens in (1, 16, 256, 1024):
+        assert plain.tokens_s[tokens] - tuned.tokens_s[tokens] == pytest.approx(tokens * elements * 1e-12, rel=1e-6)
+    assert (tuned.samples_s[1:] < plain.samples_s[1:]).all()
+
+
+def test_the_fastest_tile_of_each_bucket_is_found_in_the_operator_points() -> None:
+    measured = profile(operators=tuple(operator_points({"default": 2e-12, "512": 1e-12, "64": 3e-12})))
+    table = fastest_tiles(measured.configurations[0])
+    assert {key[2] for key in table} == {1, 4, 16, 64, 256, 1024}
+    assert {tile.get("prefetch_bytes") for tile in table.values()} == {512}
+
+
+def test_a_tile_that_was_not_measured_changes_nothing_and_that_is_said() -> None:
+    tiles = TileTable(((("linear", "bf16", 16), Tile("linear", "torch")),))
+    modeled = step_tables(profile(), SMALL, POOL.model_copy(update={"tiles": tiles}))
+    assert (modeled.tables.tokens_s == step_tables(profile(), SMALL, POOL).tables.tokens_s).all()
+    assert any("tiles" in note and "not measured" in note for note in modeled.not_modelled)
+
+
+def test_serving_stretches_steps_and_adds_time_before_and_after() -> None:
+    bare = step_tables(profile(), SMALL, POOL)
+    served = step_tables(profile(serving=(SERVING,)), SMALL, POOL)
+    assert served.tables.tokens_s[16] == pytest.approx(1.5 * bare.tables.tokens_s[16] + 1e-4)
+    assert served.tables.request_s.tolist() == [2e-3, 3e-3]
+    assert served.relative_error == pytest.approx(np.hypot(bare.relative_error, 0.2))
+    assert any("serving over HTTP" in note for note in bare.not_modelled)
+    assert not any("serving over HTTP" in note for note in served.not_modelled)
+
+
+def test_serving_is_taken_where_as_many_cores_compute_and_else_from_the_nearest_which_is_said() -> None:
+    other = SERVING.model_copy(update={"cores": 2, "contention": 9.0})
+    both = step_tables(profile(serving=(SERVING, other)), SMALL, POOL)
+    assert both.tables.request_s.tolist() == [2e-3, 3e-3]
+    assert both.tables.tokens_s[16] < 2 * step_tables(profile(), SMALL, POOL).tables.tokens_s[16]
+    modeled = step_tables(profile(serving=(other,)), SMALL, POOL)
+    assert any("taken as measured where 2 cores compute" in note for note in modeled.not_modelled)
+
+
+def test_scaling_leaves_what_happens_outside_the_steps() -> None:
+    tables = step_tables(profile(serving=(SERVING,)), SMALL, POOL).tables
+    slower = scaled(tables, 1.25)
+    assert (slower.tokens_s == 1.25 * tables.tokens_s).all()
+    assert (slower.request_s == tables.request_s).all()
+
+
+def test_a_profile_speaks_for_this_machine_and_its_model_only() -> None:
+    with pytest.raises(BadHardware):
+        step_tables(profile(), SMALL, Pool(accelerator="H100"))
+    with pytest.raises(BadProfile):
+        step_tables(profile(), dataclasses.replace(SMALL, hidden_size=512), POOL)
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(3, 30), columns=st.integers(1, 12))
+def test_non_negative_least_squares_meets_the_conditions_of_an_optimum(seed: int, rows: int, columns: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix, target = rng.normal(size=(rows, columns)), rng.normal(size=rows)
+    x = non_negative_least_squares(matrix, target)
+    gradient = matrix.T @ (matrix @ x - target)
+    # Karush, Kuhn and Tucker: x >= 0, no descent left, and none at all where x > 0
+    assert (x >= 0).all()
+    assert (gradient >= -1e-6).all()
+    assert np.abs(gradient[x > 0]).max(initial=0.0) < 1e-6
