@@ -1,0 +1,176 @@
+"""A deployment as vLLM's command line: an argument list and the YAML that `vllm serve --config` reads.
+
+What vLLM cannot do is refused by the field's name; what it does in its own way is named beside the result. Names and
+defaults: research of the wheels of vLLM 0.32 and 0.33; flags are checked against the list in vllm_flags.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import yaml
+
+from ...runtime.small_model import MODEL_DIR
+from ...runtime.spec import CPU, SMALL_MODEL, Deployment, Pool
+from .vllm_flags import FLAGS
+
+TESTED_VERSIONS = tuple(FLAGS)
+
+# vLLM's own words for how weights are stored; int8 needs a checkpoint that was quantized beforehand.
+_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_KV_DTYPE = {"bf16": "bfloat16", "fp8": "fp8"}
+
+# BlockSize in vllm/config/cache.py of 0.32; on CUDA only up to 32 for most attention back ends.
+_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+
+Value = str | int | bool
+
+
+class CannotExport(Exception):
+    """A deployment that an engine cannot run as it is: the field, what it asks, what the engine can do, what to do."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, where: str, found: object, allowed: str, todo: str) -> None:
+        super().__init__(where, found, allowed, todo)
+        self.where, self.found, self.allowed, self.todo = where, found, allowed, todo
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {self.found}; allowed: {self.allowed}; {self.todo}"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to start.
+
+    argv            the command, one element an argument; never a shell string
+    env             environment variables that it needs
+    config          the same flags as YAML, for `vllm serve --config FILE`
+    engine_version  that the flags are of
+    not_translated  what vLLM does in its own way, or not at all, in words
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    config: str
+    engine_version: str
+    not_translated: tuple[str, ...]
+
+
+def export(deployment: Deployment, *, engine_version: str | None = None, allow_untested: bool = False) -> Export:
+    """Translate a deployment for `vllm serve`.
+
+    Args:
+        engine_version: of the vLLM that will run, such as "0.32" or "0.32.1"; the newest tested one if left out.
+        allow_untested: emit the flags of the newest tested version for one that was not tested.
+    Raises: CannotExport: an untested version, or a field that vLLM cannot honor.
+    """
+    engine_version = engine_version or TESTED_VERSIONS[-1]
+    version = _version(engine_version, allow_untested)
+    pool = _checked(deployment)
+    flags = _flags(pool)
+    model = str(MODEL_DIR) if deployment.model == SMALL_MODEL else deployment.model
+    unknown = [name for name, _ in flags if f"--{name}" not in FLAGS[version]]
+    if unknown:
+        raise CannotExport(
+            "flags", ", ".join(unknown), f"the flags of vLLM {version}", "report this: our list is wrong"
+        )
+    argv = ["vllm", "serve", model]
+    for name, value in flags:
+        argv += _arguments(name, value)
+    config = yaml.safe_dump({"model": model, **dict(flags)}, sort_keys=False)
+    return Export(
+        tuple(argv), _environment(pool), config, version, _not_translated(deployment, engine_version, version)
+    )
+
+
+def _version(asked: str, allow_untested: bool) -> str:
+    minor = re.match(r"\d+\.\d+", asked)
+    if minor is not None and minor[0] in FLAGS:
+        return minor[0]
+    if allow_untested:
+        return TESTED_VERSIONS[-1]
+    raise CannotExport(
+        "engine version", asked, ", ".join(TESTED_VERSIONS), "export for a tested version, or give --allow-untested"
+    )
+
+
+def _checked(deployment: Deployment) -> Pool:
+    if deployment.engine not in ("paretune", "vllm"):
+        raise CannotExport("engine", deployment.engine, "paretune, vllm", "export for the engine that the spec names")
+    if len(deployment.pools) != 1 or deployment.pools[0].role != "mixed":
+        found = ", ".join(pool.role for pool in deployment.pools)
+        raise CannotExport(
+            "pools", found, "one pool of role mixed", "export each pool on its own, or pick another point"
+        )
+    pool = deployment.pools[0]
+    if pool.weight_dtype == "int8":
+        todo = "quantize the checkpoint (vLLM then reads that from it) and set weight_dtype to its computing type"
+        raise CannotExport("pools.0.weight_dtype", "int8", "fp32, bf16, fp16, fp8", todo)
+    if pool.weight_dtype == "fp8" and pool.accelerator == CPU:
+        raise CannotExport("pools.0.weight_dtype", "fp8", "fp32, bf16, fp16 on cpu", "pick another precision")
+    if pool.kv_cache_dtype == "fp32" and pool.weight_dtype != "fp32":
+        todo = "set kv_cache_dtype to bf16, or weight_dtype to fp32"
+        raise CannotExport("pools.0.kv_cache_dtype", "fp32", "bf16, fp8; fp32 only with weight_dtype fp32", todo)
+    if pool.block_size not in _BLOCK_SIZES:
+        allowed = ", ".join(map(str, _BLOCK_SIZES))
+        raise CannotExport("pools.0.block_size", pool.block_size, allowed, "tune with one of these")
+    return pool
+
+
+def _flags(pool: Pool) -> list[tuple[str, Value]]:
+    flags: list[tuple[str, Value]] = [("dtype", _DTYPE.get(pool.weight_dtype, "bfloat16"))]
+    if pool.weight_dtype == "fp8":
+        flags.append(("quantization", "fp8"))
+    # "auto" is the weights' own type, the only way to a float32 cache
+    flags.append(("kv-cache-dtype", _KV_DTYPE.get(pool.kv_cache_dtype, "auto")))
+    flags.append(("tensor-parallel-size", pool.tensor_parallel_size))
+    if pool.replicas > 1:
+        flags.append(("data-parallel-size", pool.replicas))
+    return [
+        *flags,
+        ("max-model-len", pool.max_model_len),
+        ("max-num-seqs", pool.max_num_seqs),
+        ("max-num-batched-tokens", pool.max_num_batched_tokens),
+        ("block-size", pool.block_size),
+        ("num-gpu-blocks-override", pool.num_kv_blocks),
+        ("enable-chunked-prefill", pool.enable_chunked_prefill),
+        ("enable-prefix-caching", pool.enable_prefix_caching),
+    ]
+
+
+def _arguments(name: str, value: Value) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
+def _environment(pool: Pool) -> dict[str, str]:
+    """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND wants them: ranks apart by "|"."""
+    if pool.accelerator != CPU:
+        return {}
+    ranks = pool.tensor_parallel_size * pool.replicas
+    spans = [(rank * pool.num_threads, (rank + 1) * pool.num_threads - 1) for rank in range(ranks)]
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(
+            f"{first}-{last}" if last > first else f"{first}" for first, last in spans
+        )
+    }
+
+
+def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[str, ...]:
+    pool = deployment.pool
+    notes = ["predictions in the spec are of the bundled runtime and its scheduler, not of vLLM's"]
+    if len(pool.tiles):
+        notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
+    if pool.replicas > 1:
+        notes.append("replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours go round robin")
+    if pool.accelerator == CPU:
+        notes.append("threads are bound to cores counted from 0: change VLLM_CPU_OMP_THREADS_BIND for others")
+    else:
+        notes.append(f"the flags say nothing of the accelerator: start it where {pool.accelerator} is")
+    if not asked.startswith(version):
+        notes.append(f"vLLM {asked} was not tested: these are the flags of {version}")
+    return tuple(notes)

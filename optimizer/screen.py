@@ -1,0 +1,286 @@
+"""The analytic screen: which candidates cannot win, from trace means and step tables alone, in microseconds a point.
+
+A mean-field model: in a steady state every step holds b decoding rows and the share of prompts that keeps them coming.
+It knows no queue but that of the mean, so it only drops what is hopeless by a margin, and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.jit import njit
+from ..profiler.simulator import governed_rows
+from ..profiler.step_time import StepTables, composed_time_s
+from ..runtime.spec import Pool
+from ..traces.describe import reused_tokens
+from ..traces.metrics import Metric, Target, percentile
+from ..traces.trace import Trace
+
+# Requests that stand for the trace where each is looked at; spread evenly over it.
+SAMPLE = 256
+
+# How far the mean field may be off before a candidate is dropped (tests/test_optimizer_screen.py holds it to that).
+MARGIN = 1.5
+
+
+@dataclass(frozen=True)
+class Means:
+    """A trace as the mean field sees it.
+
+    input_tokens, output_tokens  means a request; inputs without what an endless prefix cache would hold
+    prefill_pairs                mean query-key pairs of a prompt
+    sample_input, sample_output, sample_cached  (s,) int64  SAMPLE requests of the trace
+    rows                         (t, s) bool: which of them each target governs
+    rate_per_s                   recorded arrival rate
+    """
+
+    input_tokens: float
+    output_tokens: float
+    prefill_pairs: float
+    sample_input: NDArray[np.int64]
+    sample_output: NDArray[np.int64]
+    sample_cached: NDArray[np.int64]
+    rows: NDArray[np.bool_]
+    rate_per_s: float
+
+
+def means_of(trace: Trace, targets: Sequence[Target], prefix_caching: bool) -> Means:
+    """The means of a trace, with or without its prefixes being found in a cache that forgets nothing."""
+    reused = reused_tokens(trace) if prefix_caching else None
+    inputs = trace.input_tokens.astype(np.float64)
+    cached = np.zeros(len(trace)) if reused is None else np.minimum(reused, trace.input_tokens - 1)
+    some = np.unique(np.linspace(0, len(trace) - 1, SAMPLE).round().astype(np.int64))
+    rows = [governed_rows(trace, target)[some] for target in targets]
+    return Means(
+        input_tokens=float((inputs - cached).mean()),
+        output_tokens=float(trace.output_tokens.mean()),
+        prefill_pairs=float(((inputs * (inputs + 1) - cached * (cached + 1)) / 2).mean()),
+        sample_input=trace.input_tokens[some].astype(np.int64),
+        sample_output=trace.output_tokens[some].astype(np.int64),
+        sample_cached=cached[some].astype(np.int64),
+        rows=np.array(rows, np.bool_).reshape(len(targets), len(some)),
+        rate_per_s=trace.rate_per_s,
+    )
+
+
+@njit
+def _steady_step_s(tables: StepTables, b: int, tokens: float, context: float, pairs: float, prompts: float) -> float:
+    """A step of b decoding rows and, for each, so many prompt tokens, query-key pairs and prompts on the way."""
+    num_tokens = min(int(b * (1.0 + tokens) + 0.5), tables.tokens_s.shape[0] - 1)
+    rows = min(b + int(b * prompts + 0.5), tables.rows_s.shape[0] - 1)
+    samples = min(b, tables.samples_s.shape[0] - 1)
+    return composed_time_s(tables, num_tokens, rows, samples, b * context, b * pairs)
+
+
+@njit
+def _mean_field(
+    tables: StepTables,
+    most_rows: int,
+    input_tokens: float,
+    output_tokens: float,
+    prefill_pairs: float,
+    rate_per_s: float,
+    out: NDArray[np.float64],
+) -> None:
+    """out (2,): most requests per second that one replica carries; the mean step at `rate_per_s`, infinite beyond."""
+    tokens = input_tokens / output_tokens
+    pairs = prefill_pairs / output_tokens
+    context = input_tokens + 0.5 * output_tokens
+    prompts = 1.0 / output_tokens
+    out[0] = 0.0
+    out[1] = np.inf
+    b = 1
+    while True:
+        step_s = _steady_step_s(tables, b, tokens, context, pairs, prompts)
+        carried = b / (step_s * output_tokens)
+        out[0] = max(out[0], carried)
+        if carried >= rate_per_s:
+            out[1] = min(out[1], step_s)
+        if b >= most_rows:
+            break
+        b = min(most_rows, b + 1 + b // 8)
+
+
+@njit
+def _alone(
+    tables: StepTables,
+    inputs: NDArray[np.int64],
+    outputs: NDArray[np.int64],
+    cached: NDArray[np.int64],
+    most_tokens: int,
+    k: int,
+    first_s: NDArray[np.float64],
+    kth_s: NDArray[np.float64],
+    end_s: NDArray[np.float64],
+) -> None:
+    """When the first, k-th and last token of each request would come if it had the replica to itself."""
+    outside_s = tables.request_s[0] + tables.request_s[1]
+    for i in range(inputs.shape[0]):
+        done = cached[i]
+        now_s = outside_s
+        while done < inputs[i]:
+            part = min(most_tokens, inputs[i] - done)
+            samples = 1 if done + part == inputs[i] else 0
+            if part == 1:
+                now_s += composed_time_s(tables, 1, 1, samples, done + 1.0, 0.0)
+            else:
+                now_s += composed_time_s(tables, part, 1, samples, 0.0, part * (done + 0.5 * (part + 1)))
+            done += part
+        first_s[i] = now_s
+        step_s = composed_time_s(tables, 1, 1, 1, inputs[i] + 1.0, 0.0)
+        last_s = composed_time_s(tables, 1, 1, 1, float(inputs[i] + outputs[i]), 0.0)
+        kth_s[i] = now_s + (min(k, outputs[i]) - 1) * step_s
+        end_s[i] = now_s + (outputs[i] - 1) * 0.5 * (step_s + last_s)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the mean field says of one candidate.
+
+    saturation_per_s  most requests per second that one replica can carry
+    step_s            mean step at the recorded rate over all replicas; infinite beyond saturation
+    first_s, kth_s, end_s  (s,) seconds of the sampled requests, each alone on an idle replica
+    """
+
+    saturation_per_s: float
+    step_s: float
+    first_s: NDArray[np.float64]
+    kth_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+
+
+def estimate(means: Means, pool: Pool, tables: StepTables, k: int) -> Estimate:
+    """The mean field of one candidate: microseconds, once compiled."""
+    held = means.input_tokens + means.output_tokens
+    by_cache = pool.num_kv_blocks * pool.block_size / held
+    by_tokens = pool.max_num_batched_tokens / (1 + means.input_tokens / means.output_tokens)
+    most_rows = max(1, int(min(pool.max_num_seqs, by_cache, by_tokens)))
+    out = np.empty(2)
+    _mean_field(
+        tables,
+        most_rows,
+        means.input_tokens,
+        means.output_tokens,
+        means.prefill_pairs,
+        means.rate_per_s / pool.replicas,
+        out,
+    )
+    times = [np.empty(len(means.sample_input)) for _ in range(3)]
+    _alone(
+        tables,
+        means.sample_input,
+        means.sample_output,
+        means.sample_cached,
+        pool.max_num_batched_tokens,
+        k,
+        *times,
+    )
+    return Estimate(float(out[0]), float(out[1]), *times)
+
+
+def alone_s(metric: Metric, found: Estimate, means: Means) -> NDArray[np.float64]:
+    """A metric of the sampled requests, each alone: a lower bound of it under load; NaN where it is undefined."""
+    if metric.name == "ttft" or metric == Metric("ttf", 1):
+        return found.first_s
+    if metric.name == "ttf":
+        return found.kth_s
+    if metric.name == "tpot":
+        several = means.sample_output > 1
+        per_token = (found.end_s - found.first_s) / np.maximum(1, means.sample_output - 1)
+        return np.where(several, per_token, np.nan)
+    return found.end_s
+
+
+def loaded_s(metric: Metric, p: float, found: Estimate, means: Means, replicas: int) -> float:
+    """A rough percentile at the recorded rate: alone, stretched by mean step and mean queue; infinite in overload."""
+    if not math.isfinite(found.step_s):
+        return math.inf
+    busy = means.rate_per_s / replicas / found.saturation_per_s
+    first_s = found.first_s / max(0.05, 1 - busy)
+    if metric.name == "tpot":
+        return max(found.step_s, percentile(alone_s(metric, found, means), p))
+    tokens = {"ttft": 1, "ttf": metric.k}.get(metric.name, np.iinfo(np.int64).max)
+    return percentile(first_s + (np.minimum(tokens, means.sample_output) - 1) * found.step_s, p)
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What the screen left.
+
+    kept      indices of the candidates worth simulating, ascending
+    dropped   index -> why
+    counts    kind of reason -> how many
+    """
+
+    kept: tuple[int, ...]
+    dropped: Mapping[int, str]
+    counts: Mapping[str, int]
+
+
+def screen(
+    estimates: Sequence[Estimate],
+    pools: Sequence[Pool],
+    means: Sequence[Means],
+    usd_per_replica_hour: Sequence[float],
+    *,
+    targets: Sequence[Target],
+    metric: Metric,
+    p: float,
+    most_replicas: Sequence[int],
+) -> Screening:
+    """Drop what cannot carry the rate, cannot meet a target even idle, or is beaten in latency and cost by MARGIN.
+
+    Args:
+        estimates, pools, means, usd_per_replica_hour, most_replicas: of each candidate, in one order.
+        targets: what must hold; without any the rate is not asked for either, since the load is swept.
+        metric, p: the latency axis.
+        most_replicas: of the candidate that a deployment may have: its own number, or (sizing) what the devices allow.
+    """
+    dropped: dict[int, str] = {}
+    counts: Counter[str] = Counter()
+    for i, (found, mean) in enumerate(zip(estimates, means)):
+        kind, reason = _hopeless(found, mean, targets, most_replicas[i])
+        if kind:
+            dropped[i] = reason
+            counts[kind] += 1
+    left = [i for i in range(len(estimates)) if i not in dropped]
+    if targets and all(pool.replicas == most for pool, most in zip(pools, most_replicas)):
+        latency = np.array([loaded_s(metric, p, estimates[i], means[i], most_replicas[i]) for i in left])
+    else:
+        # the load of a replica is still open: what can be compared is a request alone
+        latency = np.array([percentile(alone_s(metric, estimates[i], means[i]), p) for i in left])
+    cost = np.array([usd_per_replica_hour[i] / max(1e-12, estimates[i].saturation_per_s) for i in left])
+    for at in _beaten(latency, cost):
+        dropped[left[at]] = f"another candidate is {MARGIN:g} times better in both {metric}:p{p:g} and cost"
+        counts["beaten in both latency and cost"] += 1
+    kept = tuple(i for i in left if i not in dropped)
+    return Screening(kept, dropped, dict(sorted(counts.items())))
+
+
+def _hopeless(found: Estimate, means: Means, targets: Sequence[Target], most_replicas: int) -> tuple[str, str]:
+    if not targets:
+        return "", ""
+    share = found.saturation_per_s * most_replicas / means.rate_per_s
+    if share * MARGIN < 1:
+        return "cannot carry the recorded rate", f"carries at most {share:.2f} of the recorded rate"
+    for target, rows in zip(targets, means.rows):
+        least_s = percentile(alone_s(target.metric, found, means)[rows], target.percentile)
+        if least_s > target.limit_s * MARGIN:
+            return "misses a target even when idle", f"{target}: {least_s:.3g} s even with one request at a time"
+    return "", ""
+
+
+def _beaten(latency: NDArray[np.float64], cost: NDArray[np.float64]) -> list[int]:
+    """Points for which another one is MARGIN times better on both axes: a sweep by cost keeping the best latency."""
+    order = np.argsort(cost, kind="stable")
+    best_s = np.minimum.accumulate(latency[order])
+    cheaper = np.searchsorted(cost[order], cost / MARGIN, side="right") - 1
+    rival_s = best_s[np.maximum(cheaper, 0)]
+    beaten = (cheaper >= 0) & np.isfinite(rival_s) & (rival_s * MARGIN <= latency)
+    return [int(i) for i in np.flatnonzero(beaten)]

@@ -1,0 +1,112 @@
+"""Where a study's step times, prices and plain default come from: a profile of this machine, or data sheets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
+from ..profiler.profile import Profile
+from ..profiler.roofline import kv_blocks
+from ..profiler.tables import ModeledStep, step_tables
+from ..runtime.model_shape import ModelShape, resolve_model
+from ..runtime.spec import CPU, Deployment, Pool
+from ..traces.trace import Trace
+
+# What vLLM 0.32 serves with where nobody says otherwise (its base defaults): what people run today.
+DEFAULT_MAX_NUM_SEQS = 128
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+CPU_KV_TOKENS = 65536
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Step times and prices for one model.
+
+    measured from `profile` where the accelerator is "cpu", from the data sheet of `device` else.
+    """
+
+    model: str
+    shape: ModelShape
+    prices: PriceBook
+    profile: Profile | None = None
+    device: Accelerator | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        *,
+        accelerator_name: str = CPU,
+        profile_path: str | os.PathLike[str] | None = None,
+        prices_path: str | os.PathLike[str] | None = None,
+        any_machine: bool = False,
+    ) -> Sources:
+        """Read them. Raises: BadModel, BadProfile, BadHardware (exit code 2), OSError."""
+        shape = ModelShape.load(resolve_model(model))
+        prices = PriceBook.load(prices_path)
+        if accelerator_name != CPU:
+            return cls(model, shape, prices, device=accelerator(accelerator_name))
+        profile = Profile.load(profile_path or "out/profile.json", any_machine=any_machine)
+        profile.check_shape(shape)
+        return cls(model, shape, prices, profile=profile)
+
+    def step_model(self, pool: Pool) -> ModeledStep:
+        """Step times of one replica of a pool. Raises: BadProfile, BadHardware."""
+        source = self.profile or self.device
+        assert source is not None, "one of the two is always given"
+        return step_tables(source, self.shape, pool)
+
+    def price(self, pool: Pool) -> Price:
+        """Of one device of a pool. Raises: BadHardware: the price book has none."""
+        return self.prices.usd_per_device_hour(pool.accelerator)
+
+    @property
+    def name(self) -> str:
+        if self.profile is not None:
+            return f"profile of {self.profile.name}"
+        assert self.device is not None
+        return f"data sheet of {self.device.name} ({self.device.as_of})"
+
+    @property
+    def measured(self) -> bool:
+        return self.profile is not None
+
+    @property
+    def digest(self) -> str:
+        """Of what step times come from: the profile's own, or one of the data sheet's figures."""
+        if self.profile is not None:
+            return self.profile.digest()
+        return hashlib.sha256(repr(self.device).encode()).hexdigest()[:16]
+
+    @property
+    def prices_digest(self) -> str:
+        return hashlib.sha256(repr(self.prices.offers).encode()).hexdigest()[:16]
+
+    def plain_default(self, trace: Trace, *, cores: int) -> Deployment:
+        """What people run who change nothing: vLLM's limits, bf16, all cores (or one accelerator), room for the log."""
+        longest = int((trace.input_tokens.astype("int64") + trace.output_tokens).max())
+        max_model_len = min(-(-longest // 64) * 64, self.shape.max_position_embeddings)
+        name = CPU if self.device is None else self.device.name
+        pool = Pool(
+            accelerator=name,
+            num_threads=cores if name == CPU else 1,
+            max_model_len=max_model_len,
+            max_num_seqs=DEFAULT_MAX_NUM_SEQS,
+            max_num_batched_tokens=DEFAULT_MAX_NUM_BATCHED_TOKENS,
+            num_kv_blocks=max(CPU_KV_TOKENS, 2 * max_model_len) // 16,
+        )
+        if self.device is not None:
+            pool = pool.model_copy(update={"num_kv_blocks": kv_blocks(self.device, self.shape, pool)})
+            pool = Pool.model_validate(pool.model_dump())
+        return Deployment(model=self.model, pools=(pool,))
+
+    def with_profile(self, profile: Profile) -> Sources:
+        return replace(self, profile=profile)
+
+
+def absolute(path: str | None) -> str | None:
+    """The same file from every folder, for what a study remembers."""
+    return None if path is None else str(Path(path).absolute())

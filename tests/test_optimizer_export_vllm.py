@@ -1,0 +1,121 @@
+import itertools
+
+import pytest
+import yaml
+
+from paretune.kernels.tiles import Tile, TileTable
+from paretune.optimizer.export.vllm import TESTED_VERSIONS, CannotExport, export
+from paretune.optimizer.export.vllm_flags import FLAGS
+from paretune.runtime.spec import Deployment
+
+from .optimizer_examples import deployment
+
+H100 = {"accelerator": "H100 SXM", "num_threads": 1}
+
+
+def test_every_flag_that_is_emitted_is_in_the_list_of_its_version():
+    axes = [
+        ("weight_dtype", ("fp32", "bf16", "fp16", "fp8")),
+        ("kv_cache_dtype", ("bf16", "fp8")),
+        ("replicas", (1, 4)),
+        ("tensor_parallel_size", (1, 8)),
+        ("enable_chunked_prefill", (True, False)),
+        ("enable_prefix_caching", (True, False)),
+    ]
+    for values in itertools.product(*(values for _, values in axes)):
+        found = export(deployment(**H100, **dict(zip((name for name, _ in axes), values))))
+        for argument in found.argv[3:]:
+            if argument.startswith("--"):
+                assert argument.replace("--no-", "--") in FLAGS[found.engine_version]
+
+
+def test_the_command_says_what_the_spec_says():
+    found = export(deployment(**H100, tensor_parallel_size=2, replicas=3, enable_chunked_prefill=False))
+    assert found.argv[:2] == ("vllm", "serve")
+    arguments = " ".join(found.argv)
+    for part in (
+        "--dtype bfloat16",
+        "--kv-cache-dtype bfloat16",
+        "--tensor-parallel-size 2",
+        "--data-parallel-size 3",
+        "--max-model-len 512",
+        "--max-num-seqs 16",
+        "--max-num-batched-tokens 512",
+        "--block-size 16",
+        "--num-gpu-blocks-override 1024",
+        "--no-enable-chunked-prefill",
+        "--enable-prefix-caching",
+    ):
+        assert part in arguments
+    config = yaml.safe_load(found.config)
+    assert config["max-num-seqs"] == 16
+    assert config["enable-chunked-prefill"] is False
+
+
+def test_nothing_of_a_pool_is_dropped_in_silence():
+    """Every field either changes the command or its environment, or is refused, or is named."""
+    changes = {
+        "replicas": 2,
+        "accelerator": "H100 SXM",
+        "tensor_parallel_size": 2,
+        "num_threads": 2,
+        "weight_dtype": "fp16",
+        "kv_cache_dtype": "fp8",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 1024,
+        "block_size": 32,
+        "num_kv_blocks": 999,
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,
+        "tiles": TileTable(((("linear", "bf16", 8), Tile("linear", "cpp", (("row_tile", 4),))),)),
+    }
+    plain = deployment()
+    assert {*changes, "role"} == set(type(plain.pool).model_fields)
+    for name, value in changes.items():
+        assert export(plain.with_pool(**{name: value})) != export(plain), name
+
+
+def test_threads_are_bound_rank_by_rank():
+    found = export(deployment(num_threads=2, tensor_parallel_size=2))
+    assert found.env == {"VLLM_CPU_OMP_THREADS_BIND": "0-1|2-3"}
+    assert export(deployment(**H100)).env == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"weight_dtype": "int8"}, "pools.0.weight_dtype"),
+        ({"weight_dtype": "fp8"}, "pools.0.weight_dtype"),
+        ({"kv_cache_dtype": "fp32"}, "pools.0.kv_cache_dtype"),
+        ({"block_size": 4}, "pools.0.block_size"),
+        ({"role": "prefill"}, "pools"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_by_the_fields_name(changes, where):
+    with pytest.raises(CannotExport) as caught:
+        export(deployment(**changes))
+    assert (caught.value.where, caught.value.exit_code) == (where, 2)
+
+
+def test_another_engines_spec_and_several_pools_are_refused():
+    one = deployment()
+    for spec, where in [
+        (one.model_copy(update={"engine": "sglang"}), "engine"),
+        (Deployment(pools=(*one.pools, *one.pools)), "pools"),
+    ]:
+        with pytest.raises(CannotExport) as caught:
+            export(spec)
+        assert caught.value.where == where
+
+
+def test_a_float32_cache_goes_with_float32_weights():
+    assert "--kv-cache-dtype auto --" in " ".join(export(deployment(weight_dtype="fp32", kv_cache_dtype="fp32")).argv)
+
+
+def test_an_untested_version_is_refused_unless_allowed_and_then_named():
+    assert export(deployment(), engine_version=f"{TESTED_VERSIONS[0]}.7").engine_version == TESTED_VERSIONS[0]
+    with pytest.raises(CannotExport, match="engine version"):
+        export(deployment(), engine_version="9.9")
+    found = export(deployment(), engine_version="9.9", allow_untested=True)
+    assert any("9.9 was not tested" in note for note in found.not_translated)
