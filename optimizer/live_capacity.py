@@ -14,6 +14,46 @@ from ..runtime.spec import Deployment
 from ..traces.metrics import Summary, Target, meets, summarize
 from ..traces.trace import Trace
 
+# The first step away from a guess, and how much each further one grows: three steps reach a factor of 2.6.
+STRIDE = 1.2
+STRIDE_GROWTH = 1.5
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Between which multiples of the recorded rate the targets cease to hold.
+
+    low   highest rate seen to hold; 0 = none
+    high  lowest rate above it that was seen to fail; infinite = none
+    """
+
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        """The middle on a log scale; where one end is open, the other."""
+        if self.low == 0.0:
+            return self.high
+        return self.low if math.isinf(self.high) else math.sqrt(self.low * self.high)
+
+
+def bracket(holds: Callable[[float], bool], *, guess: float, runs: int) -> Bracket:
+    """Ask `holds(rate)` `runs` times: growing steps away from a guess until one holds and one fails, then middles."""
+    low, high, rate, stride = 0.0, math.inf, guess, STRIDE
+    for _ in range(runs):
+        if holds(rate):
+            low = rate
+        else:
+            high = rate
+        if low == 0.0:
+            rate, stride = high / stride, stride**STRIDE_GROWTH
+        elif math.isinf(high):
+            rate, stride = low * stride, stride**STRIDE_GROWTH
+        else:
+            rate = math.sqrt(low * high)
+    return Bracket(low, high)
+
 
 @dataclass(frozen=True)
 class LoadRun:
@@ -26,29 +66,16 @@ class LoadRun:
 
 @dataclass(frozen=True)
 class LiveCapacity:
-    """Between which multiples of the recorded rate the targets cease to hold.
+    """What the replays showed; runs in order."""
 
-    low     highest rate seen to hold; 0 = none
-    high    lowest rate above it that was seen to fail; infinite = none
-    runs    every replay, in order
-    """
-
-    low: float
-    high: float
+    bracket: Bracket
     runs: tuple[LoadRun, ...]
 
     @property
-    def rate(self) -> float:
-        """The middle of the bracket on a log scale; its known end where the other is open."""
-        if self.low == 0.0:
-            return self.high
-        return self.low if math.isinf(self.high) else math.sqrt(self.low * self.high)
-
-    @property
     def output_tokens_per_s(self) -> float:
-        """At `low`; NaN where no rate held."""
-        held = [run.summary.output_tokens_per_s for run in self.runs if run.holds and run.rate == self.low]
-        return held[0] if held else math.nan
+        """At the middle of the bracket, from the highest rate that held; NaN where none did."""
+        held = [run for run in self.runs if run.holds and run.rate == self.bracket.low]
+        return held[0].summary.output_tokens_per_s * self.bracket.rate / self.bracket.low if held else math.nan
 
 
 def live_capacity(
@@ -63,33 +90,23 @@ def live_capacity(
 ) -> LiveCapacity:
     """Replay a trace against a live server at rates around `guess`, and bracket the highest that holds the targets.
 
-    Steps of 15 % away from the guess until one run holds and one fails, then the middle; the answer's resolution is the
-    bracket that is returned.
-
     Args:
         guess: multiple of the recorded rate where the simulator puts the capacity.
-        replays: how many may be spent.
+        replays: how many may be spent; they decide how narrow the bracket is.
     Raises: ServerFailed, BadModel.
     """
     token_ids = prompt_token_ids(resolve_model(deployment.model))
-    low, high, rate = 0.0, math.inf, guess
     runs: list[LoadRun] = []
     with live_server(deployment) as server:
         warm_server(server, trace, token_ids)
-        for number in range(replays):
+
+        def holds(rate: float) -> bool:
             if progress is not None:
-                progress(number / replays, f"{rate:.2f} x the recorded rate")
+                progress(len(runs) / replays, f"{rate:.2f} x the recorded rate")
             times = replay(trace, server.url, k=k, rate=rate, model=server.model, token_ids=token_ids).times
-            holds = all(meets(times, target, governed_rows(trace, target)) for target in targets)
-            runs.append(LoadRun(rate, holds, summarize(times)))
-            if holds:
-                low = max(low, rate)
-            else:
-                high = min(high, rate)
-            if low == 0.0:
-                rate = high / 1.15
-            elif math.isinf(high):
-                rate = low * 1.15
-            else:
-                rate = math.sqrt(low * high)
-    return LiveCapacity(low, high if high > low else math.inf, tuple(runs))
+            held = all(meets(times, target, governed_rows(trace, target)) for target in targets)
+            runs.append(LoadRun(rate, held, summarize(times)))
+            return held
+
+        found = bracket(holds, guess=guess, runs=replays)
+    return LiveCapacity(found, tuple(runs))

@@ -135,9 +135,10 @@ class _Book:
     def add(self, record: Record) -> None:
         if (record.digest, record.fidelity) in self.known:
             return
+        # known first: a Ctrl-C that comes just after the commit must not have it written a second time
+        self.known[record.digest, record.fidelity] = record
         if self._ledger is not None:
             self._ledger.record(self._study, record)
-        self.known[record.digest, record.fidelity] = record
 
 
 class _Run:

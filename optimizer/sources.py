@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
@@ -102,9 +102,6 @@ class Sources:
             pool = pool.model_copy(update={"num_kv_blocks": kv_blocks(self.device, self.shape, pool)})
             pool = Pool.model_validate(pool.model_dump())
         return Deployment(model=self.model, pools=(pool,))
-
-    def with_profile(self, profile: Profile) -> Sources:
-        return replace(self, profile=profile)
 
 
 def absolute(path: str | None) -> str | None:

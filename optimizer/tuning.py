@@ -11,9 +11,10 @@ from typing import Any
 from ..profiler.live import measure_live
 from ..profiler.tile_file import TileFile
 from ..runtime.parallel import usable_cores
-from ..runtime.spec import CPU, Deployment, Pool, load_deployment, save_deployment
+from ..runtime.spec import CPU, Deployment, load_deployment, save_deployment
 from ..traces import BadTrace, Trace, read, with_targets
 from ..traces.metrics import Metric, RequestTimes, Target
+from .evaluate import Question, assess
 from .front import Evaluation
 from .pick import make_spec, pick
 from .retune import Comparison
@@ -248,11 +249,6 @@ def pick_spec(
     return chosen, deployment
 
 
-def default_pool(found: Kept) -> Pool:
-    """What runs without the study: trial 0."""
-    return found.study.default.deployment.pool
-
-
 def tonight(ask: Ask, report: Report) -> Callable[[Trace, Deployment], Comparison]:
     """What `retune` calls where the workload moved: tune on tonight's log with the old spec as trial 0, and pick.
 
@@ -264,6 +260,22 @@ def tonight(ask: Ask, report: Report) -> Callable[[Trace, Deployment], Compariso
         study = tune_trace(replace(ask, slos=old.targets, fresh=True), report)
         chosen = pick(study.front, slo=targets) if targets else pick(study.front)
         found = kept(ask.study, ask.storage)
-        return Comparison(study.default, chosen, spec_of(found, chosen, targets), study.front.cost)
+        before = study.default
+        if study.front.cost == "sizing":
+            # sizing gave trial 0 the replicas it would need; the old spec keeps those it runs with
+            front = study.front
+            question = Question(
+                trace,
+                tuple(targets),
+                front.metric,
+                front.percentile,
+                front.cost,
+                front.metric.k or 30,
+                None,
+                found.sources.step_model,
+                found.sources.price,
+            )
+            before = assess(question, study.default.deployment.with_pool(replicas=old.pool.replicas))
+        return Comparison(before, chosen, spec_of(found, chosen, targets), study.front.cost)
 
     return compare

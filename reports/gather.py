@@ -39,6 +39,7 @@ def gather(
     chosen_measured: Measured | None = None,
     default_measured: Measured | None = None,
     commands: tuple[str, ...] = (),
+    quality: str = "",
 ) -> ReportData:
     """Everything for `write_report`.
 
@@ -46,6 +47,7 @@ def gather(
         spec_path: the spec that was picked; None: the knee of the curve.
         chosen_measured, default_measured: from `verify`; None: the study's own measurements, where it made any.
         commands: that led here; None: the ones that would.
+        quality: what the pick's precision costs in quality, in words, where it was measured.
     Raises: NoSuchStudy, BadTrace, BadSpec, BadReport (exit code 2), LedgerError (1).
     """
     found = kept(study, storage)
@@ -82,6 +84,7 @@ def gather(
         tile_gains=_tile_gains(found),
         commands=commands or tuned_by,
         provenance=(
+            *((("quality", quality),) if quality else ()),
             ("paretune", __version__),
             ("trace", f"{found.trace.source}, {found.trace.digest()[:16]}"),
             ("step times", f"{found.sources.name}, {found.sources.digest}"),

@@ -22,7 +22,8 @@ TESTED_VERSIONS = tuple(FLAGS)
 _DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _KV_DTYPE = {"bf16": "bfloat16", "fp8": "fp8"}
 
-# BlockSize in vllm/config/cache.py of 0.32; on CUDA only up to 32 for most attention back ends.
+# vLLM 0.32's own configuration takes any positive number; its attention kernels are built for powers of two of these
+# sizes. Not confirmed for every back end: a size that one lacks is refused by vLLM at its start.
 _BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
 Value = str | int | bool
