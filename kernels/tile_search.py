@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cpu.build import Library, load
 from .linear import PackedLinear, linear, pack
-from .tiles import PRECISIONS, BadTile, Tile, TileTable, bucket
+from .tiles import PRECISIONS, BadTile, Tile, TileGain, TileTable, bucket
 
 ROTATED_BYTES = (
     96 << 20
@@ -35,21 +35,6 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "prefetch_bytes": (0, 1024, 2048, 4096, 8192),
     "serial_below_kmacs": (0, 64, 256, 1024, 1 << 20),
 }
-
-
-@dataclass(frozen=True)
-class TileGain:
-    """What a searched tile brought. Seconds are medians for all weights of the model once, rows = bucket."""
-
-    operator: str
-    precision: str
-    bucket: int
-    default_s: float
-    best_s: float
-
-    @property
-    def speedup(self) -> float:
-        return self.default_s / self.best_s
 
 
 @dataclass(frozen=True)

@@ -247,3 +247,18 @@ class TileTable(Mapping[tuple[str, str, int], Tile]):
             tile = Tile(row["operator"], row["backend"], tuple(row["parameters"].items()))
             entries.append(((row["operator"], row["precision"], row["rows"]), tile))
         return cls(tuple(entries))
+
+
+@dataclass(frozen=True)
+class TileGain:
+    """What a searched tile brought. Seconds are medians for all weights of the model once, rows = bucket."""
+
+    operator: str
+    precision: str
+    bucket: int
+    default_s: float
+    best_s: float
+
+    @property
+    def speedup(self) -> float:
+        return self.default_s / self.best_s

@@ -223,5 +223,5 @@ def _record(decision: Decision, folder: Path, old: Deployment, new: Deployment |
         "old_spec": old.model_dump(mode="json"),
         "new_spec": None if new is None else new.model_dump(mode="json"),
     }
-    name = f"{stamp}-{Path(decision.spec).stem}-{decision.action}.json"
+    name = f"{stamp}-{Path(decision.spec).stem}-{decision.action}-{decision.new or decision.old}.json"
     write_whole(folder / name, json.dumps(data, indent=1, sort_keys=True))

@@ -132,7 +132,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
     about = {
         "log": absolute(ask.log),
         "slos": list(ask.slos),
-        "model": ask.model,
+        "model": sources.model,
         "accelerator": ask.accelerator,
         "profile": absolute(ask.profile_path),
         "tiles": absolute(ask.tiles_path),

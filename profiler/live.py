@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +36,10 @@ WARM_UP_REQUESTS = 8
 class ServerFailed(RuntimeError):
     """Our server did not come up, or went down: what it said on stderr."""
 
-    exit_code: ClassVar[int] = 1
+    def __init__(self, reason: str, exit_code: int = 1) -> None:
+        super().__init__(reason)
+        # 2: the server refused the spec or the model
+        self.exit_code = 2 if exit_code == 2 else 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, stderr: Pat
     deadline = time.monotonic() + limit_s
     while not ready.exists():
         if process.poll() is not None:
-            raise ServerFailed(f"the server ended with exit code {process.returncode}: {_last_lines(stderr)}")
+            raise ServerFailed(
+                f"the server ended with exit code {process.returncode}: {_last_lines(stderr)}", process.returncode
+            )
         if time.monotonic() > deadline:
             raise ServerFailed(f"the server was not ready within {limit_s:.0f} s: {_last_lines(stderr)}")
         time.sleep(0.02)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import psutil
 
@@ -53,7 +53,10 @@ Progress = Callable[[str, float], None]
 class MeasureFailed(RuntimeError):
     """A measuring process that failed, with what it said."""
 
-    exit_code: ClassVar[int] = 1
+    def __init__(self, reason: str, exit_code: int = 1) -> None:
+        super().__init__(reason)
+        # 2: what it was to measure was refused, the model say
+        self.exit_code = 2 if exit_code == 2 else 1
 
 
 def possible_configurations(
@@ -262,5 +265,8 @@ def _answer(process: subprocess.Popen[str], stdout: IO[str], said: IO[str]) -> A
         process.wait()
         said.seek(0)
         lines = said.read().strip().splitlines()
-        raise MeasureFailed(f"a measuring process ended with exit code {process.returncode}: {' | '.join(lines[-3:])}")
+        raise MeasureFailed(
+            f"a measuring process ended with exit code {process.returncode}: {' | '.join(lines[-3:])}",
+            process.returncode,
+        )
     return json.loads(line)

@@ -387,7 +387,14 @@ def _leave_with_the_parent() -> None:
 def main() -> None:
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
-    _say(_answer(task))
+    try:
+        answer = _answer(task)
+    except Exception as error:
+        if not isinstance(getattr(error, "exit_code", None), int):
+            raise
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)  # type: ignore[attr-defined]
+    _say(answer)
 
 
 if __name__ == "__main__":

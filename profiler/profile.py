@@ -215,11 +215,13 @@ class Profile(_Part):
         Args:
             any_machine: take a profile of another processor; by default it is refused, because its times say nothing
                 here.
-        Raises: BadProfile: another version, changed content, another machine; OSError.
+        Raises: BadProfile: no such file, another version, changed content, another machine; OSError.
         """
         name = Path(path).name
+        again = "measure again: `paretune profile run`"
+        if not Path(path).exists():
+            raise BadProfile(os.fspath(path), "no such file", "a profile of this machine", "`paretune profile run`")
         raw = Path(path).read_bytes()
-        again = "measure again: `paretune profile`"
         try:
             plain = json.loads(raw)
             version, digest = plain["schema_version"], plain.pop("digest")

@@ -292,6 +292,9 @@ def simulate(
     hashes = np.zeros(0, np.int64) if trace.prefix is None else trace.prefix.hashes.copy()
     per_hash = 1 if trace.prefix is None else blocks_per_hash(trace.prefix.block_size, pool.block_size)
     bounds = _bounds(trace, give_up, k)
+    # blocks beyond those of every request together are never touched: a huge cache costs no memory here
+    touched = int((-(-max_num_tokens[fits] // pool.block_size)).sum())
+    pool = pool.model_copy(update={"num_kv_blocks": max(1, min(pool.num_kv_blocks, touched))})
     steps = preemptions = hit_tokens = 0
     busy_s = 0.0
     status = _DRAINED

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..kernels.tile_search import TileGain, search
-from ..kernels.tiles import BadTile, TileTable
+from ..kernels.tiles import BadTile, TileGain, TileTable
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..traces.whole_file import write_whole
 from .operators import linears
@@ -108,6 +107,7 @@ def tune_tiles(
     import torch
 
     from ..kernels.cpu.build import load
+    from ..kernels.tile_search import search
 
     shape = ModelShape.load(resolve_model(model))
     layers = linears(shape, 1)

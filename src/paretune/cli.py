@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ import click
 
 from . import __version__
 from .commands import machine, nightly, serving, studies, traces
-from .output import Speaker, envelope
+from .output import Speaker, StdoutClosed, drop_stdout, envelope, say
 
 RESUMABLE = 75
 INTERRUPTED = 130
@@ -50,7 +50,8 @@ for room in (traces, machine, studies, serving, nightly):
 def _fail(speaker: Any, exit_code: int, message: str) -> NoReturn:
     click.echo(f"error: {message}", err=True)
     if isinstance(speaker, Speaker) and speaker.json:
-        click.echo(envelope(speaker.command, exit_code, None, speaker.warnings, error=message))
+        with suppress(StdoutClosed):
+            say(envelope(speaker.command, exit_code, None, speaker.warnings, error=message))
     sys.exit(exit_code)
 
 
@@ -58,24 +59,25 @@ def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _drop_stdout() -> bool:
-    """If nobody takes stdout any more, let what its buffer still holds go, or it fails again when Python exits."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
-def _disk_message(error: OSError, where: str) -> str:
-    todo = "free some space, or choose another place, and run again" if error.errno in _FULL else "nothing was changed"
-    return f"{where}: {error.strerror or error}; {todo}"
+def _os_message(error: OSError) -> str:
+    where = error.filename or type(error).__name__
+    todo = "free some space, or choose another place" if error.errno in _FULL else "check the path and who may use it"
+    return f"{where}: {error.strerror or error}; {todo}, and run again"
 
 
 def main() -> None:
-    """Entry point: every error that knows its exit code becomes one message on stderr; any other is a bug and shows."""
+    """Entry point."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        _run()
+    finally:
+        # all is said and done; a signal while Python takes itself apart would still end it as "killed"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _run() -> None:
+    """Every error that knows its exit code becomes one message on stderr; any other is a bug and shows."""
     debug = "--debug" in sys.argv[1:]
     context: click.Context | None = None
     speaker: Any = None
@@ -94,6 +96,13 @@ def main() -> None:
         if isinstance(speaker, Speaker) and speaker.command in RESUMED:
             _fail(speaker, RESUMABLE, "interrupted; type the same command again to go on")
         _fail(speaker, INTERRUPTED, "interrupted")
+    except StdoutClosed as closed:
+        if not closed.reader_left:
+            click.echo(f"error: {closed}", err=True)
+        sys.exit(closed.exit_code)
+    except BrokenPipeError:
+        drop_stdout()
+        sys.exit(1)
     except Exception as error:
         speaker = context.obj if context else None
         exit_code = getattr(error, "exit_code", None)
@@ -101,10 +110,6 @@ def main() -> None:
             raise
         if exit_code is not None:
             _fail(speaker, exit_code, str(error))
-        if isinstance(error, MemoryError):
-            _fail(speaker, 1, f"out of memory: {error}")
-        if not _drop_stdout():
-            _fail(speaker, 1, _disk_message(error, str(error.filename or type(error).__name__)))
-        if not isinstance(error, BrokenPipeError):
-            _fail(None, 1, _disk_message(error, "standard output"))
-        sys.exit(1)
+        if isinstance(error, OSError):
+            _fail(speaker, 1, _os_message(error))
+        _fail(speaker, 1, "out of memory; give it less to do, or more memory")

@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SCHEMA_VERSION = 1
+
+
+class StdoutClosed(Exception):
+    """Standard output takes nothing any more: its reader has left, or its disk is full."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.reader_left = error.errno == errno.EPIPE
+        self.reason = error.strerror or str(error)
+
+    def __str__(self) -> str:
+        return f"standard output: {self.reason}; write it elsewhere"
+
+
+def drop_stdout() -> None:
+    """Let go what stdout's buffer still holds: it would fail once more when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """Lines on stdout. Raises: StdoutClosed; whatever is said after that is lost in silence."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        drop_stdout()
+        raise StdoutClosed(error) from None
 
 
 @dataclasses.dataclass
@@ -31,9 +61,9 @@ class Speaker:
     def result(self, data: Any, text: str, exit_code: int = 0) -> None:
         """The command's result: `text` for people, or `data` as one JSON object that names the exit code."""
         if self.json:
-            click.echo(envelope(self.command, exit_code, data, self.warnings))
+            say(envelope(self.command, exit_code, data, self.warnings))
         elif text:
-            click.echo(text)
+            say(text)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

@@ -77,7 +77,7 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
 TEMPLATE = """\
 # Settings of this folder's paretune commands; a flag or a PARETUNE_* variable goes before them.
 schema_version: 1
-log: {log}               # the request log that `paretune retune` reads every night
+log: {log}                # the request log that `paretune retune` reads every night
 model: paretune/small         # a Hugging Face model directory (config.json, safetensors, tokenizer.json)
 slo: ['ttf30:p95<=1500ms']    # what must hold
 metric: ttf30:p95             # the latency axis of the curve

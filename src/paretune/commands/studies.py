@@ -164,6 +164,8 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     """
     from ..optimizer.tuning import Ask, tune_trace
 
+    if options["finalists"] and options["accelerator"] != "cpu":
+        speaker.warn(f"nothing is measured: {options['accelerator']} is not this machine; --measure is left out")
     with speaker.progress("tuning") as report:
         study = tune_trace(Ask(log=log, **options), report)
     found = study.screened
