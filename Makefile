@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` shows the main job, `make test` runs the whole suite.
-# Both set up the environment first (.venv, from pyproject.toml); nothing else needs to be installed by hand.
+# Both set up the environment first (.venv, from pyproject.toml, in the versions of constraints.txt); nothing else needs to be installed by hand.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,10 +20,10 @@ help:
 	@echo 'make docs    write docs/cli.md and docs/spec.schema.json anew'
 	@echo 'make clean   delete the environment and everything generated'
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -46,7 +46,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.installed
-	for script in startup simulator_speed prediction_local kernels_cpu runtime_peers; do \
+	for script in startup simulator_speed prediction_local kernels_cpu roofline_calibration runtime_peers; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

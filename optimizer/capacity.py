@@ -7,7 +7,7 @@ number of replicas at the recorded rate. A run that can no longer hold is given 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -31,6 +31,9 @@ COARSE_TOLERANCE = 0.08
 PARTS = 4
 LEAST_FOR_PARTS = 4000
 PART_SLACK = 0.25
+
+# A third of a minute of speech is about so many tokens: what a voice service must have before it begins to play.
+DEFAULT_K = 30
 
 # A run keeps up if its queue drains, after the last arrival, within this share of the run and one longest answer:
 # targets on TPOT alone would otherwise hold at any rate, with requests waiting for ever.
@@ -78,15 +81,21 @@ def check_question(trace: Trace, targets: Sequence[Target], metric: Metric) -> i
         raise BadQuestion(
             "metric", "itl", "ttft, ttf30, tpot, e2e", "ask for tpot: gaps of single tokens are not simulated"
         )
-    ks = {each.k for each in metrics if each.name == "ttf" and each.k > 1}
-    if len(ks) > 1:
-        names = ", ".join(f"ttf{k}" for k in sorted(ks))
-        raise BadQuestion("metric", names, "one k in a study", "tune once for each")
+    k = k_of(metrics)
     for target in targets:
         if not governed_rows(trace, target).any():
             apps = "no applications" if trace.app is None else ", ".join(trace.app.names)
             raise BadQuestion(f"target {target}", "no request that it governs", apps, "correct the application's name")
-    return ks.pop() if ks else 30
+    return k
+
+
+def k_of(metrics: Iterable[Metric]) -> int:
+    """The k of TTF-k that these metrics ask of a run; 30 where none does. Raises: BadQuestion: two different k."""
+    ks = {each.k for each in metrics if each.name == "ttf" and each.k > 1}
+    if len(ks) > 1:
+        names = ", ".join(f"ttf{k}" for k in sorted(ks))
+        raise BadQuestion("metric", names, "one k in a run", "ask once for each")
+    return ks.pop() if ks else DEFAULT_K
 
 
 def busiest_part(trace: Trace) -> Trace | None:

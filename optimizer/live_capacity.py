@@ -73,9 +73,9 @@ class LiveCapacity:
 
     @property
     def output_tokens_per_s(self) -> float:
-        """At the middle of the bracket, from the highest rate that held; NaN where none did."""
+        """At the highest rate that was seen to hold; NaN where none did."""
         held = [run for run in self.runs if run.holds and run.rate == self.bracket.low]
-        return held[0].summary.output_tokens_per_s * self.bracket.rate / self.bracket.low if held else math.nan
+        return held[0].summary.output_tokens_per_s if held else math.nan
 
 
 def live_capacity(

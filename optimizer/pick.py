@@ -224,8 +224,9 @@ def make_spec(
         )
     )
     if rate > 0:
-        band = (rates[0] * trace.rate_per_s, rates[1] * trace.rate_per_s)
-        predictions.append(_prediction("requests_per_s", None, rate, band))
+        replicas = evaluation.deployment.pool.replicas
+        band = (rates[0] * trace.rate_per_s * replicas, rates[1] * trace.rate_per_s * replicas)
+        predictions.append(_prediction("requests_per_s", None, rate * replicas, band))
     provenance = Provenance(
         paretune_version=__version__,
         created_at=created_at or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -239,6 +240,7 @@ def make_spec(
         prices_as_of=prices_as_of,
         study=study,
         seed=evaluation.seed,
+        rate=1.0 if targets else evaluation.load * evaluation.deployment.pool.replicas,
     )
     update = {
         "targets": tuple(str(target) for target in targets),

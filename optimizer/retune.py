@@ -61,8 +61,8 @@ class Comparison:
 class Decision:
     """What a night decided, and why.
 
-    action      "unchanged": the workload has not moved, nothing was tuned; "kept": tuned, but the gain is not sure;
-                "replaced": the spec was written anew (in a dry run: would have been)
+    action      "unchanged": the workload has not moved, or it has and what runs is still the best; "kept": something
+                else looks better, but not surely; "replaced": by something surely better (dry run: would have been)
     exit_code   0, or 5 where the guard kept the old spec
     why         plain sentences
     gain        share of the old cost that the new one saves; None where nothing was compared
@@ -128,7 +128,8 @@ def retune(
         reasons = (*moved.reasons, *why)
         decision = replace(blank, action=action, why=reasons, new=found.spec.digest(), gain=gain, noise=noise)
         _record(decision, Path(decisions), old, found.spec)
-        if action == "replaced" and not dry_run:
+        if action != "kept" and not dry_run:
+            # where the same deployment is still the best, its spec learns tonight's workload for the next night
             save_deployment(found.spec, path)
         return decision
 
@@ -140,11 +141,12 @@ def decide(
 
     It does if the old one breaks a target on tonight's trace that the new one holds with its whole interval; or if its
     cost is lower by more than the intervals of both explain (half widths in quadrature, on a log scale) and by at least
-    LEAST_GAIN, and it holds every target that the old one holds. Else the old one stays.
+    LEAST_GAIN, and it holds every target that the old one holds. Else the old one stays. Where both are the same,
+    nothing changes.
     """
     old, new = found.old, found.new
     if found.spec.digest() == old.deployment.digest():
-        return "kept", ("the deployment that runs is still the best one found",), 0.0, None
+        return "unchanged", ("the deployment that runs is still the best one found",), 0.0, None
     for target in targets:
         value, _, high = new.of_target(target)
         if math.isnan(value) or value > target.limit_s:

@@ -51,12 +51,14 @@ def tune(
     jobs: int = 2,
     ledger: Ledger | None = None,
     study: str = "default",
+    renew: bool = False,
     profile: str = "",
     prices: str = "",
     about: Mapping[str, Any] | None = None,
     time_budget_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     measure: Measure | None = None,
+    measurable: Callable[[Deployment], bool] = lambda deployment: True,
     finalists: int = 6,
 ) -> Study:
     """Find the front of cost against a latency for a trace.
@@ -73,10 +75,12 @@ def tune(
         trials: candidates to simulate, the default included.
         jobs: threads; the simulator releases the GIL. Does not change the result.
         ledger, study: where trials are kept, under which name; without a ledger nothing is kept.
+        renew: forget an earlier study of this name, unless it has the same settings and was interrupted.
         profile, prices: digests of what step times and prices come from; a study goes on only with the same ones.
         about: where the inputs lay, kept with the study for those who read it later.
         time_budget_s: no trial is begun after it; the study is then marked as not complete.
         measure: serve a deployment and replay the trace at a multiple of its rate.
+        measurable: whether a deployment can be served where `measure` serves; others are no finalists.
         finalists: candidates to measure.
     Raises: BadQuestion, BadSpace, NoSuchStudy (exit code 2), LedgerError (1), Interrupted (75) on Ctrl-C.
     """
@@ -103,13 +107,13 @@ def tune(
         "profile": profile,
         "prices": prices,
     }
-    book = _Book(ledger, study, settings, about or {})
+    book = _Book(ledger, study, settings, about or {}, renew)
     try:
         run = _Run(question, space, book, seed, jobs, trials, time_budget_s, progress or (lambda _: None))
         found = run.simulate_all(study)
         found = run.refine_points(found)
         if measure is not None:
-            found = run.measure_finalists(found, measure, finalists)
+            found = run.measure_finalists(found, measure, finalists, measurable)
     except KeyboardInterrupt:
         raise Interrupted(study, len(book.known), ledger.where if ledger else "") from None
     if ledger is not None:
@@ -121,12 +125,12 @@ class _Book:
     """Every trial that is known: read from the ledger once, and written to it one by one."""
 
     def __init__(
-        self, ledger: Ledger | None, study: str, settings: Mapping[str, Any], about: Mapping[str, Any]
+        self, ledger: Ledger | None, study: str, settings: Mapping[str, Any], about: Mapping[str, Any], renew: bool
     ) -> None:
         self._ledger, self._study = ledger, study
         self.known: dict[tuple[str, Fidelity], Record] = {}
         if ledger is not None:
-            ledger.open_study(study, settings, about)
+            ledger.open_study(study, settings, about, renew=renew)
             self.known = {(each.digest, each.fidelity): each for each in ledger.records(study)}
 
     def get(self, digest: str, fidelity: Fidelity) -> Record | None:
@@ -263,7 +267,7 @@ class _Run:
             sampler=sampler.name,
             measured_steps=model.measured,
             relative_error=model.relative_error,
-            not_modelled=tuple(dict.fromkeys(model.not_modelled)),
+            not_modeled=tuple(dict.fromkeys(model.not_modeled)),
             complete=complete,
         )
 
@@ -385,9 +389,11 @@ class _Run:
             each = self._sharpened(each)
         return refine(self.question, each, saturation=self._saturation(self._indices[each.candidate]))
 
-    def measure_finalists(self, found: Study, measure: Measure, most: int) -> Study:
+    def measure_finalists(
+        self, found: Study, measure: Measure, most: int, measurable: Callable[[Deployment], bool]
+    ) -> Study:
         """Measure the finalists, and say again what wins: measured where measured, corrected elsewhere."""
-        chosen = final.choose(found.front, found.default, most)
+        chosen = [each for each in final.choose(found.front, found.default, most) if measurable(each.deployment)]
         simulated = self._intervals(found.front.evaluations, chosen)
         refined = {(each.candidate, each.load): each for each in simulated}
         done: list[Evaluation] = []
@@ -427,9 +433,9 @@ class _Run:
             result = final.measured(each, times, self.question.trace, self.question.targets)
             record = Record(each.trial, name, "measured", (result,), plain)
         except Exception as error:
+            # not kept in the ledger: a server that did not come up once may come up when the study goes on
             reason = f"could not be measured: {_refusal(error)}"
-            failed = replace(each, fidelity="measured", feasible=False, reason=reason)
-            record = Record(each.trial, name, "measured", (failed,), plain, "failed", reason)
+            return (replace(each, fidelity="measured", feasible=False, reason=reason),)
         self.book.add(record)
         return record.evaluations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..default_paths import PROFILE
 from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
 from ..profiler.profile import Profile
 from ..profiler.roofline import kv_blocks
@@ -19,6 +20,13 @@ from ..traces.trace import Trace
 DEFAULT_MAX_NUM_SEQS = 128
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 CPU_KV_TOKENS = 65536
+
+# What the simulator leaves out whatever the step times come from.
+_SIMULATOR_LEAVES_OUT = (
+    "answers in the prefix cache: the engine finds most blocks of a preempted request again, the simulator computes "
+    "them anew; near a full KV cache predictions are too slow",
+    "sampling other than greedy; the cores that HTTP, text and clients use, which are not priced either",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Sources:
         prices = PriceBook.load(prices_path)
         if accelerator_name != CPU:
             return cls(model, shape, prices, device=accelerator(accelerator_name))
-        profile = Profile.load(profile_path or "out/profile.json", any_machine=any_machine)
+        profile = Profile.load(profile_path or PROFILE, any_machine=any_machine)
         profile.check_shape(shape)
         return cls(model, shape, prices, profile=profile)
 
@@ -59,7 +67,8 @@ class Sources:
         """Step times of one replica of a pool. Raises: BadProfile, BadHardware."""
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
-        return step_tables(source, self.shape, pool)
+        found = step_tables(source, self.shape, pool)
+        return replace(found, not_modeled=(*found.not_modeled, *_SIMULATOR_LEAVES_OUT))
 
     def price(self, pool: Pool) -> Price:
         """Of one device of a pool. Raises: BadHardware: the price book has none."""

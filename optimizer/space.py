@@ -227,7 +227,7 @@ def default_space(
     fields: list[tuple[str, tuple[Value, ...]]] = [
         ("tensor_parallel_size", powers),
         *([("num_threads", powers)] if on_cpu else []),
-        ("replicas", tuple(range(1, cores + 1)) if on_cpu else (1,)),
+        ("replicas", powers if on_cpu else (1,)),
         ("weight_dtype", ("fp32", "bf16", "int8") if on_cpu else (pool.weight_dtype,)),
         ("max_num_seqs", MAX_NUM_SEQS),
         ("max_num_batched_tokens", tuple(sorted({*MAX_NUM_BATCHED_TOKENS, pool.max_model_len}))),

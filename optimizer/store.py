@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Self
 
 import sqlalchemy as sa
 
+from ..default_paths import LEDGER
 from .front import Evaluation, Fidelity
 
-DEFAULT_PATH = "out/paretune.db"
 SCHEMA_VERSION = 1
 
 # Another process may hold the write lock of SQLite while it commits, or copies the file.
@@ -114,7 +114,7 @@ class Ledger:
     Raises (every method): LedgerError: disk full, locked, unreachable, not a ledger, or made by a newer paretune.
     """
 
-    def __init__(self, where: str | os.PathLike[str] = DEFAULT_PATH) -> None:
+    def __init__(self, where: str | os.PathLike[str] = LEDGER) -> None:
         text = os.fspath(where)
         self.where = text
         if "://" not in text:
@@ -126,9 +126,7 @@ class Ledger:
                 ) from None
             text = f"sqlite:///{text}"
         try:
-            url = sa.make_url(text)
-            if url.drivername == "postgresql":
-                url = url.set(drivername="postgresql+psycopg")
+            url = database_url(text)
             self.where = url.render_as_string(hide_password=True)
             self._engine = sa.create_engine(url, connect_args=_connect_args(url), pool_pre_ping=True)
         except ModuleNotFoundError as error:
@@ -150,17 +148,30 @@ class Ledger:
     def close(self) -> None:
         self._engine.dispose()
 
-    def open_study(self, name: str, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
+    def open_study(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+        *,
+        renew: bool = False,
+    ) -> None:
         """Begin a study, or go on with one that was begun with the same settings.
 
-        Raises: NoSuchStudy: the name is taken by a study with other settings.
+        renew: forget an earlier study of the name that has ended or was begun with other settings.
+        Raises: NoSuchStudy: the name is taken by a study with other settings, and not to be renewed.
         """
         plain, told = json.loads(json.dumps(settings)), json.loads(json.dumps(about or {}))
         with self._begin() as connection:
-            known = connection.execute(sa.select(_study.c.settings).where(_study.c.name == name)).scalar_one_or_none()
-            if known is None:
+            query = sa.select(_study.c.settings, _study.c.result).where(_study.c.name == name)
+            row = connection.execute(query).one_or_none()
+            if row is not None and renew and (row.settings != plain or row.result is not None):
+                self._delete(connection, name)
+                row = None
+            if row is None:
                 connection.execute(_study.insert().values(name=name, settings=plain, about=told, created_at=_now()))
-            elif known != plain:
+            elif row.settings != plain:
+                known = row.settings
                 other = sorted(key for key in {*known, *plain} if known.get(key) != plain.get(key))
                 raise NoSuchStudy(
                     f"study {name!r} in {self.where}",
@@ -230,9 +241,12 @@ class Ledger:
     def delete(self, name: str) -> None:
         """Forget a study and its evaluations. Raises: NoSuchStudy."""
         with self._begin() as connection:
-            which = self._id(connection, name)
-            connection.execute(_evaluation.delete().where(_evaluation.c.study == which))
-            connection.execute(_study.delete().where(_study.c.id == which))
+            self._delete(connection, name)
+
+    def _delete(self, connection: sa.Connection, name: str) -> None:
+        which = self._id(connection, name)
+        connection.execute(_evaluation.delete().where(_evaluation.c.study == which))
+        connection.execute(_study.delete().where(_study.c.id == which))
 
     def _id(self, connection: sa.Connection, name: str) -> int:
         found = connection.execute(sa.select(_study.c.id).where(_study.c.name == name)).scalar_one_or_none()
@@ -267,6 +281,12 @@ class Ledger:
             first = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
             todo = "free the disk, wait for the other run, or choose another ledger; nothing that was kept is lost"
             raise LedgerError(self.where, first, "a database that can be read and written", todo) from None
+
+
+def database_url(text: str) -> sa.URL:
+    """A database URL; `postgresql://` is served by the driver that paretune installs. Raises: sqlalchemy's errors."""
+    url = sa.make_url(text)
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
 def _connect_args(url: sa.URL) -> dict[str, Any]:

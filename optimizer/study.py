@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..traces.metrics import Metric, Target
 from .capacity import TOLERANCE
@@ -12,9 +12,12 @@ from .finalists import Correction, corrected
 from .front import Evaluation, Front, pareto
 from .store import Ledger, NoSuchStudy
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class Interrupted(Exception):
-    """A study that was stopped and can go on: its name, what is kept where, and what to type."""
+    """A study that was stopped and can go on: its name, and how many trials are kept where."""
 
     exit_code: ClassVar[int] = 75
 
@@ -27,7 +30,7 @@ class Interrupted(Exception):
             return f"study {self.study!r}: interrupted; without a ledger nothing is kept"
         return (
             f"study {self.study!r}: interrupted; its {self.kept} finished trials are kept in {self.where}; "
-            f"to go on, type the same command again (paretune tune ... --study {self.study})"
+            "type the same command again to go on"
         )
 
 
@@ -71,7 +74,7 @@ class Study:
     sampler          how candidates were proposed
     measured_steps   False: step times are bounds of a data sheet
     relative_error   90 % half width of the default's step times
-    not_modelled     what predictions leave out, in words
+    not_modeled     what predictions leave out, in words
     complete         False: a time budget ended it, or it was interrupted
     """
 
@@ -86,7 +89,7 @@ class Study:
     sampler: str
     measured_steps: bool
     relative_error: float
-    not_modelled: tuple[str, ...]
+    not_modeled: tuple[str, ...]
     complete: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,9 +111,22 @@ class Study:
             "sampler": self.sampler,
             "measured_steps": self.measured_steps,
             "relative_error": self.relative_error,
-            "not_modelled": list(self.not_modelled),
+            "not_modeled": list(self.not_modeled),
             "complete": self.complete,
         }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The front's frame, one row an evaluation; the rest of the study stands in `attrs["paretune"]`, too."""
+        frame = self.front.to_pandas()
+        about = {key: value for key, value in self.to_dict().items() if key != "refined"}
+        frame.attrs["paretune"] |= {"study": self.name, **about}
+        return frame
+
+    @classmethod
+    def from_pandas(cls, frame: pd.DataFrame) -> Study:
+        """What `to_pandas` made; of rows that were taken out of it, trial 0 may not be one."""
+        about = frame.attrs["paretune"]
+        return _study(about["study"], Front.from_pandas(frame), about)
 
 
 def default_of(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -136,20 +152,26 @@ def load_study(ledger: Ledger, name: str) -> Study:
             key = (each.candidate, each.load, each.fidelity)
             evaluations.append(better.get(key) or corrected(each, corrections, targets))
     front = pareto(evaluations, Metric.parse(settings["metric"]), settings["percentile"], settings["cost"])
-    measured = [each for each in evaluations if each.fidelity == "measured"]
-    order = {name: place for place, name in enumerate(result.get("finalists", ()))}
+    counted = {"screened": asdict(Screened(0, {}, {}, len(records)))}
+    return _study(name, front, {**counted, **settings, **result})
+
+
+def _study(name: str, front: Front, known: Mapping[str, Any]) -> Study:
+    """A study from its front and what `Study.to_dict` says of the rest; of one that was interrupted less is known."""
+    measured = [each for each in front.evaluations if each.fidelity == "measured"]
+    order = {candidate: place for place, candidate in enumerate(known.get("finalists", ()))}
     return Study(
         name=name,
-        seed=settings["seed"],
-        targets=targets,
+        seed=known["seed"],
+        targets=tuple(Target.parse(text) for text in known["targets"]),
         front=front,
-        default=default_of(evaluations),
+        default=default_of(front.evaluations),
         finalists=tuple(sorted(measured, key=lambda each: order.get(each.candidate, len(order)))),
-        corrections=corrections,
-        screened=Screened(**result["screened"]) if result else Screened(0, {}, {}, len(records)),
-        sampler=result.get("sampler", ""),
-        measured_steps=result.get("measured_steps", False),
-        relative_error=result.get("relative_error", 0.0),
-        not_modelled=tuple(result.get("not_modelled", ())),
-        complete=result.get("complete", False),
+        corrections=tuple(Correction(**each) for each in known.get("corrections", ())),
+        screened=Screened(**known["screened"]),
+        sampler=known.get("sampler", ""),
+        measured_steps=known.get("measured_steps", False),
+        relative_error=known.get("relative_error", 0.0),
+        not_modeled=tuple(known.get("not_modeled", ())),
+        complete=known.get("complete", False),
     )

@@ -6,14 +6,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..default_paths import LEDGER
 from ..profiler.live import measure_live
 from ..profiler.tile_file import TileFile
 from ..runtime.parallel import usable_cores
 from ..runtime.spec import CPU, Deployment, load_deployment, save_deployment
 from ..traces import BadTrace, Trace, read, with_targets
 from ..traces.metrics import Metric, RequestTimes, Target
+from .capacity import k_of
 from .evaluate import Question, assess
 from .front import Evaluation
 from .pick import make_spec, pick
@@ -23,6 +25,9 @@ from .sources import Sources, absolute
 from .space import SearchSpace, TileKey, default_space, load_space
 from .store import Ledger
 from .study import Progress, Study, load_study
+
+if TYPE_CHECKING:
+    from .optuna_mirror import OptunaMirror
 
 # How the whole of a study is shared out between its stages, for a progress bar.
 _STAGES = {"screen": (0.0, 0.05), "simulate": (0.05, 0.5), "sharpen": (0.5, 0.55), "refine": (0.55, 0.6)}
@@ -37,6 +42,9 @@ class Ask:
     metric      the latency axis with its percentile, such as "ttf30:p95"
     slos        targets; none: those that the log carries
     finalists   candidates to serve and replay for real; 0: simulate only
+    fresh       forget an earlier study of the name
+    renew       forget it unless it has the same settings and was interrupted: then go on with it
+    optuna_storage  database URL of Optuna's own storage that the trials are mirrored into; None: they are not
     """
 
     log: str
@@ -52,13 +60,15 @@ class Ask:
     tiles_path: str | None = None
     prices_path: str | None = None
     study: str = "default"
-    storage: str = "out/paretune.db"
+    storage: str = LEDGER
     trials: int = 200
     finalists: int = 0
     seed: int = 0
     jobs: int | None = None
     time_budget: float | None = None
     fresh: bool = False
+    renew: bool = False
+    optuna_storage: str | None = None
 
 
 def _axis(text: str) -> tuple[Metric, float]:
@@ -112,13 +122,29 @@ def _with_tiles(space: SearchSpace, tiles: TileFile) -> SearchSpace:
     return replace(space, tiles=tuple(found))
 
 
+def _fits_here(deployment: Deployment) -> bool:
+    """Whether this machine has a core for each that the deployment holds: crowded, it would measure something else."""
+    pool = deployment.pool
+    return pool.replicas * pool.devices_per_replica <= usable_cores()
+
+
 def live_measure(trace: Trace, k: int) -> Callable[[Deployment, float], RequestTimes]:
     """What `tune` calls to measure a finalist: serve it on this machine and replay the trace."""
     return lambda deployment, rate: measure_live(deployment, trace, k=k, rate=rate).times
 
 
+def _optuna_mirror(url: str) -> OptunaMirror:
+    # Optuna takes a second to import, which only those pay who ask for it
+    from .optuna_mirror import OptunaMirror
+
+    return OptunaMirror(url)
+
+
 def tune_trace(ask: Ask, report: Report) -> Study:
-    """Read everything, tune, keep the study in its ledger. Raises: what its parts raise, each with an exit code."""
+    """Read everything, tune, keep the study in its ledger, and mirror it where that is asked for.
+
+    Raises: what its parts raise, each with an exit code.
+    """
     trace = read(ask.log)
     if ask.slos:
         trace = with_targets(trace, [Target.parse(text) for text in ask.slos])
@@ -126,7 +152,9 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         ask.model, accelerator_name=ask.accelerator, profile_path=ask.profile_path, prices_path=ask.prices_path
     )
     metric, percentile = _axis(ask.metric)
+    space = _space(ask, trace, sources)
     ledger = Ledger(ask.storage)
+    optuna = None if ask.optuna_storage is None else _optuna_mirror(ask.optuna_storage)
     if ask.fresh and any(row.name == ask.study for row in ledger.studies()):
         ledger.delete(ask.study)
     about = {
@@ -143,10 +171,11 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         begin, end = _STAGES.get(at.stage, (0.6, 1.0))
         report(begin + (end - begin) * at.done / max(1, at.total), f"{at.stage} {at.done:,} of {at.total:,}")
 
-    measure = live_measure(trace, metric.k or 30) if ask.finalists and ask.accelerator == CPU else None
-    return tune(
+    k = k_of([metric, *(target.metric for target in trace.targets)])
+    measure = live_measure(trace, k) if ask.finalists and ask.accelerator == CPU else None
+    found = tune(
         trace,
-        _space(ask, trace, sources),
+        space,
         sources.step_model,
         sources.price,
         metric=metric,
@@ -157,14 +186,19 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         jobs=ask.jobs or usable_cores(),
         ledger=ledger,
         study=ask.study,
+        renew=ask.renew,
         profile=sources.digest,
         prices=sources.prices_digest,
         about=about,
         time_budget_s=ask.time_budget,
         progress=progress,
         measure=measure,
+        measurable=_fits_here,
         finalists=ask.finalists,
     )
+    if optuna is not None:
+        optuna.add(ledger.study(ask.study), ledger.records(ask.study), space)
+    return found
 
 
 @dataclass(frozen=True)
@@ -257,7 +291,7 @@ def tonight(ask: Ask, report: Report) -> Callable[[Trace, Deployment], Compariso
 
     def compare(trace: Trace, old: Deployment) -> Comparison:
         targets = [Target.parse(text) for text in old.targets]
-        study = tune_trace(replace(ask, slos=old.targets, fresh=True), report)
+        study = tune_trace(replace(ask, slos=old.targets, renew=True), report)
         chosen = pick(study.front, slo=targets) if targets else pick(study.front)
         found = kept(ask.study, ask.storage)
         before = study.default
@@ -270,7 +304,7 @@ def tonight(ask: Ask, report: Report) -> Callable[[Trace, Deployment], Compariso
                 front.metric,
                 front.percentile,
                 front.cost,
-                front.metric.k or 30,
+                k_of([front.metric, *(target.metric for target in targets)]),
                 None,
                 found.sources.step_model,
                 found.sources.price,

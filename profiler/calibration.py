@@ -35,7 +35,7 @@ _LEAST_LONE_REQUESTS = 5
 _LONE_REQUESTS = 20
 _LONE_INPUT, _LONE_OUTPUT = 48, 4
 _LOADED_INPUT, _LOADED_OUTPUT = (16, 192), (8, 96)
-_LOAD = 0.6  # of the modelled capacity
+_LOAD = 0.6  # of the modeled capacity
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def serving_from(
     """What serving added, from a replay and the steps that its server logged.
 
     Args:
-        tables: as modelled without serving.
+        tables: as modeled without serving.
         cores: that the replicas compute on.
         measured_on: for people.
     Raises: BadProfile: too few steps, or too few requests that were alone in the server.
@@ -75,15 +75,15 @@ def serving_from(
     if len(steps) < _LEAST_STEPS:
         raise BadProfile("calibration: steps", len(steps), f"at least {_LEAST_STEPS}", again)
     measured_s = np.array([step.seconds for step in steps])
-    modelled_s = np.array(
+    modeled_s = np.array(
         [
             composed_time_s(tables, s.num_tokens, s.num_rows, s.num_samples, s.decode_context, s.prefill_pairs)
             for s in steps
         ]
     )
     blocks = np.array_split(np.argsort([step.started_s for step in steps], kind="stable"), _BLOCKS)
-    ratios = np.array([measured_s[block].sum() / modelled_s[block].sum() for block in blocks])
-    contention = float(measured_s.sum() / modelled_s.sum())
+    ratios = np.array([measured_s[block].sum() / modeled_s[block].sum() for block in blocks])
+    contention = float(measured_s.sum() / modeled_s.sum())
     low, high = np.quantile(ratios, (0.05, 0.95))
     before_s, after_s = _lone_requests(trace, result, steps)
     if len(before_s) < _LEAST_LONE_REQUESTS:
@@ -134,7 +134,7 @@ def _lone_requests(
 
 
 def calibration_trace(tables: StepTables, deployment: Deployment, *, seconds: float, seed: int) -> Trace:
-    """First requests that are alone in the server, then Poisson arrivals at _LOAD of the modelled capacity.
+    """First requests that are alone in the server, then Poisson arrivals at _LOAD of the modeled capacity.
 
     The capacity is what a simulation of the loaded part does when everything arrives at once.
     """

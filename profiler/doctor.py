@@ -83,7 +83,7 @@ def _cuda() -> Finding:
 
     if not torch.cuda.is_available():
         text = f"none; torch {torch.__version__}. The bundled runtime serves on the CPU"
-        return Finding("GPU", "missing", text, "tune for an accelerator of the catalogue: paretune tune --accelerator")
+        return Finding("GPU", "missing", text, "tune for an accelerator of the catalog: paretune tune --accelerator")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     text = f"{names}; the bundled runtime serves on the CPU for now"
     return Finding("GPU", "limited", text, "export the spec to vLLM to serve on the GPU")

@@ -20,7 +20,7 @@ ON_DEMAND = "on-demand"
 
 
 class BadHardware(Exception):
-    """An accelerator we know too little of, or a catalogue or price file that will not be used."""
+    """An accelerator we know too little of, or a catalog or price file that will not be used."""
 
     exit_code: ClassVar[int] = 2
 
@@ -37,7 +37,7 @@ class Accelerator:
     """One device, as its data sheet has it; dense rates, without structured sparsity.
 
     peak_flops_per_s   by precision of the arithmetic ("fp32", "bf16", "fp8", "int8"); only what a source gives
-    peak_bytes_per_s   device memory; 0 for "cpu", whose rates are measured into a profile and stand in no catalogue
+    peak_bytes_per_s   device memory; 0 for "cpu", whose rates are measured into a profile and stand in no catalog
     memory_bytes       device memory; for "cpu" the memory of this machine
     link_bytes_per_s   to the other devices of its node, one direction; 0 for "cpu"
     link_latency_s     of one message between two devices
@@ -140,7 +140,7 @@ class PriceBook:
 
 @cache
 def accelerators() -> dict[str, Accelerator]:
-    """The catalogue by name, and "cpu": this machine."""
+    """The catalog by name, and "cpu": this machine."""
     columns = ("name", "memory_gb", "memory_gbps", "link_gbps", "link_latency_us", "power_w", "source", "as_of")
     known = {CPU: _this_machine()}
     for where, row in _rows(DATA_FOLDER / "accelerators.csv", columns):

@@ -161,7 +161,7 @@ class Serving(_Part):
     """What serving over HTTP adds to the steps, from one replay (calibration.calibrate_serving).
 
     cores               that the replicas computed on; what is left of the machine is the server's and the client's
-    contention          step time under live load / modelled step time, all steps together
+    contention          step time under live load / modeled step time, all steps together
     contention_spread   half of its 90 % range over blocks of steps, relative to the median
     between_steps_s     from the end of a step to the start of the next while there is work, median
     to_scheduler_s      from the scheduled arrival until the scheduler sees the request, median

@@ -98,10 +98,11 @@ def replay(
             (`prompt_token_ids`).
         timeout_s: of one request, from its sending; then its connection is closed and it counts as failed.
         progress: called with the numbers of requests ended and of all.
-    Raises: BadReplay: no http address, or token ids that nobody knows; NoServer. What goes wrong with single requests
-    is
-        collected, not raised. KeyboardInterrupt closes all connections first.
+    Raises: BadReplay: no http address, no positive rate, or token ids that nobody knows; NoServer. What goes wrong with
+        single requests is collected, not raised. KeyboardInterrupt closes all connections first.
     """
+    if not 0 < rate < math.inf:
+        raise BadReplay("rate", rate, "a positive number", "replay at 1 for the recorded arrivals")
     try:
         origin = Origin(url, api_key)
     except ValueError as error:

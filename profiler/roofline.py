@@ -1,4 +1,4 @@
-"""Step times from a data sheet: never measured, and labelled so.
+"""Step times from a data sheet: never measured, and labeled so.
 
 The bound of an operator is max(operations / peak rate, bytes / peak bandwidth) (Williams, Waterman and Patterson,
 "Roofline", CACM 52(4), 2009), of a ring all-reduce over t ranks 2 (t - 1) / t * bytes / link rate + latency. Real
@@ -86,7 +86,7 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
     """
     if accelerator.peak_bytes_per_s == 0:
         todo = "run `paretune profile` and tune with the profile"
-        raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalogue", todo)
+        raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalog", todo)
     check_kv_blocks(accelerator, shape, pool)
 
     def sampled(size: int, samples: bool) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ from ..runtime.spec import Pool
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
 from ..traces.trace import Trace
-from .step_time import StepTables, composed_time_s, composition
+from .step_time import WORK_GRID, StepTables, composed_time_s, composition, grid_place
 
 # why the event loop returned
 _DRAINED = 0
@@ -189,7 +189,9 @@ def _run(
         growth_s = 0.0
         steps = 1
         if jump and is_decode_run(state, plan):
-            steps = decode_run_length(state, plan, 1 << 30)
+            # within one segment of the table, attention grows by the same time each step: the jump is exact
+            room = WORK_GRID[grid_place(context) + 1] - context
+            steps = decode_run_length(state, plan, 1 + int(room / size))
             if steps > 1:
                 last_s = composed_time_s(tables, tokens, size, samples, context + float((steps - 1) * size), pairs)
                 growth_s = (last_s - first_s) / (steps - 1)
@@ -279,8 +281,10 @@ def simulate(
         give_up: stop as soon as one of these can no longer be met (for searches, which need no exact figure then).
         jump: take runs of equal decode steps at once; False steps one by one, to check the jumps.
     Returns: times by request in trace order, and what it took.
-    Raises: BadTrace: the trace's prefix blocks do not cover whole KV blocks.
+    Raises: BadTrace: the trace's prefix blocks do not cover whole KV blocks. ValueError: no positive rate.
     """
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate must be a positive number, not {rate}")
     n = len(trace)
     times = _Times(np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan))
     scheduled_s = trace.arrival_s / rate
@@ -299,8 +303,8 @@ def simulate(
     busy_s = 0.0
     status = _DRAINED
     for replica in range(pool.replicas):
-        rows = np.arange(replica, n, pool.replicas)
-        rows = rows[fits[rows]]
+        # the server counts the requests that it takes, so those that are too long take no turn
+        rows = np.flatnonzero(fits)[replica :: pool.replicas]
         requests = _Requests(
             arrival_s=scheduled_s[rows] + tables.request_s[0],
             scheduled_s=scheduled_s[rows],

@@ -46,13 +46,21 @@ class StepTables(NamedTuple):
 
 
 @njit
+def grid_place(work: float) -> int:
+    """The segment of WORK_GRID that holds `work`: from this point to the next."""
+    if work <= 1.0:
+        return 0
+    return min(int(math.log2(work) * POINTS_PER_OCTAVE), WORK_GRID.shape[0] - 2)
+
+
+@njit
 def interpolate(table: NDArray[np.float64], work: float) -> float:
     """A table over WORK_GRID at `work`: linear between its points, 0 at 0 work."""
     if work <= 0.0:
         return 0.0
     if work <= 1.0:
         return float(table[0] * work)
-    place = min(int(math.log2(work) * POINTS_PER_OCTAVE), table.shape[0] - 2)
+    place = grid_place(work)
     low, high = WORK_GRID[place], WORK_GRID[place + 1]
     return float(table[place] + (table[place + 1] - table[place]) * (work - low) / (high - low))
 

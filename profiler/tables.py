@@ -31,26 +31,26 @@ class ModeledStep:
 
     measured        False: from a data sheet, not measured
     relative_error  half width of the 90 % interval of a step's time, as a share of it
-    not_modelled    what the times leave out or assume, for people
+    not_modeled    what the times leave out or assume, for people
     """
 
     tables: StepTables
     measured: bool
     relative_error: float
-    not_modelled: tuple[str, ...]
+    not_modeled: tuple[str, ...]
 
 
 def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
     """Step times of a pool.
 
     Args:
-        source: a profile for accelerator "cpu"; any accelerator of the catalogue else.
+        source: a profile for accelerator "cpu"; any accelerator of the catalog else.
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
         accelerator is another than the pool's, lacks a peak rate, or does not hold the model.
     """
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
-            todo = "give the accelerator of the catalogue, or tune for 'cpu'"
+            todo = "give the accelerator of the catalog, or tune for 'cpu'"
             raise BadHardware("pool.accelerator", pool.accelerator, f"{CPU!r}, which the profile measured", todo)
         return _measured(source, shape, pool)
     if pool.accelerator != source.name:

@@ -11,6 +11,7 @@ from .. import __version__
 from ..optimizer.front import Evaluation
 from ..optimizer.pick import knee
 from ..optimizer.tuning import Kept, kept
+from ..optimizer.verify import measured_summary
 from ..profiler.tile_file import TileFile
 from ..runtime.spec import load_deployment
 from ..traces import statistics
@@ -36,6 +37,7 @@ def gather(
     storage: str,
     *,
     spec_path: str | None = None,
+    verification_path: str | None = None,
     chosen_measured: Measured | None = None,
     default_measured: Measured | None = None,
     commands: tuple[str, ...] = (),
@@ -45,6 +47,7 @@ def gather(
 
     Args:
         spec_path: the spec that was picked; None: the knee of the curve.
+        verification_path: what `paretune verify` wrote about that spec.
         chosen_measured, default_measured: from `verify`; None: the study's own measurements, where it made any.
         commands: that led here; None: the ones that would.
         quality: what the pick's precision costs in quality, in words, where it was measured.
@@ -52,6 +55,9 @@ def gather(
     """
     found = kept(study, storage)
     chosen = knee(found.study.front) if spec_path is None else _picked(found, spec_path)
+    verified = None
+    if verification_path is not None:
+        verified = Measured(measured_summary(verification_path, chosen.deployment))
     price = found.sources.price(chosen.deployment.pool)
     default = found.study.default
     spec = spec_path or "out/spec.yaml"
@@ -78,8 +84,8 @@ def gather(
         prices=price.source,
         prices_as_of=price.as_of,
         search=search_words(found.study),
-        not_modelled=found.study.not_modelled,
-        chosen_measured=chosen_measured or _measured(chosen),
+        not_modeled=found.study.not_modeled,
+        chosen_measured=chosen_measured or verified or _measured(chosen),
         default_measured=default_measured or _measured(default),
         tile_gains=_tile_gains(found),
         commands=commands or tuned_by,

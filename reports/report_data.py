@@ -54,7 +54,7 @@ class ReportData:
     profile_measured  False: step times are estimated from a data sheet, not measured
     prices, prices_as_of   source and date of the price book
     search            how the curve was found, one sentence each
-    not_modelled      what the step-time model and simulator leave out, one sentence each
+    not_modeled      what the step-time model and simulator leave out, one sentence each
     chosen_measured, default_measured   from `verify`; None where that was not run
     tile_gains        what the tile search brought; empty where it was not run
     commands          that reproduce the report, one a line
@@ -73,7 +73,7 @@ class ReportData:
     prices: str
     prices_as_of: str
     search: tuple[str, ...] = ()
-    not_modelled: tuple[str, ...] = ()
+    not_modeled: tuple[str, ...] = ()
     chosen_measured: Measured | None = None
     default_measured: Measured | None = None
     tile_gains: tuple[TileGain, ...] = ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from .model_shape import ModelShape
@@ -52,8 +53,14 @@ def _part(total: int, rank: int, size: int) -> range:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, by its affinity and by the quota of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        most, _, period = quota.read_text().strip().partition(" ")
+        if most != "max":
+            cores = max(1, min(cores, int(most) // int(period)))
+    return cores
 
 
 def thread_environment(pool: Pool, replicas: int | None = None) -> Mapping[str, str]:

@@ -75,7 +75,7 @@ class Pool(_Part):
         "mixed", description="which half of a request the pool computes"
     )
     replicas: int = Field(1, ge=1, le=65536, description="copies of the model, each with its own queue and KV cache")
-    accelerator: str = Field(CPU, min_length=1, description="name in the accelerator catalogue; 'cpu' is this machine")
+    accelerator: str = Field(CPU, min_length=1, description="name in the accelerator catalog; 'cpu' is this machine")
     tensor_parallel_size: int = Field(1, ge=1, le=1024, description="ranks that share every layer's weights")
     num_threads: int = Field(
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
@@ -155,6 +155,7 @@ class Provenance(_Part):
     prices_as_of: str
     study: str
     seed: int
+    rate: float = Field(1.0, gt=0, description="multiple of the recorded rate that the predicted latencies speak of")
 
 
 class Deployment(_Part):

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from paretune.cli import cli
+from paretune.optimizer.store import Ledger, Record
 from paretune.runtime.spec import load_deployment
 from paretune.traces import Target, read, with_targets
 
@@ -214,7 +215,7 @@ def test_tune_prints_the_curve_and_says_that_nothing_was_measured(here: Path) ->
     assert data["complete"]
     assert data["screened"]["simulated"] <= 20
     assert {each["fidelity"] for each in data["points"]} == {"simulated"}
-    assert any("not measured" in text for text in data["not_modelled"])
+    assert any("not measured" in text for text in data["not_modeled"])
     assert done.stderr == ""
     # the study of the fixture had the same settings
     assert data["points"] == data_of(paretune("front", "--json"), "front")["points"]
@@ -294,6 +295,26 @@ def test_a_study_that_ran_out_of_time_exits_with_75_and_goes_on(here: Path) -> N
     assert whole["points"] == data_of(paretune("front", "default", "--json"), "front")["points"]
 
 
+def test_tune_mirrors_its_trials_into_a_study_that_optuna_opens(here: Path) -> None:
+    import optuna
+
+    url = "sqlite:///out/optuna.db"
+    command = (*TUNE, "--trials", "20", "--study", "night", "--optuna-storage", url, "--json")
+    for _ in range(2):
+        simulated = data_of(paretune(*command), "tune")["screened"]["simulated"]
+        mirrored = optuna.load_study(study_name="night", storage=url)
+        assert len(mirrored.trials) == simulated > 1
+    assert mirrored.user_attrs["paretune"]["metric"] == "ttf30"
+    fields = set(yaml.safe_load(Path("space.yaml").read_text())["fields"])
+    assert all(set(trial.params) == fields for trial in mirrored.trials)
+    assert mirrored.best_trials
+    nowhere = paretune(*TUNE, "--study", "another", "--optuna-storage", "sqlite:////proc/nowhere/optuna.db")
+    assert nowhere.exit_code == 1
+    assert "--optuna-storage" in nowhere.stderr
+    # it was refused before the study began
+    assert paretune("front", "another").exit_code == 2
+
+
 def test_simulate_is_what_was_predicted_and_says_not_measured(here: Path) -> None:
     data = data_of(paretune("simulate", "log.csv", "--spec", "out/spec.yaml", "--json"), "simulate")
     promised = load_deployment("out/spec.yaml").prediction("ttf30", 95.0)
@@ -337,8 +358,8 @@ def test_the_report_is_written_with_plots_beside_it(here: Path) -> None:
 def test_init_writes_a_project_whose_settings_the_commands_take(tmp_path: Path) -> None:
     with in_folder(tmp_path):
         done = paretune("init", "service", "--json")
-        assert data_of(done, "init") == {"written": ["service/paretune.yaml", "service/trace.csv"]}
-        assert paretune("trace", "check", "service/trace.csv").exit_code == 0
+        assert data_of(done, "init")["written"] == ["service/paretune.yaml", "service/trace.parquet"]
+        assert paretune("trace", "check", "service/trace.parquet").exit_code == 0
         assert paretune("init", "service").exit_code == 2
     with in_folder(tmp_path / "service"):
         settings = yaml.safe_load(Path("paretune.yaml").read_text())
@@ -347,6 +368,20 @@ def test_init_writes_a_project_whose_settings_the_commands_take(tmp_path: Path) 
         Path("paretune.yaml").write_text("model: nowhere\n")
         assert "'nowhere'" in paretune("tune", settings["log"]).stderr
         assert "'elsewhere'" in paretune("tune", settings["log"], "--model", "elsewhere").stderr
+
+
+def test_the_log_that_init_writes_can_be_tuned_for_with_its_settings(tmp_path: Path) -> None:
+    with in_folder(tmp_path):
+        done = paretune("init")
+        log = read("trace.parquet")
+        assert f"{len(log):,} requests" in done.stdout
+        assert "lengths x 0.2, at most 1,024 tokens" in done.stdout
+        # every request fits the model that ships
+        assert (log.input_tokens + log.output_tokens).max() <= 1024
+        tuned = paretune("tune", "trace.parquet", "--accelerator", "H100", "--trials", "4", "--json")
+        assert data_of(tuned, "tune")["points"]
+        assert paretune("pick").exit_code == 0
+        assert load_deployment("out/spec.yaml").targets == ("ttf30:p95<=1500ms",)
 
 
 def test_an_environment_variable_goes_before_the_settings(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +430,41 @@ def test_retune_replaces_a_spec_that_would_break_and_keeps_one_that_would_not(pr
     assert load_deployment("out/spec.yaml") == better
     decisions = [json.loads(path.read_text()) for path in sorted(Path("out/decisions").iterdir())]
     assert {each["action"] for each in decisions} == {"kept", "replaced"}
+
+
+def test_retune_from_elsewhere_reads_and_writes_beside_its_settings(project: Path, tmp_path: Path) -> None:
+    with in_folder(tmp_path):
+        done = paretune("retune", "-c", "copy/paretune.yaml", "--log", "copy/busy.parquet", "--json")
+        data = data_of(done, "retune")
+        assert (data["action"], data["spec"]) == ("replaced", "copy/out/spec.yaml")
+        assert os.listdir() == ["copy"]
+    assert len(list(Path("out/decisions").iterdir())) == 1
+    assert load_deployment("out/spec.yaml").digest() == data["new"]
+
+
+def test_an_interrupted_retune_goes_on_and_one_that_ended_begins_anew(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, written = Ledger.record, list[str]()
+
+    def interrupted(self: Ledger, study: str, trial: Record) -> None:
+        record(self, study, trial)
+        written.append(trial.digest)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "record", interrupted)
+    command = ("retune", "--log", "busy.parquet", "--dry-run")
+    first = paretune(*command)
+    assert first.exit_code == 75
+    assert "type the same command again to go on" in first.stderr
+    assert "paretune tune" not in first.stderr
+    begun = len(written)
+    assert paretune(*command).exit_code == 0
+    assert len(set(written)) == len(written) > begun
+    trials = sorted(written)
+    assert paretune(*command).exit_code == 0
+    assert sorted(written) == sorted(2 * trials)
 
 
 def test_only_one_retune_works_on_a_spec(project: Path) -> None:

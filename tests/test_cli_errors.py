@@ -398,7 +398,7 @@ def test_an_interrupted_study_goes_on_to_the_same_front(
     if number == signal.SIGKILL:
         assert done.exit_code == -signal.SIGKILL
     else:
-        refused(done, 75, "interrupted", "same command", "--study default")
+        refused(done, 75, "study 'default'", "interrupted", "same command")
         assert {path.name for path in (folder / "out").iterdir()} == {"paretune.db"}
     with closing(sqlite3.connect(folder / "out" / "paretune.db")) as ledger:
         assert ledger.execute("pragma integrity_check").fetchall() == [("ok",)]

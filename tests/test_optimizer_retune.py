@@ -90,7 +90,6 @@ def test_a_clear_gain_replaces_the_spec_and_says_why(spec):
         (known(12, 0.2, 1), "within the noise"),
         (known(5, 1.2, 1), "would break"),
         (known(5, 0.9, 1, high_s=1.3), "not sure to hold"),
-        (known(5, 0.5, 0), "still the best"),
     ],
 )
 def test_what_is_not_surely_better_keeps_the_old_spec_with_exit_code_5(spec, new, why):
@@ -99,6 +98,32 @@ def test_what_is_not_surely_better_keeps_the_old_spec_with_exit_code_5(spec, new
     assert (decision.action, decision.exit_code) == ("kept", 5)
     assert why in decision.why[-1]
     assert spec.read_bytes() == before
+
+
+def test_what_is_still_the_best_is_unchanged_and_its_spec_learns_the_new_workload(spec):
+    busy, before, tuned = scale(TRACE, rate=2.0), spec.read_bytes(), []
+
+    def tune(trace, old):
+        tuned.append(trace)
+        same = known(6, 0.7, 0)
+        return Comparison(same, same, spec_of(same, trace), "capacity")
+
+    def run(**options):
+        return retune(spec, busy, tune, decisions=spec.parent / "decisions", **options)
+
+    dry = run(dry_run=True)
+    assert (dry.action, dry.exit_code) == ("unchanged", 0)
+    assert spec.read_bytes() == before
+    decision = run()
+    assert (decision.action, decision.exit_code, decision.to_dict()["changed"]) == ("unchanged", 0, False)
+    assert "still the best" in decision.why[-1]
+    after = load_deployment(spec)
+    assert after.digest() == decision.old == decision.new
+    assert after.provenance.trace_digest == busy.digest()
+    assert after.prediction("ttf30", 95).value == pytest.approx(0.7)
+    # the next night starts from here
+    assert run().why == ("the workload has not moved since the spec was tuned",)
+    assert len(tuned) == 2
 
 
 def test_a_broken_target_is_worth_more_money_but_only_if_the_new_one_surely_holds():

@@ -12,7 +12,7 @@ from paretune.optimizer.front import pareto
 from paretune.optimizer.sampler import ENUMERATION, TPE, Outcome, TpeAndNeighbors
 from paretune.optimizer.search import tune
 from paretune.optimizer.store import Ledger, NoSuchStudy
-from paretune.optimizer.study import Interrupted, load_study
+from paretune.optimizer.study import Interrupted, Study, load_study
 from paretune.profiler.hardware import BadHardware
 from paretune.profiler.simulator import simulate
 from paretune.profiler.tables import scaled
@@ -50,7 +50,7 @@ def test_a_small_space_is_simulated_whole_and_every_point_is_accounted_for():
     assert counts.points == sum(counts.invalid.values()) + sum(counts.dropped.values()) + counts.simulated - 1
     assert counts.failed == 0
     assert found.complete
-    assert found.not_modelled == ("the weather",)
+    assert found.not_modeled == ("the weather",)
 
 
 @pytest.mark.parametrize("cost", ["capacity", "sizing"])
@@ -101,7 +101,7 @@ def test_an_interrupted_study_goes_on_to_the_same_bytes(tmp_path, trials):
         with pytest.raises(Interrupted) as caught:
             study(trials=trials, ledger=ledger, progress=Stop(9))
         assert caught.value.exit_code == 75
-        assert "--study default" in str(caught.value)
+        assert "type the same command again to go on" in str(caught.value)
         kept = len(ledger.records("default"))
         assert kept >= 9
         again = study(trials=trials, ledger=ledger)
@@ -177,6 +177,32 @@ def test_a_study_is_read_back_as_it_was(tmp_path):
         (each.to_dict() for each in again.front.evaluations), key=lambda each: json.dumps(each, sort_keys=True)
     )
     assert read == known
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ()])
+def test_a_study_survives_pandas(targets):
+    trace = poisson_trace(200, 3.0, targets=targets)
+    found = study(trace, measure=lambda deployment, rate: measured(deployment, rate, 1.3), finalists=4, study="night")
+    again = Study.from_pandas(found.to_pandas())
+    assert again.name == "night"
+    assert text(again) == text(found)
+    assert [each.to_dict() for each in again.front.evaluations] == [each.to_dict() for each in found.front.evaluations]
+
+
+def test_a_study_to_be_renewed_goes_on_only_if_it_was_interrupted_and_has_the_same_settings(tmp_path):
+    with Ledger(tmp_path / "ledger.db") as ledger:
+        for seed in (1, 2):
+            with pytest.raises(Interrupted) as caught:
+                study(ledger=ledger, seed=seed, renew=True, progress=Stop(9))
+            assert caught.value.kept == len(ledger.records("default"))
+            assert ledger.study("default").settings["seed"] == seed
+        begun = ledger.records("default")
+        whole = study(ledger=ledger, seed=2, renew=True)
+        assert text(whole) == text(study(seed=2))
+        assert [each.digest for each in ledger.records("default")][: len(begun)] == [each.digest for each in begun]
+        with pytest.raises(Interrupted):
+            study(ledger=ledger, seed=2, renew=True, progress=Stop(1))
+        assert len(ledger.records("default")) == 1
 
 
 def test_a_time_budget_ends_a_study_early_and_says_so():

@@ -12,9 +12,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from paretune.optimizer.optuna_mirror import mirror
-from paretune.optimizer.store import Ledger, LedgerError, NoSuchStudy, Record
-from paretune.traces.metrics import Metric
+from paretune.optimizer.optuna_mirror import OptunaMirror
+from paretune.optimizer.store import Ledger, LedgerError, NoSuchStudy, Record, StudyRow
 
 from .conftest import missing
 from .optimizer_examples import evaluation, small_space
@@ -126,6 +125,20 @@ class TestEveryLedger:
         assert len(ledger.records("night")) == 1
         with pytest.raises(NoSuchStudy, match="seed"):
             ledger.open_study("night", {**SETTINGS, "seed": 2})
+
+    def test_a_study_is_renewed_where_it_has_ended_or_its_settings_are_others(self, ledger):
+        ledger.open_study("night", SETTINGS)
+        ledger.open_study("day", SETTINGS)
+        ledger.record("day", record(0))
+        for settings, ended, kept in ((SETTINGS, False, 1), (SETTINGS, True, 0), ({**SETTINGS, "seed": 2}, False, 0)):
+            ledger.open_study("night", SETTINGS, renew=True)
+            ledger.record("night", record(0))
+            if ended:
+                ledger.finish("night", {"front": []})
+            ledger.open_study("night", settings, renew=True)
+            assert len(ledger.records("night")) == kept
+            ledger.delete("night")
+        assert len(ledger.records("day")) == 1
 
     def test_studies_are_listed_and_deleted_apart(self, ledger):
         for name in ("one", "<script>", "日本 'quoted'"):
@@ -267,28 +280,60 @@ def test_a_password_stays_out_of_messages():
     assert "secret" not in str(caught.value)
 
 
+def study_row(created_at: str = "2026-11-23T00:00:00+00:00", **changes: object) -> StudyRow:
+    settings = {**SETTINGS, "metric": "ttf30", "percentile": 95.0, "cost": "capacity", **changes}
+    return StudyRow("night", settings, {}, None, created_at, 0)
+
+
 def test_trials_are_mirrored_into_optunas_own_storage_once(tmp_path):
     url = f"sqlite:///{tmp_path}/optuna.db"
     failed = Record(2, "x", "simulated", (), record(2).deployment, "failed", "too slow")
     records = [record(0), record(1), failed]
-    axes = {"metric": Metric("ttf", 30), "percentile": 95.0, "cost": "capacity"}
-    assert mirror(records, small_space(), url, "night", **axes) == 3
-    assert mirror([*records, record(3)], small_space(), url, "night", **axes) == 1
-    trials = optuna.load_study(study_name="night", storage=url).trials
-    assert [trial.values for trial in trials] == [
+    assert OptunaMirror(url).add(study_row(), records, small_space()) == 3
+    assert OptunaMirror(url).add(study_row(), [*records, record(3)], small_space()) == 1
+    mirrored = optuna.load_study(study_name="night", storage=url)
+    assert [trial.values for trial in mirrored.trials] == [
         pytest.approx([0.2, 1.0]),
         pytest.approx([0.2, 2.0]),
         None,
         pytest.approx([0.2, 4.0]),
     ]
-    assert trials[2].state == optuna.trial.TrialState.FAIL
+    assert mirrored.trials[2].state == optuna.trial.TrialState.FAIL
+
+
+def test_a_study_that_was_begun_anew_replaces_its_mirror(tmp_path):
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    OptunaMirror(url).add(study_row(), [record(0), record(1)], small_space())
+    other = small_space(max_num_seqs=(4, 64))
+    assert OptunaMirror(url).add(study_row("2026-11-24T00:00:00+00:00", seed=2), [record(0)], other) == 1
+    assert len(optuna.load_study(study_name="night", storage=url).trials) == 1
+
+
+def test_an_optuna_study_of_somebody_else_is_left_alone(tmp_path):
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    theirs = optuna.create_study(study_name="night", storage=url)
+    theirs.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(LedgerError, match="another program"):
+        OptunaMirror(url).add(study_row(), [record(0)], small_space())
+    assert len(optuna.load_study(study_name="night", storage=url).trials) == 1
+
+
+@pytest.mark.parametrize("url", ["out/optuna.db", "nonsense://", "sqlite:////proc/nowhere/optuna.db"])
+def test_an_address_where_no_mirror_can_be_is_one_clear_error(url):
+    with pytest.raises(LedgerError, match="--optuna-storage"):
+        OptunaMirror(url)
+
+
+def test_the_mirrors_password_stays_out_of_messages():
+    with pytest.raises(LedgerError) as caught:
+        OptunaMirror("postgresql://me:secret@127.0.0.1:9/none")
+    assert "secret" not in str(caught.value)
 
 
 def test_our_tables_and_optunas_share_a_database(tmp_path):
     path = tmp_path / "both.db"
     with Ledger(path) as ledger:
         ledger.open_study("night", SETTINGS)
-        axes = {"metric": Metric("ttf", 30), "percentile": 95.0, "cost": "sizing"}
-        mirror([record(0)], small_space(), f"sqlite:///{path}", "night", **axes)
+        OptunaMirror(f"sqlite:///{path}").add(study_row(cost="sizing"), [record(0)], small_space())
         ledger.record("night", record(0))
         assert len(ledger.records("night")) == 1

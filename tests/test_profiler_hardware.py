@@ -1,4 +1,4 @@
-"""The catalogue and the price book: facts with a source and a date, and nothing else."""
+"""The catalog and the price book: facts with a source and a date, and nothing else."""
 
 import csv
 import statistics
@@ -12,7 +12,7 @@ HEADER = "accelerator,provider,offer,usd_per_device_hour,kind,source,as_of\n"
 NEEDED = ("A100", "H100", "H200", "B200", "L40S", "L4", "A10G", "RTX PRO 6000", "MI300X", "cpu")
 
 
-def test_the_catalogue_has_what_people_rent() -> None:
+def test_the_catalog_has_what_people_rent() -> None:
     assert set(NEEDED) <= set(accelerators())
 
 

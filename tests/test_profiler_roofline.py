@@ -87,7 +87,7 @@ def test_an_estimate_says_that_it_was_not_measured_and_how_wide_it_is() -> None:
     modeled = step_tables(H100, LLAMA_8B, pool())
     assert not modeled.measured
     assert modeled.relative_error >= 0.5
-    assert any("not measured" in note for note in modeled.not_modelled)
+    assert any("not measured" in note for note in modeled.not_modeled)
     assert 0.5 < EFFICIENCY < 1
 
 

@@ -119,8 +119,8 @@ def test_beyond_the_largest_measured_step_time_goes_on_rising_and_that_is_said()
     large = Pool(max_num_batched_tokens=8192, max_num_seqs=256, max_model_len=2048)
     modeled = step_tables(profile(), SMALL, large)
     assert modeled.tables.tokens_s[8192] == pytest.approx(formula_s(Composition(8192, 0, 0, 0.0, 0.0)), rel=0.1)
-    assert any("num_tokens > 1024: extrapolated" in note for note in modeled.not_modelled)
-    assert not any("extrapolated" in note for note in step_tables(profile(), SMALL, POOL).not_modelled)
+    assert any("num_tokens > 1024: extrapolated" in note for note in modeled.not_modeled)
+    assert not any("extrapolated" in note for note in step_tables(profile(), SMALL, POOL).not_modeled)
 
 
 def test_a_faster_tile_makes_steps_faster_by_what_it_saves() -> None:
@@ -149,7 +149,7 @@ def test_a_tile_that_was_not_measured_changes_nothing_and_that_is_said() -> None
     tiles = TileTable(((("linear", "bf16", 16), Tile("linear", "torch")),))
     modeled = step_tables(profile(), SMALL, POOL.model_copy(update={"tiles": tiles}))
     assert (modeled.tables.tokens_s == step_tables(profile(), SMALL, POOL).tables.tokens_s).all()
-    assert any("tiles" in note and "not measured" in note for note in modeled.not_modelled)
+    assert any("tiles" in note and "not measured" in note for note in modeled.not_modeled)
 
 
 def test_serving_stretches_steps_and_adds_time_before_and_after() -> None:
@@ -158,8 +158,8 @@ def test_serving_stretches_steps_and_adds_time_before_and_after() -> None:
     assert served.tables.tokens_s[16] == pytest.approx(1.5 * bare.tables.tokens_s[16] + 1e-4)
     assert served.tables.request_s.tolist() == [2e-3, 3e-3]
     assert served.relative_error == pytest.approx(np.hypot(bare.relative_error, 0.2))
-    assert any("serving over HTTP" in note for note in bare.not_modelled)
-    assert not any("serving over HTTP" in note for note in served.not_modelled)
+    assert any("serving over HTTP" in note for note in bare.not_modeled)
+    assert not any("serving over HTTP" in note for note in served.not_modeled)
 
 
 def test_serving_is_taken_where_as_many_cores_compute_and_else_from_the_nearest_which_is_said() -> None:
@@ -168,7 +168,7 @@ def test_serving_is_taken_where_as_many_cores_compute_and_else_from_the_nearest_
     assert both.tables.request_s.tolist() == [2e-3, 3e-3]
     assert both.tables.tokens_s[16] < 2 * step_tables(profile(), SMALL, POOL).tables.tokens_s[16]
     modeled = step_tables(profile(serving=(other,)), SMALL, POOL)
-    assert any("taken as measured where 2 cores compute" in note for note in modeled.not_modelled)
+    assert any("taken as measured where 2 cores compute" in note for note in modeled.not_modeled)
 
 
 def test_scaling_leaves_what_happens_outside_the_steps() -> None:

@@ -48,7 +48,7 @@ def test_a_study_becomes_a_report(folder: Path) -> None:
     assert data.profile_measured is False
     assert data.default.trial == 0
     assert data.prices_as_of[:2] == "20"
-    assert data.not_modelled
+    assert data.not_modeled
     assert [str(target) for target in data.targets] == ["ttf30:p95<=1s"]
     text = html(data)
     assert "Step times are not measured" in text

@@ -100,7 +100,7 @@ def sample_data(trials: int = 60, all_on_front: bool = False, **changes: Any) ->
         "profile_measured": True,
         "prices": "price book of cloud lists",
         "prices_as_of": "2026-11-01",
-        "not_modelled": ("Other programs on the machine.",),
+        "not_modeled": ("Other programs on the machine.",),
         "chosen_measured": Measured(run(chosen.value(TTF30, 95) * 1.04)),
         "default_measured": Measured(run(1.2), usd_per_million_tokens=0.93),
         "tile_gains": (TileGain("linear", "int8", 8, 42e-6, 31e-6, "cpp row_tile=4"),),
@@ -243,7 +243,7 @@ def test_a_study_says_how_it_searched() -> None:
         sampler="tpe",
         measured_steps=False,
         relative_error=0.1,
-        not_modelled=("Swapping.",),
+        not_modeled=("Swapping.",),
         complete=False,
     )
     search = summary.search_words(study)
@@ -284,7 +284,7 @@ def test_the_page_parses_and_its_ids_are_unique() -> None:
     assert all(link and link.startswith("#") and link[1:] in outline.ids() for link in links)
 
 
-def test_every_front_point_is_a_labelled_link() -> None:
+def test_every_front_point_is_a_labeled_link() -> None:
     data = sample_data()
     outline = Outline(page.html(data))
     labels = {
@@ -317,7 +317,7 @@ def test_hostile_names_stay_text() -> None:
         study=HOSTILE,
         statistics=sample_statistics(HOSTILE),
         chosen=hostile,
-        not_modelled=(HOSTILE,),
+        not_modeled=(HOSTILE,),
         commands=(HOSTILE,),
         provenance=((HOSTILE, HOSTILE),),
         prices=HOSTILE,
@@ -340,7 +340,7 @@ def test_500_points_stay_below_300_kilobytes() -> None:
 def test_a_page_without_optional_parts_is_whole() -> None:
     data = sample_data(
         targets=(),
-        not_modelled=(),
+        not_modeled=(),
         chosen_measured=None,
         default_measured=None,
         tile_gains=(),

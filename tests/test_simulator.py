@@ -211,3 +211,39 @@ def test_compiled_code_runs_where_nothing_can_be_cached(tmp_path: Any) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert len(out.stdout.split()) == 3
+
+
+def bent_tables(limits: Pool) -> StepTables:
+    """Attention that costs nothing up to a knee and much beyond it, as caches that overflow do."""
+    knee = 400.0
+    return tables(limits)._replace(
+        decode_attention_s=np.maximum(0.0, WORK_GRID - knee) * 2e-5,
+        prefill_attention_s=np.maximum(0.0, WORK_GRID - 1000.0) * 1e-7,
+    )
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), rate=st.sampled_from([0.5, 3.0]))
+def test_jumping_is_exact_where_attention_bends(seed: int, rate: float) -> None:
+    limits = pool(num_kv_blocks=200)
+    requests = trace(40, rate, seed)
+    fast = simulate(requests, limits, bent_tables(limits))
+    slow = simulate(requests, limits, bent_tables(limits), jump=False)
+    np.testing.assert_allclose(fast.times.end_s, slow.times.end_s, rtol=1e-9)
+    np.testing.assert_allclose(fast.times.kth_token_s, slow.times.kth_token_s, rtol=1e-9)
+
+
+def test_requests_that_are_too_long_take_no_turn() -> None:
+    limits = pool(replicas=2, max_num_seqs=1, max_model_len=300)
+    inputs = np.array([10, 400, 10, 400, 10, 400, 10, 400])
+    result = simulate(Trace(np.zeros(8), inputs, np.full(8, 5)), limits, tables(limits))
+    ends = result.times.end_s[::2]
+    assert ends[0] == ends[1] < ends[2] == ends[3]
+    assert result.rejected == 4
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    limits = pool()
+    with pytest.raises(ValueError, match="rate"):
+        simulate(trace(3, 1.0, 0), limits, tables(limits), rate=rate)

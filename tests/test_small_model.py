@@ -163,7 +163,7 @@ def test_the_heldout_text_is_small_and_comes_from_heldout_names_only() -> None:
 
 
 def test_no_training_text_keeps_a_paragraph_that_stands_in_other_shares(fake_stdlib: Path) -> None:
-    shared = "This sentence is the licence header that two hundred modules of a library have in common."
+    shared = "This sentence is the license header that two hundred modules of a library have in common."
     for path in fake_stdlib.glob("*.py"):
         path.write_text(f'"""{shared}"""\n\n\n# {shared}\n\n' + path.read_text())
     found = documents(fake_stdlib)

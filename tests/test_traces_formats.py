@@ -108,7 +108,7 @@ def test_no_text_of_a_log_enters_a_trace(tmp_path):
         assert b"not read" not in (tmp_path / "trace.parquet").read_bytes()
 
 
-def test_the_sample_that_ships_is_ten_minutes_of_azure_conversations_with_its_licence():
+def test_the_sample_that_ships_is_ten_minutes_of_azure_conversations_with_its_license():
     trace = read(sample_path())
     assert len(trace) == 3564
     assert 590 < trace.duration_s <= 600

@@ -1,4 +1,7 @@
-"""`paretune.yaml`: a project's settings, written by `init`, read by every command run in its folder."""
+"""`paretune.yaml`: a project's settings, written by `init`, read by every command run in its folder.
+
+Relative paths in it start from the folder that it lies in.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .default_paths import LEDGER, PROFILE
 from .runtime.safe_yaml import BadYaml, load_yaml
+from .runtime.spec import SMALL_MODEL
 
 FILE_NAME = "paretune.yaml"
+_PATHS = ("log", "model", "profile", "tiles", "prices", "space", "spec", "storage", "decisions")
 
 
 class Project(BaseModel):
@@ -19,31 +25,36 @@ class Project(BaseModel):
 
     schema_version: int = 1
     log: str = Field("trace.csv", description="the request log that `retune` reads every night")
-    model: str = Field("paretune/small", description="model directory, or the small model that ships with the package")
+    model: str = Field(SMALL_MODEL, description="model directory, or the small model that ships with the package")
     slo: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     metric: str = Field("ttf30:p95", description="the latency axis of the curve")
     cost: str = "capacity"
     accelerator: str = "cpu"
-    profile: str = "out/profile.json"
+    profile: str = PROFILE
     tiles: str | None = None
     prices: str | None = None
     space: str | None = None
     spec: str = Field("out/spec.yaml", description="the deployment that runs; `retune` replaces it")
-    storage: str = "out/paretune.db"
+    storage: str = LEDGER
+    decisions: str = Field("out/decisions", description="folder for the record of each decision of `retune`")
     study: str = "default"
     trials: int = Field(200, ge=1)
     measure: int = Field(0, ge=0, description="finalists to serve and replay for real")
 
 
 def load_project(path: str | Path = FILE_NAME) -> Project:
-    """Read the settings. Raises: BadYaml, naming the field; OSError."""
+    """Read the settings, paths as they are seen from here. Raises: BadYaml, naming the field; OSError."""
     data = load_yaml(path)
     try:
-        return Project.model_validate(data)
+        project = Project.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise BadYaml(f"{Path(path).name}: {field}", first.get("input"), first["msg"]) from None
+    folder = Path(path).parent
+    given = {name: value for name in _PATHS if (value := getattr(project, name)) is not None}
+    paths = {name: str(folder / value) for name, value in given.items() if value != SMALL_MODEL and "://" not in value}
+    return project.model_copy(update=paths)
 
 
 def defaults(project: Project) -> dict[str, dict[str, Any]]:
@@ -74,16 +85,16 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
     }
 
 
-TEMPLATE = """\
+TEMPLATE = f"""\
 # Settings of this folder's paretune commands; a flag or a PARETUNE_* variable goes before them.
 schema_version: 1
-log: {log}                # the request log that `paretune retune` reads every night
+log: {{log}}                # the request log that `paretune retune` reads every night
 model: paretune/small         # a Hugging Face model directory (config.json, safetensors, tokenizer.json)
 slo: ['ttf30:p95<=1500ms']    # what must hold
 metric: ttf30:p95             # the latency axis of the curve
-profile: out/profile.json     # measured step times: paretune profile run
+profile: {PROFILE}     # measured step times: paretune profile run
 spec: out/spec.yaml           # the deployment that runs; `paretune retune` replaces it
-storage: out/paretune.db      # the ledger of every study
+storage: {LEDGER}      # the ledger of every study
 trials: 200
 measure: 4                    # finalists to serve and replay for real
 """

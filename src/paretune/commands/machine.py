@@ -6,9 +6,9 @@ import sys
 
 import click
 
+from ..default_paths import PROFILE
 from ..output import Speaker, speaks, table
 
-PROFILE_PATH = "out/profile.json"
 TILES_PATH = "out/tiles.json"
 MODEL = "paretune/small"
 EXISTING = click.Path(exists=True, dir_okay=False)
@@ -45,7 +45,7 @@ def profile() -> None:
 
 @profile.command("run")
 @model_option
-@click.option("-o", "--output", type=OUTPUT, default=PROFILE_PATH, show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default=PROFILE, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
 @click.option("--seconds", type=float, default=8.0, show_default=True, help="Per configuration, for whole steps.")
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
@@ -67,7 +67,7 @@ def profile_run(
     \b
     Example: paretune profile run --weight-dtype bf16
     """
-    from ..profiler.measuring import profile_machine
+    from ..profiler.machine import profile_machine
     from ..profiler.tile_file import TileFile
 
     tiles = None if tiles_path is None else TileFile.load(tiles_path)
@@ -114,7 +114,7 @@ def _profile_text(found: object) -> str:
 
 
 @profile.command("show")
-@click.argument("path", type=EXISTING, default=PROFILE_PATH)
+@click.argument("path", type=EXISTING, default=PROFILE)
 @speaks
 def profile_show(speaker: Speaker, path: str) -> None:
     """Show what a profile holds.
@@ -129,7 +129,7 @@ def profile_show(speaker: Speaker, path: str) -> None:
 
 
 @profile.command("check")
-@click.argument("path", type=EXISTING, default=PROFILE_PATH)
+@click.argument("path", type=EXISTING, default=PROFILE)
 @speaks
 def profile_check(speaker: Speaker, path: str) -> None:
     """Say whether a profile is whole and was measured on this machine.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,41 +12,62 @@ import click
 from ..output import Speaker, speaks
 from .machine import EXISTING, OUTPUT
 
+# Of the shipped sample: enough requests for a p95, and short enough to be replayed against several finalists.
+INIT_WINDOW_S = 120.0
+
 
 @click.command()
 @click.argument("directory", type=click.Path(file_okay=False), default=".")
 @speaks
 def init(speaker: Speaker, directory: str) -> None:
-    """Write paretune.yaml and a small sample trace, to begin with.
+    """Write paretune.yaml and a small sample log, to begin with.
+
+    The log is two minutes of the Azure conversation trace, cut down to what the small model that ships can take.
 
     \b
     Example: paretune init my-service
     """
+    from ..demo import LENGTH_SHARE, MAX_TOKENS
     from ..project import FILE_NAME, TEMPLATE
-    from ..traces import sample_path
+    from ..traces import read, sample_path, scale, window, write
     from ..traces.whole_file import write_whole
 
     folder = Path(directory)
-    settings, trace = folder / FILE_NAME, folder / "trace.csv"
-    for path in (settings, trace):
+    settings, log = folder / FILE_NAME, folder / "trace.parquet"
+    for path in (settings, log):
         if path.exists():
             raise click.UsageError(f"{path} exists already; it is left as it is")
-    write_whole(trace, sample_path().read_bytes())
-    write_whole(settings, TEMPLATE.format(log=trace.name))
-    text = f"wrote {settings} and {trace}\nnext: paretune profile run && paretune tune {trace.name} && paretune pick"
-    speaker.result({"written": [str(settings), str(trace)]}, text)
+    sample = window(read(sample_path()), 0.0, INIT_WINDOW_S)
+    trace = scale(sample, input_length=LENGTH_SHARE, output_length=LENGTH_SHARE, max_tokens=MAX_TOKENS)
+    trace = replace(trace, source="Azure LLM inference trace 2023, conversation (CC-BY-4.0)")
+    write(trace, log)
+    write_whole(settings, TEMPLATE.format(log=log.name))
+    steps = ["paretune profile run", f"paretune tune {log.name}", "paretune pick"]
+    if folder.resolve() != Path.cwd():
+        steps = [f"cd {shlex.quote(str(folder))}", *steps]
+    text = (
+        f"wrote {settings} and {log}\n"
+        f"{log.name}: {len(trace):,} requests of the Azure conversation trace in {trace.duration_s:.0f} s, "
+        f"lengths x {LENGTH_SHARE:g}, at most {MAX_TOKENS:,} tokens a request\nnext: {' && '.join(steps)}"
+    )
+    speaker.result({"written": [str(settings), str(log)], "notes": trace.notes}, text)
 
 
 @click.command()
 @click.option("-c", "--config", "config_path", type=EXISTING, default="paretune.yaml", show_default=True)
 @click.option("--log", type=EXISTING, help="Tonight's request log, in place of the one in the settings.")
 @click.option("--dry-run", is_flag=True, help="Decide and record, but leave the spec as it is.")
-@click.option("--decisions", type=click.Path(file_okay=False), default="out/decisions", show_default=True)
+@click.option("--decisions", type=click.Path(file_okay=False),
+              help="Folder for the record of each decision, in place of the one in the settings.")  # fmt: skip
 @speaks
-def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, decisions: str) -> None:
+def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, decisions: str | None) -> None:
     """The nightly job: if the workload moved, tune again, and replace the spec if the gain exceeds the noise.
 
-    Exits with 0 (unchanged or replaced), 5 (tuned, but the old spec stays), 6 (another run holds the lock).
+    Relative paths in the settings start from the folder that they lie in. A run that was interrupted goes on when the
+    same command is typed again.
+
+    Exits with 0 (unchanged and still the best, or replaced), 5 (something else looks better, but not surely: the old
+    spec stays), 6 (another run holds the lock).
 
     \b
     Example: paretune retune -c paretune.yaml --dry-run
@@ -74,7 +97,9 @@ def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, d
         finalists=project.measure,
     )
     with speaker.progress("re-tuning") as report:
-        decision = run(project.spec, trace, tonight(ask, report), decisions=decisions, dry_run=dry_run)
+        decision = run(
+            project.spec, trace, tonight(ask, report), decisions=decisions or project.decisions, dry_run=dry_run
+        )
     words = {"unchanged": "unchanged", "kept": "kept the old spec", "replaced": f"replaced {project.spec}"}
     lines = [words[decision.action] + (" (dry run)" if dry_run else ""), *(f"- {why}" for why in decision.why)]
     speaker.result(decision.to_dict(), "\n".join(lines), decision.exit_code)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 
 import click
 
 from ..output import Speaker, speaks, table
 from .machine import EXISTING, OUTPUT
-from .studies import milliseconds, summary_table
+from .studies import RATE, goodput_of, milliseconds, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5
@@ -65,11 +66,25 @@ def serve(
     )
 
 
+def schedule_kept(late_s: Mapping[str, float]) -> str:
+    """How well a replay kept the recorded arrival times."""
+    p50, p95, most = (milliseconds(late_s[name]) for name in ("p50", "p95", "max"))
+    return f"schedule kept within {p50} ms (p50), {p95} ms (p95), {most} ms (most)"
+
+
+def warn_of(errors: Sequence[str], speaker: Speaker) -> None:
+    """The first ten requests that failed, and how many more."""
+    for error in errors[:10]:
+        speaker.warn(error)
+    if len(errors) > 10:
+        speaker.warn(f"and {len(errors) - 10} more requests failed")
+
+
 @click.command()
 @click.argument("log", type=LOG)
 @click.option("--url", required=True, help="Of an OpenAI-compatible server.")
 @click.option("--model", help="The name to ask for; default: the first that the server has.")
-@click.option("--rate", type=float, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("--rate", type=RATE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts' tokens.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for one request.")
@@ -101,19 +116,13 @@ def replay(
             timeout_s=timeout,
             progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
         )
-    for error in result.errors[:10]:
-        speaker.warn(error)
-    if len(result.errors) > 10:
-        speaker.warn(f"and {len(result.errors) - 10} more requests failed")
+    warn_of(result.errors, speaker)
     summary = summarize(result.times)
-    late = result.schedule_error_s
-    text = (
-        f"{summary_table(summary)}\nschedule kept within {milliseconds(late['p50'])} ms (p50), "
-        f"{milliseconds(late['p95'])} ms (p95), {milliseconds(late['max'])} ms (most)"
-    )
+    text = f"{summary_table(summary, goodput_of(result.times, trace))}\n{schedule_kept(result.schedule_error_s)}"
     data = {
         "summary": summary.to_dict(),
-        "schedule_error_s": late,
+        "goodput_per_s": goodput_of(result.times, trace),
+        "schedule_error_s": result.schedule_error_s,
         "errors": result.errors,
         "server": result.server,
         "client_cpu_s": result.client_cpu_s,
@@ -127,9 +136,9 @@ def replay(
 @click.argument("spec", type=EXISTING)
 @click.argument("log", type=LOG)
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets.")
-@click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
+@click.option("-o", "--output", type=OUTPUT, default="out/verification.json", show_default=True, help="For `report`.")
 @speaks
-def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], k: int) -> None:
+def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], output: str) -> None:
     """Start a spec's server, replay the log against it, and hold what was predicted against what was measured.
 
     Exits with 5 when a target is missed.
@@ -137,6 +146,7 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], k: int)
     \b
     Example: paretune verify out/spec.yaml log.parquet
     """
+    from ..optimizer.verify import asked_of
     from ..optimizer.verify import verify as compare
     from ..profiler.live import measure_live
     from ..runtime.spec import load_deployment
@@ -144,14 +154,23 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], k: int)
 
     deployment = load_deployment(spec)
     trace = read(log)
+    targets = [Target.parse(text) for text in slos]
+    k, rate = asked_of(deployment, trace, targets)
+    if rate != 1.0:
+        speaker.note(f"replaying at {rate:.3g} x the recorded rate, which the spec's predictions speak of")
     with speaker.progress("replaying") as report:
         result = measure_live(
             deployment,
             trace,
             k=k,
+            rate=rate,
             progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
         )
-    found = compare(deployment, trace, result.times, [Target.parse(text) for text in slos])
+    warn_of(result.errors, speaker)
+    found = compare(deployment, trace, result.times, targets=targets, schedule_error_s=result.schedule_error_s)
+    found.save(output)
+    if found.same_trace is False:
+        speaker.warn(f"{log} is not the trace that {spec} was tuned on: its predictions speak of another workload")
     rows = [
         [
             f"{row.metric} p{row.percentile:g}",
@@ -170,7 +189,8 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], k: int)
     if rows:
         lines.append(f"{inside} of {len(rows)} measured values lie inside their interval")
     lines += [f"{'met' if met else 'MISSED'}: {target}" for target, met in found.met.items()]
-    lines.append(f"{found.finished:,} of {found.requests:,} requests finished")
+    lines.append(f"{found.summary.finished:,} of {found.summary.requests:,} requests finished")
+    lines.append(schedule_kept(found.schedule_error_s))
     exit_code = 0 if found.passed else VERIFICATION_FAILED
     speaker.result({"verification": found, "passed": found.passed}, "\n".join(lines), exit_code)
     sys.exit(exit_code)

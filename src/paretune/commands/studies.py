@@ -9,24 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from ..default_paths import LEDGER, PROFILE
 from ..output import Speaker, speaks, table
-from .machine import EXISTING, MODEL, OUTPUT, PROFILE_PATH
+from .machine import EXISTING, MODEL, OUTPUT
 from .traces import LOG
 
 if TYPE_CHECKING:
     from ..optimizer.front import Evaluation, Front
-    from ..traces.metrics import Summary
+    from ..optimizer.study import Study
+    from ..traces.metrics import RequestTimes, Summary
+    from ..traces.trace import Trace
 
-LEDGER = "out/paretune.db"
 NOTHING_FEASIBLE = 3
 OUT_OF_TIME = 75
 
+RATE = click.FloatRange(min=0, min_open=True)
+NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
+
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
-profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE_PATH, show_default=True)
+profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
 prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
 accelerator_option = click.option(
-    "--accelerator", default="cpu", show_default=True, help="Name in the catalogue; 'cpu' is this machine."
+    "--accelerator", default="cpu", show_default=True, help="Name in the catalog; 'cpu' is this machine."
 )
 
 
@@ -35,7 +41,14 @@ def milliseconds(value_s: float) -> str:
     return "-" if value_s != value_s else f"{value_s * 1e3:,.1f}"
 
 
-def summary_table(summary: Summary) -> str:
+def goodput_of(times: RequestTimes, trace: Trace) -> float | None:
+    """Requests per second that met the trace's targets; None where it has none."""
+    from ..traces.metrics import goodput
+
+    return goodput(times, trace) if trace.targets else None
+
+
+def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
     """Latencies of a run in milliseconds."""
     names = ("mean", "p50", "p90", "p95", "p99")
     rows = [[metric, *(milliseconds(values[name]) for name in names)] for metric, values in summary.values.items()]
@@ -44,6 +57,10 @@ def summary_table(summary: Summary) -> str:
         f"{summary.output_tokens_per_s:,.1f} output tokens/s; "
         f"{summary.short_of_k_share:.0%} of answers have fewer than k tokens\n"
     )
+    if goodput_per_s is not None:
+        head += f"goodput {goodput_per_s:,.2f} requests/s within their targets\n"
+    if summary.tpot_undefined:
+        head += f"TPOT leaves out {summary.tpot_undefined:,} answers of one token\n"
     return head + table(["milliseconds", *names], rows)
 
 
@@ -51,15 +68,16 @@ def summary_table(summary: Summary) -> str:
 @click.argument("log", type=LOG)
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
-@click.option("--rate", type=float, default=1.0, show_default=True, help="Arrivals that many times as fast.")
-@click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
+@click.option("--rate", type=RATE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
 @speaks
-def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int) -> None:
+def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
     \b
     Example: paretune simulate log.parquet --spec out/spec.yaml
     """
+    from ..optimizer.capacity import k_of
     from ..optimizer.sources import Sources
     from ..profiler.simulator import simulate as run
     from ..runtime.spec import load_deployment
@@ -71,24 +89,27 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     pool = deployment.pool
     sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
     modeled = sources.step_model(pool)
+    k = k or k_of(target.metric for target in trace.targets)
     result = run(trace, pool, modeled.tables, k=k, rate=rate)
     summary = summarize(result.times)
-    label = "" if modeled.measured else "\nNOT MEASURED: step times come from a data sheet"
+    label = "" if modeled.measured else f"\n{NOT_MEASURED}"
     text = (
-        f"{summary_table(summary)}\n{result.steps:,} steps, {result.preemptions:,} preemptions, "
-        f"{result.rejected:,} rejected, step times +-{modeled.relative_error:.0%}{label}"
+        f"{summary_table(summary, goodput_of(result.times, trace))}\n"
+        f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
+        f"step times +-{modeled.relative_error:.0%}{label}"
     )
     for target, value in violations(result.times, trace):
         text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
     data = {
         "summary": summary.to_dict(),
+        "goodput_per_s": goodput_of(result.times, trace),
         "steps": result.steps,
         "preemptions": result.preemptions,
         "rejected": result.rejected,
         "prefix_hit_tokens": result.prefix_hit_tokens,
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
-        "not_modelled": modeled.not_modelled,
+        "not_modeled": modeled.not_modeled,
     }
     speaker.result(data, text)
 
@@ -125,7 +146,7 @@ def front_table(front: Front) -> str:
             ]
         )
     last = "capacity" if front.cost == "capacity" else "replicas"
-    return table(["point", unit, latency, "90 % interval", last, "known by"], rows)
+    return table(["point", unit, latency, "90 % interval", last, "latency known by"], rows)
 
 
 @click.command()
@@ -152,6 +173,8 @@ def front_table(front: Front) -> str:
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads; default: the cores. Does not change the result.")
 @click.option("--time-budget", type=float, help="Seconds after which no trial is begun.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier study of this name first.")
+@click.option("--optuna-storage", metavar="URL",
+              help="At the end, copy the trials into this database for Optuna's own tools.")  # fmt: skip
 @speaks
 def tune(speaker: Speaker, log: str, **options: Any) -> None:
     """Work out the curve of cost against latency for a request log.
@@ -165,18 +188,20 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     from ..optimizer.tuning import Ask, tune_trace
 
     if options["finalists"] and options["accelerator"] != "cpu":
-        speaker.warn(f"nothing is measured: {options['accelerator']} is not this machine; --measure is left out")
+        message = f"--measure: {options['accelerator']} is not this machine, so nothing can be measured on it"
+        if click.get_current_context().get_parameter_source("finalists") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(message)
+        speaker.warn(message)
     with speaker.progress("tuning") as report:
         study = tune_trace(Ask(log=log, **options), report)
     found = study.screened
     text = [
-        front_table(study.front),
+        _curve(study),
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
         + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
-    text += [f"not modelled: {each}" for each in study.not_modelled]
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
     speaker.result(_study_data(study), "\n".join(text), exit_code)
     sys.exit(exit_code)
@@ -188,7 +213,7 @@ def _study_data(study: Any) -> dict[str, Any]:
         "study": study.name,
         "points": [each.to_dict() for each in study.front.points],
         "screened": whole["screened"],
-        "not_modelled": whole["not_modelled"],
+        "not_modeled": whole["not_modeled"],
         "complete": study.complete,
     }
 
@@ -207,9 +232,19 @@ def front(speaker: Speaker, study: str, storage: str, as_csv: bool) -> None:
     from ..optimizer.store import Ledger
     from ..optimizer.study import load_study
 
+    if as_csv and speaker.json:
+        raise click.UsageError("--csv and --json: give one")
     found = load_study(Ledger(storage), study)
-    text = found.front.to_pandas().to_csv(index=False) if as_csv else front_table(found.front)
+    text = found.front.to_pandas().to_csv(index=False) if as_csv else _curve(found)
     speaker.result(_study_data(found), text)
+
+
+def _curve(study: Study) -> str:
+    """The front with what it leaves out, the label for unmeasured step times first."""
+    lines = [front_table(study.front)]
+    if not study.measured_steps:
+        lines.append(NOT_MEASURED)
+    return "\n".join([*lines, *(f"not modeled: {each}" for each in study.not_modeled)])
 
 
 @click.command()
@@ -244,6 +279,9 @@ def pick(
     if sum(ways.values()) > 1:
         given = ", ".join(name for name, used in ways.items() if used)
         raise click.UsageError(f"{given}: these are several ways to choose; give one")
+    source = click.get_current_context().get_parameter_source("confidence")
+    if source is ParameterSource.COMMANDLINE and (budget is not None or knee or point is not None):
+        raise click.UsageError("--confidence goes with targets, not with --budget, --knee or --point")
     chosen, deployment = pick_spec(
         study, storage, slos=slos, budget_usd=budget, knee=knee, point=point, confidence=confidence, output=output
     )
@@ -253,6 +291,8 @@ def pick(
         if each.percentile in (50, 95):
             interval = f"{milliseconds(each.low)} to {milliseconds(each.high)}"
             lines.append(f"  {each.metric} p{each.percentile:g}: {milliseconds(each.value)} ms ({interval})")
+    if deployment.provenance is not None and not deployment.provenance.measured:
+        lines.append(NOT_MEASURED)
     speaker.result(data, "\n".join(lines))
 
 
@@ -275,9 +315,12 @@ def export(
     from ..runtime.spec import load_deployment
     from ..traces.whole_file import write_whole
 
-    exported = to_vllm(load_deployment(spec), engine_version=engine_version, allow_untested=allow_untested)
+    deployment = load_deployment(spec)
+    exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
     if output is not None:
         write_whole(output, exported.config)
+    if deployment.provenance is not None and not deployment.provenance.measured:
+        speaker.warn(f"{NOT_MEASURED}; no server was measured with these arguments")
     for each in exported.not_translated:
         speaker.warn(each)
     speaker.result(exported, shell_command(exported.env, exported.argv))
@@ -299,10 +342,19 @@ def shell_command(env: dict[str, str], argv: Sequence[str]) -> str:
 @click.argument("study", default="default")
 @storage_option
 @click.option("--spec", "spec_path", type=EXISTING, help="The spec that was picked; default: the knee.")
+@click.option("--verification", "verification_path", type=EXISTING, help="What `verify` wrote about that spec.")
 @click.option("-o", "--output", type=OUTPUT, default="out/report.html", show_default=True)
 @click.option("--plots", is_flag=True, help="Also write the curve as PNG and SVG beside it.")
 @speaks
-def report(speaker: Speaker, study: str, storage: str, spec_path: str | None, output: str, plots: bool) -> None:
+def report(
+    speaker: Speaker,
+    study: str,
+    storage: str,
+    spec_path: str | None,
+    verification_path: str | None,
+    output: str,
+    plots: bool,
+) -> None:
     """Write the HTML report of a study: one file that opens anywhere.
 
     \b
@@ -312,7 +364,9 @@ def report(speaker: Speaker, study: str, storage: str, spec_path: str | None, ou
     from ..reports.page import write_report
     from ..reports.plots import write_curve
 
-    data = gather(study, storage, spec_path=spec_path)
+    if verification_path is not None and spec_path is None:
+        raise click.UsageError("--verification speaks of one spec: give it with --spec")
+    data = gather(study, storage, spec_path=spec_path, verification_path=verification_path)
     write_report(data, output)
     written = [output]
     if plots:

@@ -26,6 +26,7 @@ def profile_machine(
     tiles: TileFile | None = None,
     max_model_len: int = 2048,
     serving: bool = True,
+    cores: int | None = None,
     progress: Report | None = None,
     command: str = "",
 ) -> Profile:
@@ -34,12 +35,13 @@ def profile_machine(
     Args:
         tiles: searched ones; every configuration runs on those for its number of threads.
         serving: also replay against a live server; without it, predictions leave out HTTP and its share of the cores.
+        cores: use at most so many of this machine's; None: all.
         progress: called with the share that is done and what comes next.
     Raises: BadModel, BadSpec (exit code 2); MeasureFailed, ServerFailed (1).
     """
     tell = progress or (lambda share, what: None)
     shape = ModelShape.load(resolve_model(model))
-    keys = possible_configurations(weight_dtypes=weight_dtypes, num_kv_heads=shape.num_kv_heads)
+    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, num_kv_heads=shape.num_kv_heads)
     loads = _loads(keys) if serving else ()
     whole = len(keys) + _SERVING_JOBS * len(loads)
     profile = measure(
