@@ -3,7 +3,8 @@
 --fresh profiles this machine, serves every candidate and replays a window of the Azure conversation trace (the sample
 that ships with the package, lengths cut down) at one common rate and at rates that bracket its capacity; it records all
 of it in results/. Without --fresh the recorded replays are scored with the profile that was recorded with them, by the
-code as it is now.
+code as it is now. --profile measures only the profile again, where the recorded one was taken on a busy machine (its
+`busy_before` says so), and keeps the replays.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from bars import RESULTS, Bar, finish, machine
 from paretune.optimizer.live_capacity import bracket
@@ -43,6 +45,9 @@ MAX_TOKENS = 1024
 REPLAY_S = 15.0
 COMMON_S = 25.0
 CAPACITY_RUNS = 5
+# used by others: wait for 2 s so often, then measure all the same (the profile says how busy it was)
+QUIET_PERCENT = 10.0
+QUIET_TRIES = 30
 LATENCIES = (("tpot", 50), ("ttft", 50), ("e2e", 50), ("ttf30", 95), ("tpot", 95), ("ttft", 95))
 JUDGED = (("tpot", 50), ("ttft", 50), ("e2e", 50))
 
@@ -105,7 +110,16 @@ def holds(times: RequestTimes) -> bool:
     return meets(times, TARGET, None)
 
 
+def configurations() -> tuple[Key, ...]:
+    """What the candidates run as."""
+    return tuple(dict.fromkeys(Key(ranks, threads, 1, weights, "bf16") for ranks, threads, weights, _ in CANDIDATES))
+
+
 def profiled(keys: tuple[Key, ...]) -> Profile:
+    for _ in range(QUIET_TRIES):
+        if psutil.cpu_percent(interval=2.0) < QUIET_PERCENT:
+            break
+        print("waiting until the machine is quiet ...", file=sys.stderr)
     print("profiling ...", file=sys.stderr)
     profile = measure(
         SMALL_MODEL,
@@ -123,8 +137,8 @@ def profiled(keys: tuple[Key, ...]) -> Profile:
 def record() -> None:
     """Measure everything afresh and keep it."""
     begin = time.monotonic()
-    keys = tuple(dict.fromkeys(Key(ranks, threads, 1, weights, "bf16") for ranks, threads, weights, _ in CANDIDATES))
-    profile = profiled(keys)
+    profile = profiled(configurations())
+    profile.save(PROFILE)
     trace = whole_trace()
     predicted = [predicted_capacity(profile, trace, deployment(each), 1.0, 12) for each in CANDIDATES]
     common = 0.5 * min(predicted)
@@ -135,7 +149,6 @@ def record() -> None:
         found = measured(trace, deployment(candidate), common, start)
         rows.append({"candidate": list(candidate), "latencies": found.latencies, "held": found.held})
         print(f"{time.monotonic() - begin:5.0f} s {candidate} {found}", file=sys.stderr)
-    profile.save(PROFILE)
     whole = {"machine": machine(), "common_rate": common, "start_rate": start, "trace": trace.digest(), "rows": rows}
     write_whole(RECORD, json.dumps(whole, indent=1) + "\n")
 
@@ -210,6 +223,8 @@ def without_record(why: str) -> int:
 def main() -> int:
     if "--fresh" in sys.argv:
         record()
+    elif "--profile" in sys.argv:
+        profiled(configurations()).save(PROFILE)
     if not (RECORD.exists() and PROFILE.exists()):
         return without_record("nothing is recorded yet")
     kept = json.loads(Path(RECORD).read_text())

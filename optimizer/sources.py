@@ -53,8 +53,6 @@ class Sources:
         any_machine: bool = False,
     ) -> Sources:
         """Read them. Raises: BadModel, BadProfile, BadHardware (exit code 2), OSError."""
-        if Path(model).is_dir():
-            model = str(Path(model).absolute())
         shape = ModelShape.load(resolve_model(model))
         prices = PriceBook.load(prices_path)
         if accelerator_name != CPU:

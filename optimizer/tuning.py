@@ -160,7 +160,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
     about = {
         "log": absolute(ask.log),
         "slos": list(ask.slos),
-        "model": sources.model,
+        "model": absolute(ask.model) if Path(ask.model).is_dir() else ask.model,
         "accelerator": ask.accelerator,
         "profile": absolute(ask.profile_path),
         "tiles": absolute(ask.tiles_path),

@@ -50,7 +50,7 @@ def grid_place(work: float) -> int:
     """The segment of WORK_GRID that holds `work`: from this point to the next."""
     if work <= 1.0:
         return 0
-    return min(int(math.log2(work) * POINTS_PER_OCTAVE), WORK_GRID.shape[0] - 2)
+    return int(min(int(math.log2(work) * POINTS_PER_OCTAVE), WORK_GRID.shape[0] - 2))
 
 
 @njit

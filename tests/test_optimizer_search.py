@@ -313,22 +313,40 @@ def test_the_front_is_made_anew_from_what_was_measured():
     ]
 
 
-def test_a_finalist_that_cannot_be_measured_is_told_as_failed_and_cannot_win(tmp_path):
+def test_a_finalist_that_cannot_be_measured_cannot_win_and_is_tried_again(tmp_path):
     plain = study(TRACE)
     victim = plain.front.points[0].deployment.digest()
+    broken = True
 
     def measure(deployment, rate):
-        if deployment.digest() == victim:
+        if broken and deployment.digest() == victim:
             raise BadHardware("memory", "3 GB", "2 GB", "take a smaller model")
         return measured(deployment, rate, 1.0)
 
     with Ledger(tmp_path / "ledger.db") as ledger:
         found = study(TRACE, measure=measure, finalists=4, ledger=ledger)
-        failed = [record for record in ledger.records("default") if record.state == "failed"]
-    assert [record.digest for record in failed] == [victim]
+        assert victim not in {record.digest for record in ledger.records("default") if record.fidelity == "measured"}
+        broken = False
+        again = study(TRACE, measure=measure, finalists=4, ledger=ledger)
+    failed = [each for each in found.finalists if each.measured is None]
+    assert [each.candidate for each in failed] == [victim]
     assert "3 GB" in failed[0].reason
     assert found.screened.measurements_failed == 1
     assert victim not in {point.candidate for point in found.front.points}
+    assert again.screened.measurements_failed == 0
+
+
+def test_a_finalist_that_does_not_fit_the_machine_is_not_measured():
+    asked = []
+
+    def measure(deployment, rate):
+        asked.append(deployment)
+        return measured(deployment, rate, 1.0)
+
+    found = study(TRACE, measure=measure, finalists=4, measurable=lambda deployment: deployment.pool.replicas == 1)
+    assert asked
+    assert all(each.pool.replicas == 1 for each in asked)
+    assert found.screened.measured == len(asked)
 
 
 def test_without_targets_finalists_are_measured_at_the_load_of_their_label():

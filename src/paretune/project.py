@@ -24,7 +24,7 @@ class Project(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    log: str = Field("trace.csv", description="the request log that `retune` reads every night")
+    log: str = Field("trace.parquet", description="the request log that `retune` reads every night")
     model: str = Field(SMALL_MODEL, description="model directory, or the small model that ships with the package")
     slo: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     metric: str = Field("ttf30:p95", description="the latency axis of the curve")
@@ -88,7 +88,7 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
 TEMPLATE = f"""\
 # Settings of this folder's paretune commands; a flag or a PARETUNE_* variable goes before them.
 schema_version: 1
-log: {{log}}                # the request log that `paretune retune` reads every night
+log: {{log}}            # the request log that `paretune retune` reads every night
 model: paretune/small         # a Hugging Face model directory (config.json, safetensors, tokenizer.json)
 slo: ['ttf30:p95<=1500ms']    # what must hold
 metric: ttf30:p95             # the latency axis of the curve
