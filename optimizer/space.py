@@ -211,7 +211,7 @@ def load_space(path: str | Path, *, default: Deployment | None = None, max_devic
 def default_space(
     trace: Trace, default: Deployment, *, cores: int, prefix_caching: Iterable[bool] | None = None
 ) -> SearchSpace:
-    """What is worth trying for a trace where nobody says otherwise.
+    """What is worth trying for a trace where nobody says otherwise: ranks, threads and replicas by powers of two.
 
     Args:
         trace: with prefix hashes, prefix caching on and off are both tried; without, it would change nothing.

@@ -102,8 +102,9 @@ def test_the_default_space_tries_prefix_caching_only_where_prefixes_are():
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 8])
-def test_the_default_space_shards_as_far_as_the_cores_go(cores):
+def test_the_default_space_shards_by_powers_of_two_as_far_as_the_cores_go(cores):
     found = default_space(poisson_trace(20), deployment(), cores=cores).candidates()
     held = {each.pool.devices_per_replica * each.pool.replicas for each in found.deployments}
-    assert max(held) == cores
+    # powers of two alone: those are what a profile measures
+    assert max(held) == 1 << (cores.bit_length() - 1)
     assert all(isinstance(each.pool, Pool) for each in found.deployments)
