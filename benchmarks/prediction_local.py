@@ -4,7 +4,8 @@
 that ships with the package, lengths cut down) at one common rate and at rates that bracket its capacity; it records all
 of it in results/. Without --fresh the recorded replays are scored with the profile that was recorded with them, by the
 code as it is now. --profile measures only the profile again, where the recorded one was taken on a busy machine (its
-`busy_before` says so), and keeps the replays.
+`busy_before` says so), and keeps the replays; --latencies measures only the replays at the common rate again (about 6
+minutes), for a profile that was taken at another hour of a shared machine.
 """
 
 from __future__ import annotations
@@ -153,6 +154,23 @@ def record() -> None:
     write_whole(RECORD, json.dumps(whole, indent=1) + "\n")
 
 
+def record_latencies() -> None:
+    """Measure the latencies at the common rate again; capacities stay as recorded."""
+    kept = json.loads(RECORD.read_text())
+    trace, rate = whole_trace(), kept["common_rate"]
+    for row in kept["rows"]:
+        asked = deployment(tuple(row["candidate"]))
+        token_ids = prompt_token_ids(resolve_model(asked.model))
+        with live_server(asked) as server:
+            warm_server(server, trace, token_ids)
+            piece = part(trace, rate, COMMON_S)
+            found = replay(piece, server.url, rate=rate, model=server.model, token_ids=token_ids)
+        row["latencies"] = latencies(found.times)
+        print(row["candidate"], row["latencies"], file=sys.stderr)
+    kept["latencies_measured_on"] = machine()
+    write_whole(RECORD, json.dumps(kept, indent=1) + "\n")
+
+
 def measured(trace: Trace, asked: Deployment, common: float, start: float) -> Measured:
     token_ids = prompt_token_ids(resolve_model(asked.model))
     held: dict[str, bool] = {}
@@ -225,6 +243,8 @@ def main() -> int:
         record()
     elif "--profile" in sys.argv:
         profiled(configurations()).save(PROFILE)
+    elif "--latencies" in sys.argv:
+        record_latencies()
     if not (RECORD.exists() and PROFILE.exists()):
         return without_record("nothing is recorded yet")
     kept = json.loads(Path(RECORD).read_text())
