@@ -154,8 +154,7 @@ def measure_steps(driver: Driver, seconds: float) -> dict[str, Any]:
 
     In the first pass what would take more than a quarter of the time is left out; the tables say what was the largest.
     """
-    records: dict[Key, list[StepRecord]] = {}
-    disturbed = 0
+    records: dict[Key, list[tuple[StepRecord, bool]]] = {}
     began = time.perf_counter()
     rate = _tokens_per_s(driver)
     passes = 0
@@ -167,11 +166,13 @@ def measure_steps(driver: Driver, seconds: float) -> dict[str, Any]:
             if left < (0 if passes else (1 - _PATIENCE) * seconds):
                 break
             for key, record in run():
-                records.setdefault(key, []).append(record)
-                disturbed += not driver.undisturbed
+                records.setdefault(key, []).append((record, driver.undisturbed))
         passes += 1
-    steps = sum(map(len, records.values()))
-    return {"steps": [_point(found) for found in records.values()], "disturbed": disturbed / steps}
+    undisturbed = [kept for found in records.values() for _, kept in found]
+    points = map(_point, records.values())
+    # 0 s: all its steps were disturbed, and the CPU clock stood still; it says nothing
+    steps = [point for point in points if point["median_s"] > 0]
+    return {"steps": steps, "disturbed": 1 - float(np.mean(undisturbed))}
 
 
 def _tokens_per_s(driver: Driver) -> float:
@@ -182,9 +183,16 @@ def _tokens_per_s(driver: Driver) -> float:
     return best
 
 
-def _point(records: list[StepRecord]) -> dict[str, Any]:
+def _point(found: list[tuple[StepRecord, bool]]) -> dict[str, Any]:
+    """One point of the records, each with whether it was undisturbed; disturbed ones only where there are no others.
+
+    Of those the mean is taken: it is their sum that the CPU clock has right (see `_call_times`).
+    """
+    records = [record for record, undisturbed in found if undisturbed] or [record for record, _ in found]
     seconds = np.array([record.seconds for record in records])
     low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    if not any(undisturbed for _, undisturbed in found):
+        median = seconds.mean()
     first = records[0]
     return {
         "num_tokens": first.num_tokens,
@@ -243,16 +251,7 @@ def peak_flops(num_threads: int) -> dict[str, float]:
 
 def _best_s(call: Callable[[], Any], least_s: float = 0.05) -> float:
     """Least time of one call, over at least `least_s` and three calls: for a peak the best counts, not the median."""
-    clock = _clock()
-    call()
-    best, began = float("inf"), time.perf_counter()
-    calls = 0
-    while calls < 3 or time.perf_counter() - began < least_s:
-        start = clock()
-        call()
-        best = min(best, clock() - start)
-        calls += 1
-    return best
+    return float(min(_call_times(call, least_s, least=3)))
 
 
 def linear_points(
@@ -334,24 +333,34 @@ def attention_points(shape: dict[str, int], kv_dtype: str, num_threads: int) -> 
     ]
 
 
-def _clock() -> Callable[[], float]:
-    """CPU time of this thread where it computes alone, because others may take its core; else wall time."""
-    import torch
-
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
 def _quartiles(call: Callable[[], Any], least_s: float = 0.012, least: int = 5) -> tuple[float, float, float, int]:
-    clock = _clock()
-    call()
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < least or time.perf_counter() - began < least_s:
-        start = clock()
-        call()
-        times.append(clock() - start)
+    times = _call_times(call, least_s, least)
     low, median, high = np.quantile(np.array(times), (0.25, 0.5, 0.75)).tolist()
     return low, median, high, len(times)
+
+
+def _call_times(call: Callable[[], Any], least_s: float, least: int) -> list[float]:
+    """Wall times of the calls, over at least `least_s`, during which this thread kept its core; where it never did,
+    one: the mean CPU time of a call.
+
+    Single differences of CPU time are not to be trusted where a hypervisor takes the core away: time that it stole is
+    taken off late, from whatever runs next, and whole calls have shown 0 s. Their sum is right. Several threads have
+    no common CPU clock; of them all wall times count.
+    """
+    import torch
+
+    alone = torch.get_num_threads() == 1
+    call()
+    kept: list[float] = []
+    calls, all_cpu_s, began = 0, 0.0, time.perf_counter()
+    while calls < least or time.perf_counter() - began < least_s:
+        cpu_s, wall_s = time.thread_time(), time.perf_counter()
+        call()
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.thread_time() - cpu_s
+        if not alone or cpu_s > _UNDISTURBED * wall_s:
+            kept.append(wall_s)
+        calls, all_cpu_s = calls + 1, all_cpu_s + cpu_s
+    return kept or [all_cpu_s / calls]
 
 
 def _answer(task: dict[str, Any]) -> Any:
