@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 import threading
@@ -176,11 +177,15 @@ def measure_steps(driver: Driver, seconds: float) -> dict[str, Any]:
 
 
 def _tokens_per_s(driver: Driver) -> float:
-    best = 0.0
+    tokens = min(128, driver.pool.max_num_batched_tokens, driver.pool.max_model_len - 1)
+    best_s = math.inf
     for _ in range(3):
-        driver.add(min(128, driver.pool.max_num_batched_tokens, driver.pool.max_model_len - 1), 1)
-        best = max(best, *(record.num_tokens / record.seconds for record in driver.drain()))
-    return best
+        driver.add(tokens, 1)
+        began = time.perf_counter()
+        for _ in driver.drain():
+            pass
+        best_s = min(best_s, time.perf_counter() - began)
+    return tokens / best_s
 
 
 def _point(found: list[tuple[StepRecord, bool]]) -> dict[str, Any]:
@@ -341,17 +346,18 @@ def _quartiles(call: Callable[[], Any], least_s: float = 0.012, least: int = 5) 
 
 def _call_times(call: Callable[[], Any], least_s: float, least: int) -> list[float]:
     """Wall times of the calls, over at least `least_s`, during which this thread kept its core; where it never did,
-    one: the mean CPU time of a call.
+    one: the mean CPU time of a call, but no less than half the shortest wall time.
 
     Single differences of CPU time are not to be trusted where a hypervisor takes the core away: time that it stole is
-    taken off late, from whatever runs next, and whole calls have shown 0 s. Their sum is right. Several threads have
-    no common CPU clock; of them all wall times count.
+    taken off late, from whatever runs next, and whole calls have shown 0 s. Their sum is right, but for what is still
+    to be taken off. Several threads have no common CPU clock; of them all wall times count.
     """
     import torch
 
     alone = torch.get_num_threads() == 1
     call()
     kept: list[float] = []
+    shortest_s = math.inf
     calls, all_cpu_s, began = 0, 0.0, time.perf_counter()
     while calls < least or time.perf_counter() - began < least_s:
         cpu_s, wall_s = time.thread_time(), time.perf_counter()
@@ -359,8 +365,8 @@ def _call_times(call: Callable[[], Any], least_s: float, least: int) -> list[flo
         wall_s, cpu_s = time.perf_counter() - wall_s, time.thread_time() - cpu_s
         if not alone or cpu_s > _UNDISTURBED * wall_s:
             kept.append(wall_s)
-        calls, all_cpu_s = calls + 1, all_cpu_s + cpu_s
-    return kept or [all_cpu_s / calls]
+        calls, all_cpu_s, shortest_s = calls + 1, all_cpu_s + cpu_s, min(shortest_s, wall_s)
+    return kept or [max(all_cpu_s / calls, 0.5 * shortest_s)]
 
 
 def _answer(task: dict[str, Any]) -> Any:

@@ -141,7 +141,7 @@ class OtherRanks:
 
     def explain(self, error: RuntimeError) -> RankFailed:
         """What a failed collective means: that a rank has ended (it may take a moment to show), or does not answer."""
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:
             try:
                 self.check()

@@ -87,13 +87,13 @@ def test_a_killed_rank_ends_the_engine_with_its_name_and_signal(model_dir: Path)
         assert failed.value.exit_code == 1
         with pytest.raises(RankFailed):
             engine.step()
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < 60
 
 
 def test_a_rank_that_does_not_answer_is_not_waited_for_forever(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "COLLECTIVE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(peers, "COLLECTIVE_TIMEOUT_S", 4.0)
     monkeypatch.setattr(rank, "STOP_LIMIT_S", 0.5)
     with Engine(deployment(), model_dir) as engine:
         engine.add(Request(0, np.arange(20, dtype=np.int32), SamplingParams(max_tokens=100, ignore_eos=True)))
@@ -101,7 +101,7 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_forever(
         started_s = time.monotonic()
         with pytest.raises(RankFailed, match="does not answer"):
             engine.step()
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < 60
     assert children() == []
 
 
@@ -130,7 +130,7 @@ def test_ranks_end_when_rank_0_is_killed(model_dir: Path, tmp_path: Path) -> Non
         others = psutil.Process(process.pid).children(recursive=True)
         assert len(others) == 1
         process.kill()
-        _, alive = psutil.wait_procs(others, timeout=10)
+        _, alive = psutil.wait_procs(others, timeout=60)
     assert alive == []
 
 

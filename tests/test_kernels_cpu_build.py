@@ -74,7 +74,7 @@ print("all right", build.load().instructions)
 """
 
 
-def run(program, *arguments, timeout=240, **environment):
+def run(program, *arguments, timeout=500, **environment):
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *arguments], env={**os.environ, **environment},
         capture_output=True, text=True, timeout=timeout,
@@ -101,7 +101,7 @@ def test_what_was_compiled_once_is_loaded_by_all_who_come_later(tmp_path):
                          stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=240)[0] for process in racing]
+    printed = [process.communicate(timeout=500)[0] for process in racing]
     assert printed[0] == printed[1]
     (built,) = (tmp_path / "cpu").glob("*.so")
     assert printed[0] == f"{built} None\n"

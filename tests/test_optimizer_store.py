@@ -41,7 +41,7 @@ def postgres_programs() -> Path:
 def postgres_url(tmp_path_factory):
     """A PostgreSQL server of our own, on a free port, as a user that is not root (it refuses to run as root)."""
     try:
-        import psycopg  # noqa: F401
+        import psycopg
     except ModuleNotFoundError:
         missing("psycopg", "pip install 'paretune[postgres]'")
     programs = postgres_programs()
@@ -67,15 +67,25 @@ def postgres_url(tmp_path_factory):
         **as_user,  # type: ignore[arg-type]
     )
     try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"postgresql://paretune@127.0.0.1:{port}/postgres"
+        url = f"postgresql://paretune@127.0.0.1:{port}/postgres"
+        _wait_for(lambda: psycopg.connect(url).close(), psycopg.OperationalError, server)
+        yield url
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
+
+
+def _wait_for(connect, refused: type[Exception], server: subprocess.Popen[bytes]) -> None:
+    """Return when it takes connections: its port opens earlier, while it recovers."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            connect()
+            return
+        except refused:
+            assert server.poll() is None, "PostgreSQL did not start"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

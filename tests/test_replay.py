@@ -100,13 +100,19 @@ def fake(answer: Callable) -> Iterator[FakeServer]:
     server.close()
 
 
-def steady(first_s: float, gap_s: float) -> Callable:
+def steady(first_s: float, gap_s: float, written_s: list[list[float]] | None = None) -> Callable:
+    """Tokens after first_s and then every gap_s; `written_s` takes the times, a list for each answer."""
+
     async def answer(body: dict, writer: asyncio.StreamWriter) -> None:
+        times: list[float] = []
+        if written_s is not None:
+            written_s.append(times)
         writer.write(HEAD)
         await asyncio.sleep(first_s)
         for i in range(body["max_tokens"]):
             if i:
                 await asyncio.sleep(gap_s)
+            times.append(time.perf_counter())
             writer.write(chunk(token()))
             await writer.drain()
         writer.write(chunk(closing(body["max_tokens"])) + b"0\r\n\r\n")
@@ -125,38 +131,47 @@ def run(server: FakeServer, log: Trace, **options: object):
 
 
 def test_times_are_those_of_the_server() -> None:
-    with fake(steady(0.08, 0.03)) as server:
+    written_s: list[list[float]] = []
+    with fake(steady(0.08, 0.03, written_s)) as server:
         result = run(server, trace([0.0, 0.05, 0.1], outputs=5), k=3)
     times = result.times
     assert result.errors == ()
     assert times.finished.all()
     assert times.output_tokens.tolist() == [5, 5, 5]
     # a busy machine only ever adds
-    for values, expected in (
-        (times.values(Metric("ttft")), 0.08),
-        (times.values(Metric("ttf", 3)), 0.14),
-        (times.values(Metric("e2e")), 0.20),
-        (times.values(Metric("tpot")), 0.03),
-        (times.token_gap_s, 0.03),
-    ):
-        assert (values > 0.9 * expected).all()
-        assert np.median(values) < expected + 0.06
+    for metric, expected in (("ttft", 0.08), ("ttf3", 0.14), ("e2e", 0.20)):
+        assert (times.values(Metric.parse(metric)) > 0.9 * expected).all()
     assert times.gap_offsets.tolist() == [0, 4, 8, 12]
+    assert times.token_gap_s is not None
+    for i, wrote_s in enumerate(sorted(written_s)):
+        came_s = (
+            result.started_s + times.first_token_s[i] + np.append(0, np.cumsum(times.token_gap_s[4 * i : 4 * i + 4]))
+        )
+        assert (came_s > np.array(wrote_s) - 1e-3).all()
+        assert times.end_s[i] >= came_s[-1] - result.started_s - 1e-6
+        assert times.kth_token_s[i] == pytest.approx(came_s[2] - result.started_s, abs=1e-6)
     assert result.server == {"url": server.url, "model": "fake", "tokens_per_event": 1.0}
 
 
 def test_requests_are_sent_at_their_times_however_busy_the_server_is() -> None:
     arrivals = [0.0, 0.1, 0.2, 0.3]
-    with fake(steady(1.0, 0.0)) as server:
+    all_came = asyncio.Event()
+
+    async def once_all_came(body: dict, writer: asyncio.StreamWriter) -> None:
+        # a closed loop would wait for the first answer, which it never gets
+        if len(server.bodies) == len(arrivals):
+            all_came.set()
+        await all_came.wait()
+        await steady(0.0, 0.0)(body, writer)
+
+    with fake(once_all_came) as server:
         result = run(server, trace(arrivals, outputs=1))
-        gaps = np.diff(server.received_s)
-    # closed loop would wait a second for each answer
-    assert gaps == pytest.approx([0.1] * 3, abs=0.08)
+    assert result.errors == ()
     assert result.times.scheduled_s.tolist() == arrivals
     assert (result.times.sent_s >= result.times.scheduled_s).all()
     late = result.times.sent_s - result.times.scheduled_s
     assert result.schedule_error_s["max"] == late.max()
-    assert result.schedule_error_s["p50"] <= result.schedule_error_s["p95"] <= result.schedule_error_s["max"] < 0.1
+    assert result.schedule_error_s["p50"] <= result.schedule_error_s["p95"] <= result.schedule_error_s["max"]
 
 
 def test_a_higher_rate_compresses_the_arrivals() -> None:
@@ -203,7 +218,8 @@ def test_events_with_several_tokens_are_counted_by_usage() -> None:
     assert result.times.output_tokens.tolist() == [6]
     assert result.server["tokens_per_event"] == 2
     # the third token comes with the second event
-    assert 0.03 < result.times.kth_token_s[0] - result.times.first_token_s[0] < 0.09
+    assert result.times.token_gap_s is not None
+    assert result.times.kth_token_s[0] - result.times.first_token_s[0] == pytest.approx(result.times.token_gap_s[0])
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 7])
@@ -223,8 +239,11 @@ def test_answers_may_come_in_any_pieces(pieces: int) -> None:
 
 def test_a_connection_serves_one_request_after_the_other() -> None:
     with fake(steady(0.0, 0.0)) as server:
-        run(server, trace([0.1 * i for i in range(12)]))
-    assert server.connections <= 9  # eight, opened before the trace began, and one that asked for the model
+        result = run(server, trace([0.1 * i for i in range(12)]))
+    # eight, opened before the trace began, and one that asked for the model; more only where answers were late
+    times = result.times
+    most = max(int(((times.sent_s <= at_s) & (times.end_s >= at_s)).sum()) for at_s in times.sent_s)
+    assert server.connections <= 1 + max(8, most)
 
 
 def test_an_answer_without_chunks_ends_with_its_connection() -> None:
@@ -279,9 +298,9 @@ def test_a_request_without_an_end_is_given_up_in_time() -> None:
 
     with fake(stalls) as server:
         began = time.perf_counter()
-        result = run(server, trace([0.0]), timeout_s=0.3)
-    assert time.perf_counter() - began < 5
-    assert "no end within 0.3 s" in result.errors[0]
+        result = run(server, trace([0.0]), timeout_s=3)
+    assert time.perf_counter() - began < 25
+    assert "no end within 3 s" in result.errors[0]
     assert result.times.output_tokens.tolist() == [1]
     assert not np.isnan(result.times.first_token_s[0])
     assert np.isnan(result.times.values(Metric("e2e"))[0])

@@ -65,9 +65,9 @@ def test_code_is_not_conversation(data_dir):
 
 def test_forty_minutes_of_azure_are_read_in_a_fifth_of_a_second(data_dir):
     def read_s() -> float:
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         read(data_dir / "traces" / "azure2023" / "conv_first40min.csv")
-        return time.perf_counter() - start_s
+        return time.process_time() - start_s
 
-    # the best of five: other processes share the machine (0.05 s on two quiet cores)
+    # the best of five, of CPU time: other processes share the machine (0.05 s on two quiet cores)
     assert min(read_s() for _ in range(5)) < 0.2

@@ -27,7 +27,7 @@ import llvmlite.binding
 from ..jit import user_cache_dir
 
 SOURCE_FOLDER = Path(__file__).absolute().parent
-COMPILE_LIMIT_S = 120
+COMPILE_LIMIT_S = 300
 
 
 class Library:
