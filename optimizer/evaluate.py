@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..profiler.hardware import Price
+from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, simulate
 from ..profiler.step_time import StepTables
 from ..profiler.tables import ModeledStep, scaled
@@ -154,17 +155,23 @@ def _sized(question: Question, deployment: Deployment, guess: float) -> Evaluati
         k=question.k,
     )
     if found.result is None:
-        widest = deployment.with_pool(replicas=most)
-        return Evaluation(
-            deployment=widest,
-            fidelity="simulated",
-            feasible=False,
-            reason=f"{most} replica(s), the most that may be had: {found.reason}",
-            summary=None,
-            usd_per_hour=question.usd_per_hour(widest.pool),
+        return _unknown(
+            question, deployment.with_pool(replicas=most), f"no number of replicas up to {most}: {found.reason}"
         )
     chosen = deployment.with_pool(replicas=found.replicas)
     return replace(_of(question, chosen, found.result, ""), replicas_needed=found.replicas)
+
+
+def _unknown(question: Question, deployment: Deployment, reason: str) -> Evaluation:
+    """Of a deployment without a run: it costs what it costs, and nothing else is known."""
+    return Evaluation(
+        deployment=deployment,
+        fidelity="simulated",
+        feasible=False,
+        reason=reason,
+        summary=None,
+        usd_per_hour=question.usd_per_hour(deployment.pool),
+    )
 
 
 def _swept(question: Question, deployment: Deployment, saturation: float) -> tuple[Evaluation, ...]:
@@ -189,7 +196,11 @@ def _swept_sizes(question: Question, deployment: Deployment, saturation: float) 
     found = []
     for replicas in sorted({min(most, math.ceil(1 / (share * saturation))) for share in LOADS}):
         chosen = deployment.with_pool(replicas=replicas)
-        tables = question.step_model(chosen.pool).tables
+        try:
+            tables = question.step_model(chosen.pool).tables
+        except BadProfile as unmeasured:
+            found.append(_unknown(question, chosen, str(unmeasured)))
+            continue
         result = simulate(question.trace, chosen.pool, tables, k=question.k)
         reason = broken(result, question.trace, (), longest_answer_s(question.trace, tables, chosen.pool))
         each = _of(question, chosen, result, reason)

@@ -114,6 +114,7 @@ def tune(
         found = run.refine_points(found)
         if measure is not None:
             found = run.measure_finalists(found, measure, finalists, measurable)
+        found = replace(found, not_modeled=run.not_modeled(found))
     except KeyboardInterrupt:
         raise Interrupted(study, len(book.known), ledger.where if ledger else "") from None
     if ledger is not None:
@@ -267,9 +268,14 @@ class _Run:
             sampler=sampler.name,
             measured_steps=model.measured,
             relative_error=model.relative_error,
-            not_modeled=tuple(dict.fromkeys(model.not_modeled)),
+            not_modeled=model.not_modeled,
             complete=complete,
         )
+
+    def not_modeled(self, found: Study) -> tuple[str, ...]:
+        """What the step times of the default and of every point of the front leave out, each once."""
+        pools = [self.space.default.pool, *(point.deployment.pool for point in found.front.points)]
+        return tuple(dict.fromkeys(note for pool in pools for note in self.question.step_model(pool).not_modeled))
 
     def _simulate(self, workers: ThreadPoolExecutor, batch: Sequence[int], first_trial: int) -> list[Record]:
         """The records of a batch, known ones from the book. On Ctrl-C, those that are done are kept first."""
