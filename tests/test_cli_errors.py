@@ -242,6 +242,18 @@ def test_a_damaged_model_is_not_served(tmp_path: Path, damage: Callable[[Path], 
     assert files(tmp_path) == before
 
 
+def test_verify_refuses_a_mistyped_application_before_it_starts_a_server(tmp_path: Path) -> None:
+    random_model(tmp_path)
+    spec = {"model": "random", "pools": [{**POOL, "weight_dtype": "fp32"}]}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    (tmp_path / "log.csv").write_text(HEADER + ROWS[0].replace("374", "7"))
+    with in_folder(tmp_path):
+        before = files(tmp_path)
+        done = paretune("verify", "spec.yaml", "log.csv", "--slo", "vioce/ttf30:p95<=600ms")
+    refused(done, 2, "vioce/ttf30:p95<=600ms", "no request that it governs")
+    assert files(tmp_path) == before
+
+
 def test_verify_ends_as_the_server_that_it_starts(tmp_path: Path) -> None:
     word = mismatched(random_model(tmp_path))
     spec = {"model": "random", "pools": [{**POOL, "weight_dtype": "fp32"}]}
