@@ -256,15 +256,16 @@ def refine(question: Question, evaluation: Evaluation, *, saturation: float) -> 
 
     error = min(0.9, model.relative_error)
     central = sampled(run(1.0).times, question.trace, question.targets, rng)
-    ends = []
+    ends, costs = [], [evaluation.usd_per_million_tokens]
     for factor in (1 - error, 1 + error):
-        times = run(factor).times
-        summary = summarize(times)
+        result = run(factor)
+        times, summary = result.times, summarize(result.times)
+        costs.append(usd_per_million_tokens(question.usd_per_hour(run_pool), tokens_per_s(result)))
         flat = {f"{metric}:{p}": value for metric, by in summary.values.items() for p, value in by.items()}
         ends.append({**flat, **target_values(times, question.trace, question.targets)})
     bands = predicted(central, ends[0], ends[1])
     if not question.targets:
-        return replace(evaluation, intervals=bands)
+        return replace(evaluation, intervals={**bands, "usd_per_million_tokens": (min(costs), max(costs))})
     if question.cost == "sizing":
         evaluation = _with_capacity(question, evaluation, model.tables, saturation, None, TOLERANCE)
     if evaluation.replicas_needed == 0:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..profiler.hardware import Price
@@ -107,7 +107,8 @@ def tune(
         "profile": profile,
         "prices": prices,
     }
-    book = _Book(ledger, study, settings, about or {}, renew)
+    about = {**(about or {}), "price": asdict(price(space.default.pool))}
+    book = _Book(ledger, study, settings, about, renew)
     try:
         run = _Run(question, space, book, seed, jobs, trials, time_budget_s, progress or (lambda _: None))
         found = run.simulate_all(study)
@@ -269,6 +270,7 @@ class _Run:
             measured_steps=model.measured,
             relative_error=model.relative_error,
             not_modeled=model.not_modeled,
+            price=self.question.price(self.space.default.pool),
             complete=complete,
         )
 

@@ -17,6 +17,7 @@ from ..traces import BadTrace, Trace, read, with_targets
 from ..traces.metrics import Metric, RequestTimes, Target
 from .capacity import k_of
 from .evaluate import Question, assess
+from .finalists import rate_of
 from .front import Evaluation
 from .pick import make_spec, pick
 from .retune import Comparison
@@ -248,6 +249,7 @@ def spec_of(found: Kept, evaluation: Evaluation, targets: Sequence[Target]) -> D
         measured_steps=found.study.measured_steps,
         prices=price.source,
         prices_as_of=price.as_of,
+        rate=rate_of(evaluation, found.study.targets),
     )
 
 

@@ -146,5 +146,7 @@ def _row(prediction: Prediction, times: RequestTimes) -> Row | None:
     metric = Metric.parse(prediction.metric)
     if prediction.percentile is None or (metric.k > 1 and metric.k != times.k) or metric.name == "itl":
         return None
+    if prediction.low is None or prediction.high is None:
+        return None
     measured = percentile(times.values(metric), prediction.percentile)
     return Row(prediction.metric, prediction.percentile, prediction.value, prediction.low, prediction.high, measured)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import ClassVar
 
 from .. import __version__
+from ..optimizer.finalists import rate_of
 from ..optimizer.front import Evaluation
 from ..optimizer.pick import knee
 from ..optimizer.tuning import Kept, kept
@@ -101,12 +102,17 @@ def gather(
 
 
 def _picked(found: Kept, spec_path: str) -> Evaluation:
-    """The study's best-known evaluation of what a spec runs."""
-    digest = load_deployment(spec_path).digest()
-    same = [each for each in found.study.front.evaluations if each.deployment.digest() == digest]
+    """The study's best-known evaluation of what a spec runs, under the load that its predictions speak of."""
+    spec = load_deployment(spec_path)
+    same = [each for each in found.study.front.evaluations if each.deployment.digest() == spec.digest()]
+    words = f"a deployment with the digest {spec.digest()}"
+    if spec.provenance is not None:
+        # without targets one deployment is on the curve under several loads
+        rate, targets = spec.provenance.rate, found.study.targets
+        same = [each for each in same if math.isclose(rate_of(each, targets), rate, rel_tol=1e-6)]
+        words += f" at {rate:.3g} x the recorded rate"
     if not same:
-        where = f"a deployment with the digest {digest}"
-        raise BadReport(spec_path, where, f"one that study {found.study.name!r} tried", "name the study of the spec")
+        raise BadReport(spec_path, words, f"one that study {found.study.name!r} tried", "name the study of the spec")
     return max(same, key=lambda each: (each.fidelity == "measured", bool(each.intervals)))
 
 

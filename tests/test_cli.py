@@ -239,8 +239,41 @@ def test_the_curve_gets_faster_as_it_gets_dearer(here: Path) -> None:
     assert len(rows) >= data["screened"]["simulated"]
     shown = paretune("front").stdout.splitlines()
     assert [line.split()[0] for line in shown[1 : 1 + len(costs)]] == [str(1 + i) for i in range(len(costs))]
-    assert shown[1 + len(costs)].startswith("NOT MEASURED")
-    assert all(line.startswith("not modeled: ") for line in shown[2 + len(costs) :])
+    assert shown[1 + len(costs)].startswith("prices: median of ")
+    assert shown[2 + len(costs)].startswith("NOT MEASURED")
+    assert all(line.startswith("not modeled: ") for line in shown[3 + len(costs) :])
+
+
+def test_dollars_come_with_their_source_and_date_and_sizes_with_a_month(here: Path) -> None:
+    words = re.compile(
+        r"prices: median of .* in paretune's prices\.csv: .*, as of 20\d\d-\d\d-\d\d; a month is 730 hours"
+    )
+    assert words.search(paretune("front").stdout)
+    picked = paretune("pick").stdout
+    assert words.search(picked)
+    assert re.search(r"\$ per million tokens: [0-9.]+ \([0-9.]+ to [0-9.]+\)", picked)
+    price = data_of(paretune("front", "--json"), "front")["price"]
+    assert price["source"] in picked
+    assert price["as_of"] in picked
+    sized = paretune(*TUNE, "--cost", "sizing", "--study", "sized", "--trials", "5").stdout
+    assert words.search(sized)
+    assert sized.splitlines()[0].split()[1:3] == ["$/hour", "$/month"]
+    points = data_of(paretune("front", "sized", "--json"), "front")["points"]
+    hour = points[0]["usd_per_hour"]
+    assert f" {hour:,.4g}  {730 * hour:,.4g} " in re.sub("  +", "  ", sized.splitlines()[1])
+    assert words.search(paretune("pick", "sized").stdout)
+
+
+def test_without_targets_each_point_is_labeled_with_its_load(here: Path) -> None:
+    free = [*TUNE[: TUNE.index("--slo")], "--study", "swept", "--trials", "5"]
+    shown = paretune(*free).stdout
+    points = data_of(paretune("front", "swept", "--json"), "front")["points"]
+    assert len({each["load"] for each in points}) > 1
+    rows = shown.splitlines()[1 : 1 + len(points)]
+    assert all(f" {each['load']:.2f}x " in row for each, row in zip(points, rows, strict=True))
+    assert "load: traffic that one replica carries" in shown
+    picked = paretune("pick", "swept", "--point", "1").stdout
+    assert f"{points[0]['load']:.3g} x for each replica" in picked
 
 
 def test_pick_writes_the_cheapest_that_holds_the_target(here: Path) -> None:

@@ -67,3 +67,24 @@ def test_a_spec_of_another_study_is_refused(folder: Path) -> None:
     with pytest.raises(BadReport, match=r"that study .* tried") as refusal:
         gather("=<b>nightly</b>", str(folder / "paretune.db"), spec_path=str(folder / "other.yaml"))
     assert refusal.value.exit_code == 2
+
+
+def test_without_targets_the_report_shows_the_load_that_the_spec_was_picked_at(folder: Path) -> None:
+    storage, spec = str(folder / "paretune.db"), str(folder / "swept.yaml")
+    ask = Ask(
+        log=str(folder / "log.parquet"), model="paretune/small", accelerator="H100", max_devices=2, study="swept",
+        storage=storage, trials=4,
+    )  # fmt: skip
+    study = tune_trace(ask, lambda share, what: None)
+    points = study.front.points
+    assert len({point.load for point in points}) > 1
+    for number, point in enumerate(points, start=1):
+        pick_spec("swept", storage, point=number, output=spec)
+        data = gather("swept", storage, spec_path=spec)
+        assert (data.chosen.load, data.chosen.trial) == (point.load, point.trial)
+        assert data.chosen.cost("capacity") == point.cost("capacity")
+    # a target that is named only when picking does not change the load that the predictions speak of
+    _, deployment = pick_spec("swept", storage, slos=["ttf30:p95<=100s"], output=spec)
+    chosen = gather("swept", storage, spec_path=spec).chosen
+    assert deployment.provenance is not None
+    assert deployment.provenance.rate == chosen.load * chosen.deployment.pool.replicas

@@ -47,6 +47,7 @@ class DemoResult:
 def run(folder: Path, model: str, speaker: Speaker, *, fresh: bool) -> DemoResult:
     """Tiles, profile, tune, pick, serve, verify, report; everything it writes lies in `folder`."""
     from .commands.serving import schedule_kept
+    from .commands.studies import price_words
     from .optimizer.sources import Sources
     from .optimizer.tuning import Ask, kept, pick_spec, tune_trace
     from .optimizer.verify import verify
@@ -130,6 +131,7 @@ def run(folder: Path, model: str, speaker: Speaker, *, fresh: bool) -> DemoResul
     text = "\n".join(
         [
             as_text(final_table(rows)),
+            price_words(data.prices, data.prices_as_of),
             "",
             _sentence(deployment, replayed.times),
             *(f"{'met' if met else 'MISSED'}: {text}" for text, met in verdict.met.items()),
@@ -262,7 +264,7 @@ def _sentence(deployment: Deployment, times: RequestTimes) -> str:
 
     promised = deployment.prediction("ttf30", 95.0)
     measured = percentile(times.values(Metric.parse("ttf30")), 95.0)
-    if promised is None:
+    if promised is None or promised.low is None or promised.high is None:
         return f"measured TTF-30 p95 {measured * 1e3:.0f} ms"
     return (
         f"TTF-30 p95: predicted {promised.value * 1e3:.0f} ms ({promised.low * 1e3:.0f} to {promised.high * 1e3:.0f}), "

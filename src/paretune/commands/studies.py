@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from .machine import EXISTING, MODEL, OUTPUT
 from .traces import LOG
 
 if TYPE_CHECKING:
-    from ..optimizer.front import Evaluation, Front
+    from ..optimizer.front import Evaluation
     from ..optimizer.study import Study
+    from ..runtime.spec import Prediction
     from ..traces.metrics import RequestTimes, Summary
     from ..traces.trace import Trace
 
@@ -127,10 +128,14 @@ def deployment_words(evaluation: Evaluation) -> str:
     )
 
 
-def front_table(front: Front) -> str:
-    """The curve, cheapest first."""
+def front_table(study: Study) -> str:
+    """The curve, cheapest first; each point with what it carries, or without targets with the load it is under."""
+    from ..traces.metrics import usd_per_month
+
+    front = study.front
     latency = f"{front.metric} p{front.percentile:g}, ms"
-    unit = "$/M tokens" if front.cost == "capacity" else "$/hour"
+    units = ["$/M tokens"] if front.cost == "capacity" else ["$/hour", "$/month"]
+    last = "load" if not study.targets else "capacity" if front.cost == "capacity" else "replicas"
     rows = []
     for number, each in enumerate(front.points, start=1):
         low, high = each.interval(front.metric, front.percentile)
@@ -138,15 +143,25 @@ def front_table(front: Front) -> str:
         rows.append(
             [
                 f"{number}  {deployment_words(each)}",
-                f"{each.cost(front.cost):,.4g}",
+                *map(dollars, (each.cost(front.cost), usd_per_month(each.usd_per_hour))[: len(units)]),
                 milliseconds(value),
                 f"{milliseconds(low)} to {milliseconds(high)}",
-                f"{each.capacity_rate:.2f}x" if front.cost == "capacity" else str(each.replicas_needed),
+                {
+                    "load": f"{each.load:.2f}x",
+                    "capacity": f"{each.capacity_rate:.2f}x",
+                    "replicas": str(each.replicas_needed),
+                }[last],
                 each.fidelity,
             ]
         )
-    last = "capacity" if front.cost == "capacity" else "replicas"
-    return table(["point", unit, latency, "90 % interval", last, "latency known by"], rows)
+    return table(["point", *units, latency, "90 % interval", last, "latency known by"], rows)
+
+
+def price_words(source: str, as_of: str) -> str:
+    """Where dollars come from, and what a month is."""
+    from ..traces.metrics import HOURS_PER_MONTH
+
+    return f"prices: {source}, as of {as_of}; a month is {HOURS_PER_MONTH} hours"
 
 
 @click.command()
@@ -213,6 +228,7 @@ def _study_data(study: Any) -> dict[str, Any]:
         "study": study.name,
         "points": [each.to_dict() for each in study.front.points],
         "screened": whole["screened"],
+        "price": whole["price"],
         "not_modeled": whole["not_modeled"],
         "complete": study.complete,
     }
@@ -241,7 +257,11 @@ def front(speaker: Speaker, study: str, storage: str, as_csv: bool) -> None:
 
 def _curve(study: Study) -> str:
     """The front with what it leaves out, the label for unmeasured step times first."""
-    lines = [front_table(study.front)]
+    lines = [front_table(study)]
+    if not study.targets:
+        lines.append("load: traffic that one replica carries, as a multiple of the recorded rate")
+    if study.price is not None:
+        lines.append(price_words(study.price.source, study.price.as_of))
     if not study.measured_steps:
         lines.append(NOT_MEASURED)
     return "\n".join([*lines, *(f"not modeled: {each}" for each in study.not_modeled)])
@@ -274,6 +294,7 @@ def pick(
     Example: paretune pick default --slo 'ttf30:p95<=600ms' -o out/spec.yaml
     """
     from ..optimizer.tuning import pick_spec
+    from ..traces.metrics import usd_per_month
 
     ways = {"--slo": bool(slos), "--budget": budget is not None, "--knee": knee, "--point": point is not None}
     if sum(ways.values()) > 1:
@@ -289,11 +310,33 @@ def pick(
     lines = [f"wrote {output}: {deployment_words(chosen)}"]
     for each in deployment.predicted:
         if each.percentile in (50, 95):
-            interval = f"{milliseconds(each.low)} to {milliseconds(each.high)}"
-            lines.append(f"  {each.metric} p{each.percentile:g}: {milliseconds(each.value)} ms ({interval})")
-    if deployment.provenance is not None and not deployment.provenance.measured:
-        lines.append(NOT_MEASURED)
+            interval = _interval(each, milliseconds)
+            lines.append(f"  {each.metric} p{each.percentile:g}: {milliseconds(each.value)} ms{interval}")
+        elif each.metric == "usd_per_million_tokens":
+            lines.append(f"  $ per million tokens: {dollars(each.value)}{_interval(each, dollars)}")
+        elif each.metric == "usd_per_hour":
+            month = f"{dollars(usd_per_month(each.value))} a month"
+            lines.append(f"  $ an hour: {dollars(each.value)}{_interval(each, dollars)}, {month}")
+    if deployment.provenance is not None:
+        origin = deployment.provenance
+        if not chosen.values:
+            lines.append(f"  all of it at {origin.rate:.3g} x the recorded rate, {chosen.load:.3g} x for each replica")
+        lines.append(price_words(origin.prices, origin.prices_as_of))
+        if not origin.measured:
+            lines.append(NOT_MEASURED)
     speaker.result(data, "\n".join(lines))
+
+
+def dollars(usd: float) -> str:
+    """As tables print money, under a heading that names it."""
+    return f"{usd:,.4g}"
+
+
+def _interval(prediction: Prediction, text: Callable[[float], str]) -> str:
+    """Of a prediction, in brackets; nothing where it has none."""
+    if prediction.low is None or prediction.high is None:
+        return ""
+    return f" ({text(prediction.low)} to {text(prediction.high)})"
 
 
 @click.command()
