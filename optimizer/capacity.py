@@ -19,7 +19,7 @@ from ..profiler.simulator import SimulationResult, governed_rows, simulate
 from ..profiler.step_time import StepTables, composed_time_s
 from ..profiler.tables import ModeledStep
 from ..runtime.spec import Pool
-from ..traces.metrics import Metric, Target, meets
+from ..traces.metrics import PERCENTILES, Metric, Target, meets
 from ..traces.trace import Trace
 
 # The capacity that is returned was seen to hold, and this much more was seen to fail: for what may win, and for all
@@ -64,12 +64,15 @@ class BadQuestion(Exception):
 StepModel = Callable[[Pool], ModeledStep]
 
 
-def check_question(trace: Trace, targets: Sequence[Target], metric: Metric) -> int:
+def check_question(trace: Trace, targets: Sequence[Target], metric: Metric, percentile: float = 95.0) -> int:
     """k of the TTF-k that targets and metric ask for (30 where none does).
 
-    Raises: BadQuestion: arrivals without a rate, a metric that is not simulated, two different k, or a target that
-        governs no request.
+    Raises: BadQuestion: arrivals without a rate, a metric or a percentile of the axis that is not simulated, two
+        different k, or a target that governs no request.
     """
+    if percentile not in PERCENTILES:
+        allowed = ", ".join(f"p{each:g}" for each in PERCENTILES)
+        raise BadQuestion(f"metric {metric}", f"p{percentile:g}", allowed, "ask for one of these; targets take any")
     if trace.rate_per_s == 0:
         raise BadQuestion(
             f"{trace.source}: arrival_s",

@@ -85,7 +85,7 @@ def tune(
     Raises: BadQuestion, BadSpace, NoSuchStudy (exit code 2), LedgerError (1), Interrupted (75) on Ctrl-C.
     """
     asked = tuple(trace.targets if targets is None else targets)
-    k = check_question(trace, asked, metric)
+    k = check_question(trace, asked, metric, percentile)
 
     @functools.lru_cache(maxsize=1024)
     def cached_model(pool: Pool) -> ModeledStep:

@@ -161,9 +161,16 @@ def test_a_bad_space_is_refused(here: Path, text: str, word: str) -> None:
     refused(paretune(*TUNE), 2, "space", word)
 
 
-def test_bad_settings_are_refused_by_name(here: Path) -> None:
-    Path("paretune.yaml").write_text("trial: 3\n")
-    refused(paretune("front"), 2, "paretune.yaml", "trial")
+@pytest.mark.parametrize("text", ["trial: 3", "schema_version: 9", "cost: foo", "trials: 0"])
+def test_bad_settings_are_refused_by_name(here: Path, text: str) -> None:
+    Path("paretune.yaml").write_text(f"{text}\n")
+    refused(paretune("front"), 2, "paretune.yaml", text.partition(":")[0])
+
+
+def test_a_percentile_that_no_curve_has_is_refused_before_the_study(here: Path) -> None:
+    before = files(here)
+    refused(paretune(*TUNE, "--metric", "ttf30:p75"), 2, "p75", "p50, p90, p95, p99")
+    assert {name: text for name, text in files(here).items() if not name.startswith("out/")} == before
 
 
 def test_what_is_not_there_is_named(here: Path) -> None:
