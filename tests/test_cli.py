@@ -221,6 +221,24 @@ def test_tune_prints_the_curve_and_says_that_nothing_was_measured(here: Path) ->
     assert data["points"] == data_of(paretune("front", "--json"), "front")["points"]
 
 
+def test_values_of_a_space_that_the_profile_lacks_are_counted_with_the_reason(tmp_path: Path) -> None:
+    from .profiler_examples import profile
+
+    with in_folder(tmp_path):
+        assert paretune("init", "--quiet").exit_code == 0
+        Path("paretune.yaml").unlink()
+        profile().save("profile.json")
+        pool = {"num_threads": 1, "max_model_len": 1024}
+        fields = {"tensor_parallel_size": [1, 2], "weight_dtype": ["bf16", "fp16"], "max_num_seqs": [4, 16]}
+        space = {"fields": fields, "default": {"pools": [pool]}}
+        Path("space.yaml").write_text(yaml.safe_dump(space))
+        command = ("tune", "trace.parquet", "--profile", "profile.json", "--space", "space.yaml", "--max-devices", "2")
+        shown = paretune(*command, "--slo", "ttf30:p95<=2s").stdout
+    assert "8 points" in shown
+    for what in ("TP 2 x 1 threads bf16/bf16", "TP 1 x 1 threads fp16/bf16", "TP 2 x 1 threads fp16/bf16"):
+        assert f"left out: 2 points: no step times: profile: found no {what}" in shown
+
+
 def test_tune_says_that_it_cannot_measure_what_is_not_here(here: Path) -> None:
     done = paretune(*TUNE, "--trials", "3", "--study", "another", "--measure", "2")
     assert done.exit_code == 2

@@ -27,6 +27,8 @@ NOTHING_FEASIBLE = 3
 OUT_OF_TIME = 75
 
 RATE = click.FloatRange(min=0, min_open=True)
+# Reasons may name all that would have been allowed; --json has them whole.
+REASON_LENGTH = 100
 NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
 
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
@@ -215,6 +217,8 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
         + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
+    left_out = sorted([*found.invalid.items(), *found.dropped.items()], key=lambda item: -item[1])
+    text += [f"left out: {count:,} points: {reason[:REASON_LENGTH]}" for reason, count in left_out]
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
