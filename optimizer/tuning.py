@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..profiler.hardware import as_cataloged
 from ..profiler.live import measure_live
 from ..profiler.profile import Profile
 from ..profiler.tile_file import TileFile
@@ -84,7 +85,8 @@ def _space(ask: Ask, trace: Trace, sources: Sources) -> SearchSpace:
     if ask.baseline_path is None:
         default = sources.plain_default(trace, cores=devices)
     else:
-        default = load_deployment(ask.baseline_path).model_copy(update={"predicted": (), "provenance": None})
+        default = as_cataloged(load_deployment(ask.baseline_path))
+        default = default.model_copy(update={"predicted": (), "provenance": None})
     if ask.space_path is None:
         space = default_space(trace, default, cores=devices)
         if sources.profile is not None:

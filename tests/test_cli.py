@@ -381,6 +381,20 @@ def test_simulate_is_what_was_predicted_and_says_not_measured(here: Path) -> Non
     assert busier > data["summary"]["values"]["ttf30"]["p95"]
 
 
+def test_an_accelerator_may_be_spelled_otherwise_and_another_engine_is_said_not_to_be_simulated(here: Path) -> None:
+    plain = data_of(paretune("simulate", "log.csv", "--spec", "out/spec.yaml", "--json"), "simulate")
+    spec = yaml.safe_load(Path("out/spec.yaml").read_text())
+    spec["pools"][0]["accelerator"] = "h100"
+    Path("spelled.yaml").write_text(yaml.safe_dump(spec))
+    assert data_of(paretune("simulate", "log.csv", "--spec", "spelled.yaml", "--json"), "simulate") == plain
+    Path("other.yaml").write_text(yaml.safe_dump({**spec, "engine": "vllm"}))
+    label = "the scheduler of vllm: paretune's own ran in its place"
+    assert f"not modeled: {label}" in paretune("simulate", "log.csv", "--spec", "other.yaml").stdout
+    other = data_of(paretune("simulate", "log.csv", "--spec", "other.yaml", "--json"), "simulate")
+    assert other["not_modeled"] == [label, *plain["not_modeled"]]
+    assert other["summary"] == plain["summary"]
+
+
 def test_export_prints_a_command_and_writes_a_file_that_says_the_same(here: Path) -> None:
     import shlex
 

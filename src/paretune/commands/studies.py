@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from ..default_paths import LEDGER, PROFILE
 from ..output import Speaker, speaks, table
 from .machine import EXISTING, MODEL, OUTPUT
+from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .traces import LOG
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 NOTHING_FEASIBLE = 3
 OUT_OF_TIME = 75
 
-RATE = click.FloatRange(min=0, min_open=True)
 # Reasons may name all that would have been allowed; --json has them whole.
 REASON_LENGTH = 100
 NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
@@ -71,7 +71,7 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.argument("log", type=LOG)
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
-@click.option("--rate", type=RATE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
 @speaks
 def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
@@ -82,12 +82,13 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     """
     from ..optimizer.capacity import k_of
     from ..optimizer.sources import Sources
+    from ..profiler.hardware import as_cataloged
     from ..profiler.simulator import simulate as run
     from ..runtime.spec import load_deployment
     from ..traces import read
     from ..traces.metrics import summarize, violations
 
-    deployment = load_deployment(spec_path)
+    deployment = as_cataloged(load_deployment(spec_path))
     trace = read(log)
     pool = deployment.pool
     sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
@@ -96,6 +97,10 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     result = run(trace, pool, modeled.tables, k=k, rate=rate)
     summary = summarize(result.times)
     label = "" if modeled.measured else f"\n{NOT_MEASURED}"
+    not_modeled = modeled.not_modeled
+    if deployment.engine != "paretune":
+        other = f"the scheduler of {deployment.engine}: paretune's own ran in its place"
+        not_modeled, label = (other, *not_modeled), f"{label}\nnot modeled: {other}"
     text = (
         f"{summary_table(summary, goodput_of(result.times, trace))}\n"
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
@@ -112,7 +117,7 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
         "prefix_hit_tokens": result.prefix_hit_tokens,
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
-        "not_modeled": modeled.not_modeled,
+        "not_modeled": not_modeled,
     }
     speaker.result(data, text)
 
@@ -188,7 +193,7 @@ def price_words(source: str, as_of: str) -> str:
               help="Finalists to serve and replay for real.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads; default: the cores. Does not change the result.")
-@click.option("--time-budget", type=float, help="Seconds after which no trial is begun.")
+@click.option("--time-budget", type=NOT_NEGATIVE, help="Seconds after which no trial is begun.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier study of this name first.")
 @click.option("--optuna-storage", metavar="URL",
               help="At the end, copy the trials into this database for Optuna's own tools.")  # fmt: skip
@@ -275,10 +280,10 @@ def _curve(study: Study) -> str:
 @click.argument("study", default="default")
 @storage_option
 @click.option("--slo", "slos", multiple=True, help="The cheapest point that holds these; default: the study's targets.")
-@click.option("--budget", type=float, help="The fastest point within so many dollars (in the study's unit of cost).")
+@click.option("--budget", type=POSITIVE, help="The fastest point within so many dollars (in the study's unit of cost).")
 @click.option("--knee", is_flag=True, help="The point after which more money buys little.")
 @click.option("--point", type=click.IntRange(min=1), help="The point of this number in `paretune front`.")
-@click.option("--confidence", type=click.FloatRange(0.0, 0.999), default=0.9, show_default=True)
+@click.option("--confidence", type=Finite(0.0, 0.999), default=0.9, show_default=True)
 @click.option("-o", "--output", type=OUTPUT, default="out/spec.yaml", show_default=True)
 @speaks
 def pick(
@@ -359,10 +364,11 @@ def export(
     Example: paretune export out/spec.yaml --target vllm
     """
     from ..optimizer.export.vllm import export as to_vllm
+    from ..profiler.hardware import as_cataloged
     from ..runtime.spec import load_deployment
     from ..traces.whole_file import write_whole
 
-    deployment = load_deployment(spec)
+    deployment = as_cataloged(load_deployment(spec))
     exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
     if output is not None:
         write_whole(output, exported.config)
