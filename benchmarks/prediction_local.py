@@ -128,7 +128,7 @@ def profiled(keys: tuple[Key, ...]) -> Profile:
         seconds_per_configuration=6.0,
         max_model_len=MAX_TOKENS,
         progress=lambda what, share: print(f"  {share:.0%} {what}", file=sys.stderr),
-        command="benchmarks/prediction_local.py --fresh",
+        command=" ".join(["benchmarks/prediction_local.py", *sys.argv[1:]]),
     )
     for threads in (1, 2):
         profile = calibrate_serving(profile, deployment((1, threads, "bf16", 32)))
@@ -223,6 +223,22 @@ def kendall_tau(first: list[float], second: list[float]) -> float:
     return float(sum(signs) / len(pairs))
 
 
+def measured_on(kept: dict[str, Any], profile: Profile) -> dict[str, Any]:
+    """Where and when each of the three parts of a score was measured: they need not be of one run."""
+    return {
+        "capacities": kept["machine"],
+        "latencies": kept.get("latencies_measured_on", kept["machine"]),
+        "profile": {
+            "date": profile.created_at,
+            "command": profile.command,
+            "cpu": profile.machine.cpu,
+            "cores": profile.machine.cores,
+            "busy_before": profile.busy_before,
+            "digest": profile.digest(),
+        },
+    }
+
+
 def bars_of(medians: dict[str, float], tau: float | None, candidates: int) -> list[Bar]:
     """What is asked, beside what was found; where nothing was, without a value."""
     errors = [
@@ -279,7 +295,8 @@ def main() -> int:
     tau = kendall_tau(*capacities)
     spread = {metric: {"median": statistics.median(each), "max": max(each)} for metric, each in errors.items()}
     bars = bars_of({metric: each["median"] for metric, each in spread.items()}, tau, len(rows))
-    finish(bars, {"recorded_on": kept["machine"], "errors": spread, "rows": rows}, "prediction_local")
+    details = {"measured_on": measured_on(kept, profile), "errors": spread, "rows": rows}
+    finish(bars, details, "prediction_local")
     return 0
 
 

@@ -14,11 +14,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, governed_rows, simulate
 from ..profiler.step_time import StepTables, composed_time_s
 from ..profiler.tables import ModeledStep
 from ..runtime.spec import Pool
-from ..traces.metrics import Metric, Target, meets
+from ..traces.metrics import PERCENTILES, Metric, Target, meets
 from ..traces.trace import Trace
 
 # The capacity that is returned was seen to hold, and this much more was seen to fail: for what may win, and for all
@@ -63,12 +64,15 @@ class BadQuestion(Exception):
 StepModel = Callable[[Pool], ModeledStep]
 
 
-def check_question(trace: Trace, targets: Sequence[Target], metric: Metric) -> int:
+def check_question(trace: Trace, targets: Sequence[Target], metric: Metric, percentile: float = 95.0) -> int:
     """k of the TTF-k that targets and metric ask for (30 where none does).
 
-    Raises: BadQuestion: arrivals without a rate, a metric that is not simulated, two different k, or a target that
-        governs no request.
+    Raises: BadQuestion: arrivals without a rate, a metric or a percentile of the axis that is not simulated, two
+        different k, or a target that governs no request.
     """
+    if percentile not in PERCENTILES:
+        allowed = ", ".join(f"p{each:g}" for each in PERCENTILES)
+        raise BadQuestion(f"metric {metric}", f"p{percentile:g}", allowed, "ask for one of these; targets take any")
     if trace.rate_per_s == 0:
         raise BadQuestion(
             f"{trace.source}: arrival_s",
@@ -82,11 +86,16 @@ def check_question(trace: Trace, targets: Sequence[Target], metric: Metric) -> i
             "metric", "itl", "ttft, ttf30, tpot, e2e", "ask for tpot: gaps of single tokens are not simulated"
         )
     k = k_of(metrics)
+    check_governed(trace, targets)
+    return k
+
+
+def check_governed(trace: Trace, targets: Sequence[Target]) -> None:
+    """Raises: BadQuestion: a target that governs no request, so that whatever happens would count as met."""
     for target in targets:
         if not governed_rows(trace, target).any():
             apps = "no applications" if trace.app is None else ", ".join(trace.app.names)
             raise BadQuestion(f"target {target}", "no request that it governs", apps, "correct the application's name")
-    return k
 
 
 def k_of(metrics: Iterable[Metric]) -> int:
@@ -216,9 +225,9 @@ def capacity(
 class Sizing:
     """The fewest replicas that hold the targets at the recorded rate.
 
-    replicas  0 = no number up to the limit does
+    replicas  0 = no number up to the limit, or to the largest whose step times are known, does
     result    the run with them; None where there is none
-    reason    what the largest number that was tried still breaks; empty where one holds
+    reason    what the largest number that was tried still breaks, or why no more could be tried; empty where one holds
     """
 
     replicas: int
@@ -244,12 +253,18 @@ def sizing(
     """
     found: dict[int, SimulationResult] = {}
     low, high = 0, most + 1
-    reason = ""
+    reason = unknown = ""
     replicas = max(1, min(most, guess))
     stride = 1
     while high - low > 1:
         sized = pool.model_copy(update={"replicas": replicas})
-        tables = step_model(sized).tables
+        try:
+            tables = step_model(sized).tables
+        except BadProfile as unmeasured:
+            # so many side by side disturb each other in a way that nobody measured
+            most, high, unknown = replicas - 1, replicas, str(unmeasured)
+            replicas = (low + high) // 2
+            continue
         result = simulate(trace, sized, tables, k=k, give_up=targets)
         reason_here = broken(result, trace, targets, longest_answer_s(trace, tables, sized))
         if reason_here:
@@ -263,5 +278,5 @@ def sizing(
         else:
             replicas = (low + high) // 2
     if high > most:
-        return Sizing(0, None, reason)
+        return Sizing(0, None, "; ".join(filter(None, (reason, unknown))))
     return Sizing(high, found[high], "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..profiler.hardware import Price
+from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, simulate
 from ..profiler.step_time import StepTables
 from ..profiler.tables import ModeledStep, scaled
@@ -154,17 +155,23 @@ def _sized(question: Question, deployment: Deployment, guess: float) -> Evaluati
         k=question.k,
     )
     if found.result is None:
-        widest = deployment.with_pool(replicas=most)
-        return Evaluation(
-            deployment=widest,
-            fidelity="simulated",
-            feasible=False,
-            reason=f"{most} replica(s), the most that may be had: {found.reason}",
-            summary=None,
-            usd_per_hour=question.usd_per_hour(widest.pool),
+        return _unknown(
+            question, deployment.with_pool(replicas=most), f"no number of replicas up to {most}: {found.reason}"
         )
     chosen = deployment.with_pool(replicas=found.replicas)
     return replace(_of(question, chosen, found.result, ""), replicas_needed=found.replicas)
+
+
+def _unknown(question: Question, deployment: Deployment, reason: str) -> Evaluation:
+    """Of a deployment without a run: it costs what it costs, and nothing else is known."""
+    return Evaluation(
+        deployment=deployment,
+        fidelity="simulated",
+        feasible=False,
+        reason=reason,
+        summary=None,
+        usd_per_hour=question.usd_per_hour(deployment.pool),
+    )
 
 
 def _swept(question: Question, deployment: Deployment, saturation: float) -> tuple[Evaluation, ...]:
@@ -189,7 +196,11 @@ def _swept_sizes(question: Question, deployment: Deployment, saturation: float) 
     found = []
     for replicas in sorted({min(most, math.ceil(1 / (share * saturation))) for share in LOADS}):
         chosen = deployment.with_pool(replicas=replicas)
-        tables = question.step_model(chosen.pool).tables
+        try:
+            tables = question.step_model(chosen.pool).tables
+        except BadProfile as unmeasured:
+            found.append(_unknown(question, chosen, str(unmeasured)))
+            continue
         result = simulate(question.trace, chosen.pool, tables, k=question.k)
         reason = broken(result, question.trace, (), longest_answer_s(question.trace, tables, chosen.pool))
         each = _of(question, chosen, result, reason)
@@ -245,15 +256,16 @@ def refine(question: Question, evaluation: Evaluation, *, saturation: float) -> 
 
     error = min(0.9, model.relative_error)
     central = sampled(run(1.0).times, question.trace, question.targets, rng)
-    ends = []
+    ends, costs = [], [evaluation.usd_per_million_tokens]
     for factor in (1 - error, 1 + error):
-        times = run(factor).times
-        summary = summarize(times)
+        result = run(factor)
+        times, summary = result.times, summarize(result.times)
+        costs.append(usd_per_million_tokens(question.usd_per_hour(run_pool), tokens_per_s(result)))
         flat = {f"{metric}:{p}": value for metric, by in summary.values.items() for p, value in by.items()}
         ends.append({**flat, **target_values(times, question.trace, question.targets)})
     bands = predicted(central, ends[0], ends[1])
     if not question.targets:
-        return replace(evaluation, intervals=bands)
+        return replace(evaluation, intervals={**bands, "usd_per_million_tokens": (min(costs), max(costs))})
     if question.cost == "sizing":
         evaluation = _with_capacity(question, evaluation, model.tables, saturation, None, TOLERANCE)
     if evaluation.replicas_needed == 0:

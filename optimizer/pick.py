@@ -196,6 +196,7 @@ def make_spec(
     measured_steps: bool,
     prices: str,
     prices_as_of: str,
+    rate: float = 1.0,
     created_at: str | None = None,
 ) -> Deployment:
     """The candidate with the targets it was picked for, what is predicted of it, and where it came from.
@@ -206,6 +207,7 @@ def make_spec(
     Args:
         profile, profile_digest, measured_steps: what step times came from; False: bounds of a data sheet.
         prices, prices_as_of: source and date of the price book.
+        rate: multiple of the recorded rate that the evaluation's latencies speak of, all replicas together.
         created_at: ISO 8601 UTC; now, if left out.
     """
     predictions = []
@@ -213,20 +215,20 @@ def make_spec(
     for metric in (TTFT, *([Metric.parse(k)] if k else []), TPOT, E2E):
         for p in PERCENTILES:
             value = evaluation.predicted(metric, p)
-            band = evaluation.intervals.get(key_of(metric, p), (value, value))
+            band = evaluation.intervals.get(key_of(metric, p))
             predictions.append(_prediction(str(metric), p, value, band))
-    rate = evaluation.capacity_rate * trace.rate_per_s
-    rates = evaluation.intervals.get("capacity_rate", (evaluation.capacity_rate, evaluation.capacity_rate))
-    predictions.append(_prediction("usd_per_hour", None, evaluation.usd_per_hour, evaluation.cost_interval("sizing")))
-    predictions.append(
-        _prediction(
-            "usd_per_million_tokens", None, evaluation.usd_per_million_tokens, evaluation.cost_interval("capacity")
-        )
-    )
-    if rate > 0:
+    carried_per_s = evaluation.capacity_rate * trace.rate_per_s
+    for name, usd in (
+        ("usd_per_hour", evaluation.usd_per_hour),
+        ("usd_per_million_tokens", evaluation.usd_per_million_tokens),
+    ):
+        predictions.append(_prediction(name, None, usd, evaluation.intervals.get(name)))
+    if carried_per_s > 0:
         replicas = evaluation.deployment.pool.replicas
-        band = (rates[0] * trace.rate_per_s * replicas, rates[1] * trace.rate_per_s * replicas)
-        predictions.append(_prediction("requests_per_s", None, rate * replicas, band))
+        rates = evaluation.intervals.get("capacity_rate")
+        per_s = trace.rate_per_s * replicas
+        band = None if rates is None else (rates[0] * per_s, rates[1] * per_s)
+        predictions.append(_prediction("requests_per_s", None, carried_per_s * replicas, band))
     provenance = Provenance(
         paretune_version=__version__,
         created_at=created_at or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -240,7 +242,7 @@ def make_spec(
         prices_as_of=prices_as_of,
         study=study,
         seed=evaluation.seed,
-        rate=1.0 if targets else evaluation.load * evaluation.deployment.pool.replicas,
+        rate=rate,
     )
     update = {
         "targets": tuple(str(target) for target in targets),
@@ -250,9 +252,10 @@ def make_spec(
     return evaluation.deployment.model_copy(update=update)
 
 
-def _prediction(metric: str, percentile: float | None, value: float, band: Band) -> Prediction | None:
-    if not all(math.isfinite(number) for number in (value, *band)):
+def _prediction(metric: str, percentile: float | None, value: float, band: Band | None) -> Prediction | None:
+    """None: not bounded. Without a band: no interval was worked out, or what devices cost, which needs none."""
+    if not all(math.isfinite(number) for number in (value, *(band or ()))):
         return None
-    return Prediction(
-        metric=metric, percentile=percentile, value=value, low=band[0], high=band[1], confidence=CONFIDENCE
-    )
+    low, high = band or (None, None)
+    confidence = None if band is None else CONFIDENCE
+    return Prediction(metric=metric, percentile=percentile, value=value, low=low, high=high, confidence=confidence)

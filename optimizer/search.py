@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..profiler.hardware import Price
@@ -85,7 +85,7 @@ def tune(
     Raises: BadQuestion, BadSpace, NoSuchStudy (exit code 2), LedgerError (1), Interrupted (75) on Ctrl-C.
     """
     asked = tuple(trace.targets if targets is None else targets)
-    k = check_question(trace, asked, metric)
+    k = check_question(trace, asked, metric, percentile)
 
     @functools.lru_cache(maxsize=1024)
     def cached_model(pool: Pool) -> ModeledStep:
@@ -107,13 +107,15 @@ def tune(
         "profile": profile,
         "prices": prices,
     }
-    book = _Book(ledger, study, settings, about or {}, renew)
+    about = {**(about or {}), "price": asdict(price(space.default.pool))}
+    book = _Book(ledger, study, settings, about, renew)
     try:
         run = _Run(question, space, book, seed, jobs, trials, time_budget_s, progress or (lambda _: None))
         found = run.simulate_all(study)
         found = run.refine_points(found)
         if measure is not None:
             found = run.measure_finalists(found, measure, finalists, measurable)
+        found = replace(found, not_modeled=run.not_modeled(found))
     except KeyboardInterrupt:
         raise Interrupted(study, len(book.known), ledger.where if ledger else "") from None
     if ledger is not None:
@@ -267,9 +269,15 @@ class _Run:
             sampler=sampler.name,
             measured_steps=model.measured,
             relative_error=model.relative_error,
-            not_modeled=tuple(dict.fromkeys(model.not_modeled)),
+            not_modeled=model.not_modeled,
+            price=self.question.price(self.space.default.pool),
             complete=complete,
         )
+
+    def not_modeled(self, found: Study) -> tuple[str, ...]:
+        """What the step times of the default and of every point of the front leave out, each once."""
+        pools = [self.space.default.pool, *(point.deployment.pool for point in found.front.points)]
+        return tuple(dict.fromkeys(note for pool in pools for note in self.question.step_model(pool).not_modeled))
 
     def _simulate(self, workers: ThreadPoolExecutor, batch: Sequence[int], first_trial: int) -> list[Record]:
         """The records of a batch, known ones from the book. On Ctrl-C, those that are done are kept first."""

@@ -7,9 +7,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..default_paths import PROFILE
 from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
-from ..profiler.profile import Profile
+from ..profiler.profile import BadProfile, Profile
 from ..profiler.roofline import kv_blocks
 from ..profiler.tables import ModeledStep, step_tables
 from ..runtime.model_shape import ModelShape, resolve_model
@@ -52,12 +51,14 @@ class Sources:
         prices_path: str | os.PathLike[str] | None = None,
         any_machine: bool = False,
     ) -> Sources:
-        """Read them. Raises: BadModel, BadProfile, BadHardware (exit code 2), OSError."""
+        """Read them. Raises: BadModel, BadProfile (none for "cpu", too), BadHardware (exit code 2), OSError."""
         shape = ModelShape.load(resolve_model(model))
         prices = PriceBook.load(prices_path)
         if accelerator_name != CPU:
             return cls(model, shape, prices, device=accelerator(accelerator_name))
-        profile = Profile.load(profile_path or PROFILE, any_machine=any_machine)
+        if profile_path is None:
+            raise BadProfile("profile", "none", "a profile of this machine", "`paretune profile run`")
+        profile = Profile.load(profile_path, any_machine=any_machine)
         profile.check_shape(shape)
         return cls(model, shape, prices, profile=profile)
 

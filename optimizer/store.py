@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Self
 
 import sqlalchemy as sa
 
-from ..default_paths import LEDGER
 from .front import Evaluation, Fidelity
 
 SCHEMA_VERSION = 1
@@ -114,7 +113,7 @@ class Ledger:
     Raises (every method): LedgerError: disk full, locked, unreachable, not a ledger, or made by a newer paretune.
     """
 
-    def __init__(self, where: str | os.PathLike[str] = LEDGER) -> None:
+    def __init__(self, where: str | os.PathLike[str]) -> None:
         text = os.fspath(where)
         self.where = text
         if "://" not in text:
@@ -158,6 +157,7 @@ class Ledger:
     ) -> None:
         """Begin a study, or go on with one that was begun with the same settings.
 
+        about: where inputs lie and what was asked, for those who read the study later; the last word counts.
         renew: forget an earlier study of the name that has ended or was begun with other settings.
         Raises: NoSuchStudy: the name is taken by a study with other settings, and not to be renewed.
         """
@@ -170,7 +170,10 @@ class Ledger:
                 row = None
             if row is None:
                 connection.execute(_study.insert().values(name=name, settings=plain, about=told, created_at=_now()))
-            elif row.settings != plain:
+            elif row.settings == plain:
+                # where the inputs lie now, and what was asked beside the settings
+                connection.execute(_study.update().where(_study.c.name == name).values(about=told))
+            else:
                 known = row.settings
                 other = sorted(key for key in {*known, *plain} if known.get(key) != plain.get(key))
                 raise NoSuchStudy(

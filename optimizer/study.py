@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..profiler.hardware import Price
 from ..traces.metrics import Metric, Target
 from .capacity import TOLERANCE
 from .finalists import Correction, corrected
@@ -75,6 +76,7 @@ class Study:
     measured_steps   False: step times are bounds of a data sheet
     relative_error   90 % half width of the default's step times
     not_modeled     what predictions leave out, in words
+    price            of one device of the default, with source and date; None: a ledger of before they were kept
     complete         False: a time budget ended it, or it was interrupted
     """
 
@@ -90,6 +92,7 @@ class Study:
     measured_steps: bool
     relative_error: float
     not_modeled: tuple[str, ...]
+    price: Price | None
     complete: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Study:
             "measured_steps": self.measured_steps,
             "relative_error": self.relative_error,
             "not_modeled": list(self.not_modeled),
+            "price": None if self.price is None else asdict(self.price),
             "complete": self.complete,
         }
 
@@ -152,8 +156,8 @@ def load_study(ledger: Ledger, name: str) -> Study:
             key = (each.candidate, each.load, each.fidelity)
             evaluations.append(better.get(key) or corrected(each, corrections, targets))
     front = pareto(evaluations, Metric.parse(settings["metric"]), settings["percentile"], settings["cost"])
-    counted = {"screened": asdict(Screened(0, {}, {}, len(records)))}
-    return _study(name, front, {**counted, **settings, **result})
+    begun = {"screened": asdict(Screened(0, {}, {}, len(records))), "price": (row.about or {}).get("price")}
+    return _study(name, front, {**begun, **settings, **result})
 
 
 def _study(name: str, front: Front, known: Mapping[str, Any]) -> Study:
@@ -173,5 +177,6 @@ def _study(name: str, front: Front, known: Mapping[str, Any]) -> Study:
         measured_steps=known.get("measured_steps", False),
         relative_error=known.get("relative_error", 0.0),
         not_modeled=tuple(known.get("not_modeled", ())),
+        price=None if known.get("price") is None else Price(**known["price"]),
         complete=known.get("complete", False),
     )

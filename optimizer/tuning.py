@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..default_paths import LEDGER
+from ..profiler.hardware import as_cataloged
 from ..profiler.live import measure_live
+from ..profiler.profile import Profile
 from ..profiler.tile_file import TileFile
 from ..runtime.parallel import usable_cores
 from ..runtime.spec import CPU, Deployment, load_deployment, save_deployment
@@ -17,7 +18,8 @@ from ..traces import BadTrace, Trace, read, with_targets
 from ..traces.metrics import Metric, RequestTimes, Target
 from .capacity import k_of
 from .evaluate import Question, assess
-from .front import Evaluation
+from .finalists import rate_of
+from .front import Cost, Evaluation
 from .pick import make_spec, pick
 from .retune import Comparison
 from .search import tune
@@ -39,6 +41,7 @@ Report = Callable[[float, str], None]
 class Ask:
     """What the user asked of `tune`; paths as typed.
 
+    storage     the ledger: a file or a database URL
     metric      the latency axis with its percentile, such as "ttf30:p95"
     slos        targets; none: those that the log carries
     finalists   candidates to serve and replay for real; 0: simulate only
@@ -49,9 +52,10 @@ class Ask:
 
     log: str
     model: str
+    storage: str
     slos: tuple[str, ...] = ()
     metric: str = "ttf30:p95"
-    cost: str = "capacity"
+    cost: Cost = "capacity"
     space_path: str | None = None
     baseline_path: str | None = None
     accelerator: str = CPU
@@ -60,7 +64,6 @@ class Ask:
     tiles_path: str | None = None
     prices_path: str | None = None
     study: str = "default"
-    storage: str = LEDGER
     trials: int = 200
     finalists: int = 0
     seed: int = 0
@@ -82,25 +85,25 @@ def _space(ask: Ask, trace: Trace, sources: Sources) -> SearchSpace:
     if ask.baseline_path is None:
         default = sources.plain_default(trace, cores=devices)
     else:
-        default = load_deployment(ask.baseline_path).model_copy(update={"predicted": (), "provenance": None})
+        default = as_cataloged(load_deployment(ask.baseline_path))
+        default = default.model_copy(update={"predicted": (), "provenance": None})
     if ask.space_path is None:
         space = default_space(trace, default, cores=devices)
+        if sources.profile is not None:
+            space = _within_profile(space, sources.profile)
     else:
         space = load_space(ask.space_path, default=default, max_devices=devices)
     if ask.baseline_path is not None:
         space = replace(space, default=default)
-    if sources.profile is not None:
-        space = _within_profile(space, sources)
     return space if ask.tiles_path is None else _with_tiles(space, TileFile.load(ask.tiles_path))
 
 
-def _within_profile(space: SearchSpace, sources: Sources) -> SearchSpace:
-    """The space without values that the profile did not measure, so that the default space asks for nothing unknown."""
-    assert sources.profile is not None
+def _within_profile(space: SearchSpace, profile: Profile) -> SearchSpace:
+    """The default space without values that the profile did not measure; in a space of the user's they are counted."""
     measured: dict[str, set[object]] = {
-        "weight_dtype": {each.weight_dtype for each in sources.profile.configurations},
-        "tensor_parallel_size": {each.tensor_parallel_size for each in sources.profile.configurations},
-        "num_threads": {each.num_threads for each in sources.profile.configurations},
+        "weight_dtype": {each.weight_dtype for each in profile.configurations},
+        "tensor_parallel_size": {each.tensor_parallel_size for each in profile.configurations},
+        "num_threads": {each.num_threads for each in profile.configurations},
     }
     fields = []
     for name, values in space.fields:
@@ -165,6 +168,16 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         "profile": absolute(ask.profile_path),
         "tiles": absolute(ask.tiles_path),
         "prices": absolute(ask.prices_path),
+        "options": {
+            "metric": ask.metric,
+            "cost": ask.cost,
+            "space": absolute(ask.space_path),
+            "baseline": absolute(ask.baseline_path),
+            "max-devices": ask.max_devices,
+            "trials": ask.trials,
+            "measure": ask.finalists,
+            "seed": ask.seed,
+        },
     }
 
     def progress(at: Progress) -> None:
@@ -180,7 +193,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         sources.price,
         metric=metric,
         percentile=percentile,
-        cost="sizing" if ask.cost == "sizing" else "capacity",
+        cost=ask.cost,
         trials=ask.trials,
         seed=ask.seed,
         jobs=ask.jobs or usable_cores(),
@@ -248,6 +261,7 @@ def spec_of(found: Kept, evaluation: Evaluation, targets: Sequence[Target]) -> D
         measured_steps=found.study.measured_steps,
         prices=price.source,
         prices_as_of=price.as_of,
+        rate=rate_of(evaluation, found.study.targets),
     )
 
 

@@ -15,7 +15,7 @@ from ..runtime.spec import BadSpec, Deployment, Prediction
 from ..traces.metrics import Metric, RequestTimes, Summary, Target, goodput, meets, percentile, summarize
 from ..traces.trace import Trace
 from ..traces.whole_file import write_whole
-from .capacity import k_of
+from .capacity import check_governed, k_of
 
 SCHEMA_VERSION = 1
 
@@ -103,9 +103,10 @@ def measured_summary(path: str | os.PathLike[str], deployment: Deployment) -> Su
 def asked_of(deployment: Deployment, trace: Trace, targets: Sequence[Target] = ()) -> tuple[int, float]:
     """What a replay must record and how fast it must be, to be held against a spec: k of TTF-k, multiple of the rate.
 
-    Raises: BadQuestion: targets and predictions ask for two different k.
+    Raises: BadQuestion: targets and predictions ask for two different k, or a target governs no request of the trace.
     """
     asked = list(targets) or [Target.parse(text) for text in deployment.targets] or list(trace.targets)
+    check_governed(trace, asked)
     predicted = [Metric.parse(each.metric) for each in deployment.predicted if each.percentile is not None]
     rate = 1.0 if deployment.provenance is None else deployment.provenance.rate
     return k_of([*(target.metric for target in asked), *predicted]), rate
@@ -144,6 +145,8 @@ def verify(
 def _row(prediction: Prediction, times: RequestTimes) -> Row | None:
     metric = Metric.parse(prediction.metric)
     if prediction.percentile is None or (metric.k > 1 and metric.k != times.k) or metric.name == "itl":
+        return None
+    if prediction.low is None or prediction.high is None:
         return None
     measured = percentile(times.values(metric), prediction.percentile)
     return Row(prediction.metric, prediction.percentile, prediction.value, prediction.low, prediction.high, measured)

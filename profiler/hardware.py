@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from ..runtime.spec import CPU
+from ..runtime.spec import CPU, Deployment
 
 DATA_FOLDER = Path(__file__).absolute().parent / "data"
 ON_DEMAND = "on-demand"
@@ -58,8 +58,8 @@ class Accelerator:
         """Peak rate of arithmetic in `precision`. Raises: BadHardware: no source gives one; none takes its place."""
         rate = self.peak_flops_per_s.get(precision)
         if rate is None:
-            known = ", ".join(self.peak_flops_per_s) or "none"
-            todo = "run `paretune profile`" if self.name == CPU else "choose another precision or accelerator"
+            known = ", ".join(self.peak_flops_per_s) or "none: no source gives one for this accelerator"
+            todo = "run `paretune profile`" if self.name == CPU else f"choose another precision, or of {_with_rates()}"
             raise BadHardware(f"{self.name}: peak rate", precision, known, todo)
         return rate
 
@@ -164,7 +164,18 @@ def accelerator(name: str) -> Accelerator:
     for known in accelerators().values():
         if _same(known.name, name):
             return known
-    raise BadHardware("accelerator", name, ", ".join(accelerators()), "correct the name")
+    raise BadHardware("accelerator", name, f"{CPU}, {_with_rates()}", "correct the name")
+
+
+def _with_rates() -> str:
+    """The accelerators that step times can be estimated for."""
+    return ", ".join(name for name, known in accelerators().items() if known.peak_flops_per_s)
+
+
+def as_cataloged(deployment: Deployment) -> Deployment:
+    """The deployment with each accelerator called as the catalog calls it. Raises: BadHardware: it knows none such."""
+    pools = (pool.model_copy(update={"accelerator": accelerator(pool.accelerator).name}) for pool in deployment.pools)
+    return deployment.model_copy(update={"pools": tuple(pools)})
 
 
 def _this_machine() -> Accelerator:

@@ -66,7 +66,10 @@ def possible_configurations(
     kv_cache_dtypes: Sequence[str] = ("bf16",),
     num_kv_heads: int | None = None,
 ) -> tuple[Key, ...]:
-    """Every way to use up to `cores` cores (default: this machine's) by powers of two: ranks x threads x replicas."""
+    """Ways to use up to `cores` cores (default: this machine's): ranks x threads x replicas.
+
+    Ranks and threads by powers of two; replicas by powers of two, and as many as there are cores for.
+    """
     cores = usable_cores() if cores is None else cores
     powers = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
     return tuple(
@@ -75,8 +78,8 @@ def possible_configurations(
         for kv in kv_cache_dtypes
         for tp in powers
         for threads in powers
-        for replicas in powers
-        if tp * threads * replicas <= cores and (num_kv_heads is None or num_kv_heads % tp == 0)
+        for replicas in sorted({*powers, cores // (tp * threads)})
+        if 0 < tp * threads * replicas <= cores and (num_kv_heads is None or num_kv_heads % tp == 0)
     )
 
 

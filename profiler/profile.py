@@ -266,15 +266,22 @@ class Profile(_Part):
         """The measured configuration that a pool runs as on this machine.
 
         So many of its replicas as fit on the cores share the machine; further ones stand on further machines like it.
-        Raises: BadProfile: not measured.
+        Where so many side by side were not measured the next larger number that was is taken: more of them disturb each
+        other more, so it errs on the slow side.
+        Raises: BadProfile: neither was measured.
         """
-        beside = max(1, min(pool.replicas, self.machine.cores // (pool.tensor_parallel_size * pool.num_threads)))
+        beside = self.replicas_beside(pool)
         wanted = Key(pool.tensor_parallel_size, pool.num_threads, beside, pool.weight_dtype, pool.kv_cache_dtype)
-        for configuration in self.configurations:
-            if configuration.key == wanted:
-                return configuration
+        same = [each for each in self.configurations if each.key._replace(replicas=beside) == wanted]
+        enough = [each for each in same if each.replicas >= beside]
+        if enough:
+            return min(enough, key=lambda each: each.replicas)
         known = "; ".join(str(configuration.key) for configuration in self.configurations)
         raise BadProfile("profile", f"no {wanted}", known, "measure it: `paretune profile`")
+
+    def replicas_beside(self, pool: Pool) -> int:
+        """How many replicas of a pool share one machine like the measured one."""
+        return max(1, min(pool.replicas, self.machine.cores // (pool.tensor_parallel_size * pool.num_threads)))
 
     def peaks_of(self, num_threads: int) -> Peaks:
         """Raises: BadProfile: not measured with so many threads."""

@@ -109,6 +109,9 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
     for part, most in (("num_tokens", pool.max_num_batched_tokens), ("num_rows", pool.max_num_seqs)):
         if most > fit.largest[part]:
             notes.append(f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured")
+    beside = profile.replicas_beside(pool)
+    if configuration.replicas > beside:
+        notes.append(f"{beside} replicas on one machine: taken as {configuration.replicas}, so too slow")
     if pool.replicas > configuration.replicas:
         notes.append(f"replicas beyond {configuration.replicas}: on further machines like the measured one")
     return ModeledStep(tables, True, error, tuple(dict.fromkeys(notes)))

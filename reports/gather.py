@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import ClassVar
 
 from .. import __version__
+from ..optimizer.finalists import rate_of
 from ..optimizer.front import Evaluation
-from ..optimizer.pick import knee
+from ..optimizer.pick import NothingFeasible, knee, pick
+from ..optimizer.sources import absolute
+from ..optimizer.study import Study
 from ..optimizer.tuning import Kept, kept
 from ..optimizer.verify import measured_summary
 from ..profiler.tile_file import TileFile
-from ..runtime.spec import load_deployment
+from ..runtime.spec import CPU, load_deployment
 from ..traces import statistics
-from .report_data import Measured, ReportData, TileGain
+from .report_data import Measured, ReportData, TileGain, is_same
 from .summary import search_words
 
 
@@ -60,17 +64,6 @@ def gather(
         verified = Measured(measured_summary(verification_path, chosen.deployment))
     price = found.sources.price(chosen.deployment.pool)
     default = found.study.default
-    spec = spec_path or "out/spec.yaml"
-    log, slos = found.about["log"], [word for target in found.study.targets for word in ("--slo", str(target))]
-    tuned_by = tuple(
-        shlex.join(["paretune", *words])
-        for words in (
-            ["profile", "run", "--model", found.sources.model],
-            ["tune", log, "--study", study, *slos],
-            ["pick", study, "-o", spec],
-            ["verify", spec, log],
-        )
-    )
     return ReportData(
         study=study,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,7 +81,7 @@ def gather(
         chosen_measured=chosen_measured or verified or _measured(chosen),
         default_measured=default_measured or _measured(default),
         tile_gains=_tile_gains(found),
-        commands=commands or tuned_by,
+        commands=commands or _commands(found, storage, chosen, spec_path),
         provenance=(
             *((("quality", quality),) if quality else ()),
             ("paretune", __version__),
@@ -101,13 +94,55 @@ def gather(
 
 
 def _picked(found: Kept, spec_path: str) -> Evaluation:
-    """The study's best-known evaluation of what a spec runs."""
-    digest = load_deployment(spec_path).digest()
-    same = [each for each in found.study.front.evaluations if each.deployment.digest() == digest]
+    """The study's best-known evaluation of what a spec runs, under the load that its predictions speak of."""
+    spec = load_deployment(spec_path)
+    same = [each for each in found.study.front.evaluations if each.deployment.digest() == spec.digest()]
+    words = f"a deployment with the digest {spec.digest()}"
+    if spec.provenance is not None:
+        # without targets one deployment is on the curve under several loads
+        rate, targets = spec.provenance.rate, found.study.targets
+        same = [each for each in same if math.isclose(rate_of(each, targets), rate, rel_tol=1e-6)]
+        words += f" at {rate:.3g} x the recorded rate"
     if not same:
-        where = f"a deployment with the digest {digest}"
-        raise BadReport(spec_path, where, f"one that study {found.study.name!r} tried", "name the study of the spec")
+        raise BadReport(spec_path, words, f"one that study {found.study.name!r} tried", "name the study of the spec")
     return max(same, key=lambda each: (each.fidelity == "measured", bool(each.intervals)))
+
+
+def _commands(found: Kept, storage: str, chosen: Evaluation, spec_path: str | None) -> tuple[str, ...]:
+    """What to type for this study again and for the deployment that the report shows, as the ledger kept it."""
+    about, study = found.about, found.study
+    where = ["--storage", storage if "://" in storage else str(absolute(storage))]
+    paths = {name: about[name] for name in ("accelerator", "profile", "tiles", "prices")}
+    if about["accelerator"] != CPU:
+        del paths["profile"]
+    given = {"model": about["model"], "study": study.name, **paths, **about.get("options", {})}
+    options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    slos = [word for text in about["slos"] for word in ("--slo", text)]
+    spec = spec_path or "out/spec.yaml"
+    targets = () if spec_path is None else load_deployment(spec_path).targets
+    lines = [
+        ["tune", about["log"], *options, *slos, *where],
+        ["pick", study.name, *_way(study, chosen, targets), *where, "-o", spec],
+        ["verify", spec, about["log"]],
+    ]
+    profile = found.sources.profile
+    measured = [] if profile is None or not profile.command.startswith("paretune ") else [profile.command]
+    return (*measured, *(shlex.join(["paretune", *words]) for words in lines))
+
+
+def _way(study: Study, chosen: Evaluation, targets: Sequence[str]) -> list[str]:
+    """How `pick` comes to a point of a study: unasked, by the targets of its spec, or by its number."""
+    own = [str(target) for target in study.targets]
+    if targets and list(targets) != own:
+        return [word for target in targets for word in ("--slo", target)]
+    try:
+        unasked = pick(study.front, slo=study.targets or None)
+    except NothingFeasible:
+        unasked = None
+    if unasked is not None and is_same(unasked, chosen):
+        return []
+    number = next((i for i, each in enumerate(study.front.points, start=1) if is_same(each, chosen)), None)
+    return [] if number is None else ["--point", str(number)]
 
 
 def _measured(evaluation: Evaluation) -> Measured | None:

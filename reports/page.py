@@ -198,9 +198,8 @@ def _option_row(data: ReportData, option: Option) -> dict[str, Any]:
         "number": option.number,
         "chosen": option.number == _number(data),
         "wait": seconds(front.latency_s(point)),
-        "wait_range": wait_range(front, point),
         "money": money(point, front.cost),
-        "money_range": money_range(point, front.cost),
+        "likely": ", ".join(filter(None, (wait_range(front, point), money_range(point, front.cost)))),
         "month": dollars(usd_per_month(point.usd_per_hour)),
         "settings": _settings(point),
     }
@@ -221,9 +220,9 @@ def _front_row(data: ReportData, place: int) -> tuple[str, ...]:
     return (
         str(place + 1),
         seconds(front.latency_s(point), 3),
-        wait_range(front, point),
+        wait_range(front, point) or UNKNOWN,
         money(point, front.cost).partition(" ")[0],
-        money_range(point, front.cost),
+        money_range(point, front.cost) or UNKNOWN,
         dollars(usd_per_month(point.usd_per_hour)),
         _carried(point),
         _settings(point),

@@ -40,9 +40,9 @@ def money(evaluation: Evaluation, cost: Cost) -> str:
 
 
 def money_range(evaluation: Evaluation, cost: Cost) -> str:
-    """The interval of the cost, without its unit; one figure where it is certain."""
+    """The interval of the cost, without its unit; empty where it has none, since what devices cost is known."""
     low, high = evaluation.cost_interval(cost)
-    return between(_money(low, cost), _money(high, cost))
+    return "" if low == high else between(_money(low, cost), _money(high, cost))
 
 
 def cost_unit(cost: Cost) -> str:
@@ -50,9 +50,9 @@ def cost_unit(cost: Cost) -> str:
 
 
 def wait_range(front: Front, evaluation: Evaluation) -> str:
-    """The interval of the front's latency; one figure where no interval was worked out."""
+    """The interval of the front's latency; empty where none was worked out."""
     low, high = evaluation.interval(front.metric, front.percentile)
-    return between(seconds(low), seconds(high))
+    return "" if low == high else between(seconds(low), seconds(high))
 
 
 def headline(data: ReportData) -> str:
@@ -68,8 +68,8 @@ def headline(data: ReportData) -> str:
         bill = f"The plain default cannot keep the target at any load; the pick can, for {money(pick, cost)}"
     else:
         bill = f"The pick {_verb(pick, default, cost)}"
-    if pick.cost_interval(cost)[0] != pick.cost_interval(cost)[1]:
-        bill += f" (likely {money_range(pick, cost)})"
+    if likely := money_range(pick, cost):
+        bill += f" (likely {likely})"
     return f"{bill}, and {_feel(data.front, pick)}{_instead(data.front, pick, default)}."
 
 
@@ -126,15 +126,19 @@ def cards(data: ReportData) -> tuple[Card, Card, Card]:
         f"Dollars {cost_unit(front.cost)}",
         _money(default.cost(front.cost), front.cost),
         _money(pick.cost(front.cost), front.cost),
-        f"likely {money_range(pick, front.cost)}; {hold}",
+        "; ".join([*_likely(money_range(pick, front.cost)), hold]),
     )
     wait = Card(
         f"Wait for {metric_words(front.metric)}",
         seconds(default.value(front.metric, front.percentile)),
         seconds(pick.value(front.metric, front.percentile)),
-        f"{share_of_requests(front.percentile)} wait no longer; likely {wait_range(front, pick)}",
+        "; ".join([f"{share_of_requests(front.percentile)} wait no longer", *_likely(wait_range(front, pick))]),
     )
     return bill, wait, _third_card(data, pick, default)
+
+
+def _likely(interval: str) -> list[str]:
+    return [f"likely {interval}"] if interval else []
 
 
 def _third_card(data: ReportData, pick: Evaluation, default: Evaluation) -> Card:

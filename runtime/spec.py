@@ -128,16 +128,20 @@ class Pool(_Part):
 
 
 class Prediction(_Part):
-    """One predicted number and the interval in which the measured one should lie."""
+    """One predicted number and the interval in which the measured one should lie, where it has one."""
 
     metric: str = Field(
         description="ttft, ttf30, tpot, e2e (seconds), usd_per_hour, usd_per_million_tokens, requests_per_s, ..."
     )
     percentile: float | None = Field(None, gt=0, lt=100, description="null where the metric is one number for the run")
     value: float
-    low: float
-    high: float
-    confidence: float = Field(0.9, gt=0, lt=1, description="share of measured values that the interval should hold")
+    low: float | None = Field(
+        None, description="lower end of its interval; null without one, as for what devices cost, which is known"
+    )
+    high: float | None = Field(None, description="upper end of its interval; null without one")
+    confidence: float | None = Field(
+        0.9, gt=0, lt=1, description="share of measured values that the interval should hold; null without one"
+    )
 
 
 class Provenance(_Part):

@@ -114,3 +114,11 @@ def profile(
         "configurations": (configuration,),
     }
     return Profile(**{**plain, **changes})
+
+
+def four_cores(*replicas: int) -> Profile:
+    """A machine of four cores where so many replicas of one thread each were measured side by side."""
+    machine = this_machine("none").model_copy(update={"cores": 4})
+    measured = profile().configurations[0]
+    configurations = tuple(measured.model_copy(update={"replicas": number}) for number in replicas)
+    return profile(machine=machine, configurations=configurations)

@@ -221,6 +221,24 @@ def test_tune_prints_the_curve_and_says_that_nothing_was_measured(here: Path) ->
     assert data["points"] == data_of(paretune("front", "--json"), "front")["points"]
 
 
+def test_values_of_a_space_that_the_profile_lacks_are_counted_with_the_reason(tmp_path: Path) -> None:
+    from .profiler_examples import profile
+
+    with in_folder(tmp_path):
+        assert paretune("init", "--quiet").exit_code == 0
+        Path("paretune.yaml").unlink()
+        profile().save("profile.json")
+        pool = {"num_threads": 1, "max_model_len": 1024}
+        fields = {"tensor_parallel_size": [1, 2], "weight_dtype": ["bf16", "fp16"], "max_num_seqs": [4, 16]}
+        space = {"fields": fields, "default": {"pools": [pool]}}
+        Path("space.yaml").write_text(yaml.safe_dump(space))
+        command = ("tune", "trace.parquet", "--profile", "profile.json", "--space", "space.yaml", "--max-devices", "2")
+        shown = paretune(*command, "--slo", "ttf30:p95<=2s").stdout
+    assert "8 points" in shown
+    for what in ("TP 2 x 1 threads bf16/bf16", "TP 1 x 1 threads fp16/bf16", "TP 2 x 1 threads fp16/bf16"):
+        assert f"left out: 2 points: no step times: profile: found no {what}" in shown
+
+
 def test_tune_says_that_it_cannot_measure_what_is_not_here(here: Path) -> None:
     done = paretune(*TUNE, "--trials", "3", "--study", "another", "--measure", "2")
     assert done.exit_code == 2
@@ -239,8 +257,41 @@ def test_the_curve_gets_faster_as_it_gets_dearer(here: Path) -> None:
     assert len(rows) >= data["screened"]["simulated"]
     shown = paretune("front").stdout.splitlines()
     assert [line.split()[0] for line in shown[1 : 1 + len(costs)]] == [str(1 + i) for i in range(len(costs))]
-    assert shown[1 + len(costs)].startswith("NOT MEASURED")
-    assert all(line.startswith("not modeled: ") for line in shown[2 + len(costs) :])
+    assert shown[1 + len(costs)].startswith("prices: median of ")
+    assert shown[2 + len(costs)].startswith("NOT MEASURED")
+    assert all(line.startswith("not modeled: ") for line in shown[3 + len(costs) :])
+
+
+def test_dollars_come_with_their_source_and_date_and_sizes_with_a_month(here: Path) -> None:
+    words = re.compile(
+        r"prices: median of .* in paretune's prices\.csv: .*, as of 20\d\d-\d\d-\d\d; a month is 730 hours"
+    )
+    assert words.search(paretune("front").stdout)
+    picked = paretune("pick").stdout
+    assert words.search(picked)
+    assert re.search(r"\$ per million tokens: [0-9.]+ \([0-9.]+ to [0-9.]+\)", picked)
+    price = data_of(paretune("front", "--json"), "front")["price"]
+    assert price["source"] in picked
+    assert price["as_of"] in picked
+    sized = paretune(*TUNE, "--cost", "sizing", "--study", "sized", "--trials", "5").stdout
+    assert words.search(sized)
+    assert sized.splitlines()[0].split()[1:3] == ["$/hour", "$/month"]
+    points = data_of(paretune("front", "sized", "--json"), "front")["points"]
+    hour = points[0]["usd_per_hour"]
+    assert f" {hour:,.4g}  {730 * hour:,.4g} " in re.sub("  +", "  ", sized.splitlines()[1])
+    assert words.search(paretune("pick", "sized").stdout)
+
+
+def test_without_targets_each_point_is_labeled_with_its_load(here: Path) -> None:
+    free = [*TUNE[: TUNE.index("--slo")], "--study", "swept", "--trials", "5"]
+    shown = paretune(*free).stdout
+    points = data_of(paretune("front", "swept", "--json"), "front")["points"]
+    assert len({each["load"] for each in points}) > 1
+    rows = shown.splitlines()[1 : 1 + len(points)]
+    assert all(f" {each['load']:.2f}x " in row for each, row in zip(points, rows, strict=True))
+    assert "load: traffic that one replica carries" in shown
+    picked = paretune("pick", "swept", "--point", "1").stdout
+    assert f"{points[0]['load']:.3g} x for each replica" in picked
 
 
 def test_pick_writes_the_cheapest_that_holds_the_target(here: Path) -> None:
@@ -328,6 +379,20 @@ def test_simulate_is_what_was_predicted_and_says_not_measured(here: Path) -> Non
     faster = paretune("simulate", "log.csv", "--spec", "out/spec.yaml", "--rate", "20", "--json")
     busier = data_of(faster, "simulate")["summary"]["values"]["ttf30"]["p95"]
     assert busier > data["summary"]["values"]["ttf30"]["p95"]
+
+
+def test_an_accelerator_may_be_spelled_otherwise_and_another_engine_is_said_not_to_be_simulated(here: Path) -> None:
+    plain = data_of(paretune("simulate", "log.csv", "--spec", "out/spec.yaml", "--json"), "simulate")
+    spec = yaml.safe_load(Path("out/spec.yaml").read_text())
+    spec["pools"][0]["accelerator"] = "h100"
+    Path("spelled.yaml").write_text(yaml.safe_dump(spec))
+    assert data_of(paretune("simulate", "log.csv", "--spec", "spelled.yaml", "--json"), "simulate") == plain
+    Path("other.yaml").write_text(yaml.safe_dump({**spec, "engine": "vllm"}))
+    label = "the scheduler of vllm: paretune's own ran in its place"
+    assert f"not modeled: {label}" in paretune("simulate", "log.csv", "--spec", "other.yaml").stdout
+    other = data_of(paretune("simulate", "log.csv", "--spec", "other.yaml", "--json"), "simulate")
+    assert other["not_modeled"] == [label, *plain["not_modeled"]]
+    assert other["summary"] == plain["summary"]
 
 
 def test_export_prints_a_command_and_writes_a_file_that_says_the_same(here: Path) -> None:

@@ -161,9 +161,47 @@ def test_a_bad_space_is_refused(here: Path, text: str, word: str) -> None:
     refused(paretune(*TUNE), 2, "space", word)
 
 
-def test_bad_settings_are_refused_by_name(here: Path) -> None:
-    Path("paretune.yaml").write_text("trial: 3\n")
-    refused(paretune("front"), 2, "paretune.yaml", "trial")
+@pytest.mark.parametrize("text", ["trial: 3", "schema_version: 9", "cost: foo", "trials: 0"])
+def test_bad_settings_are_refused_by_name(here: Path, text: str) -> None:
+    Path("paretune.yaml").write_text(f"{text}\n")
+    refused(paretune("front"), 2, "paretune.yaml", text.partition(":")[0])
+
+
+@pytest.mark.parametrize("option", ["--time-budget=nan", "--time-budget=inf", "--time-budget=-1"])
+def test_a_number_that_is_none_is_refused(here: Path, option: str) -> None:
+    done = paretune(*TUNE, option)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--time-budget" in done.stderr
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("budget", ["-1", "0", "nan"])
+def test_a_budget_of_nothing_is_no_budget(here: Path, budget: str) -> None:
+    done = paretune("pick", "--budget", budget)
+    assert done.exit_code == 2
+    assert "--budget" in done.stderr
+
+
+def test_an_accelerator_that_nobody_knows_is_not_exported(here: Path) -> None:
+    Path("spec.yaml").write_text(yaml.safe_dump({"model": "/elsewhere", "pools": [{"accelerator": "nonsuch"}]}))
+    refused(paretune("export", "spec.yaml"), 2, "nonsuch", "H100")
+    # the model may lie on another machine
+    Path("spec.yaml").write_text(yaml.safe_dump({"model": "/elsewhere", "pools": [{"accelerator": "h100"}]}))
+    assert paretune("export", "spec.yaml").exit_code == 0
+
+
+def test_only_accelerators_with_rates_are_named_as_allowed(here: Path) -> None:
+    unknown = paretune(*TUNE, "--accelerator", "H1000")
+    refused(unknown, 2, "cpu", "H100")
+    assert "A10G" not in unknown.stderr
+    rateless = paretune(*TUNE, "--accelerator", "A10G")
+    refused(rateless, 2, "A10G", "no source gives one", "H100")
+
+
+def test_a_percentile_that_no_curve_has_is_refused_before_the_study(here: Path) -> None:
+    before = files(here)
+    refused(paretune(*TUNE, "--metric", "ttf30:p75"), 2, "p75", "p50, p90, p95, p99")
+    assert {name: text for name, text in files(here).items() if not name.startswith("out/")} == before
 
 
 def test_what_is_not_there_is_named(here: Path) -> None:
@@ -239,6 +277,18 @@ def test_a_damaged_model_is_not_served(tmp_path: Path, damage: Callable[[Path], 
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     before = files(tmp_path)
     refused(ended(start("serve", "spec.yaml", "--port", "0", cwd=tmp_path)), 2, word)
+    assert files(tmp_path) == before
+
+
+def test_verify_refuses_a_mistyped_application_before_it_starts_a_server(tmp_path: Path) -> None:
+    random_model(tmp_path)
+    spec = {"model": "random", "pools": [{**POOL, "weight_dtype": "fp32"}]}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    (tmp_path / "log.csv").write_text(HEADER + ROWS[0].replace("374", "7"))
+    with in_folder(tmp_path):
+        before = files(tmp_path)
+        done = paretune("verify", "spec.yaml", "log.csv", "--slo", "vioce/ttf30:p95<=600ms")
+    refused(done, 2, "vioce/ttf30:p95<=600ms", "no request that it governs")
     assert files(tmp_path) == before
 
 
@@ -503,6 +553,28 @@ def test_a_ctrl_c_just_after_a_commit_neither_loses_the_trial_nor_writes_it_twic
     again = paretune("front", "--json").stdout
     with in_folder(tuned):
         assert again == paretune("front", "--json").stdout
+
+
+def test_serving_more_threads_than_there_are_cores_is_warned_of(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paretune.runtime import server
+
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(server, "serve", lambda *arguments, **options: 0)
+    Path("spec.yaml").write_text(yaml.safe_dump({"model": "model", "pools": [{**POOL, "num_threads": 900}]}))
+    assert "warning: 900 threads on " in paretune("serve", "spec.yaml").stderr
+    Path("spec.yaml").write_text(yaml.safe_dump({"model": "model", "pools": [{**POOL, "num_threads": 1}]}))
+    assert paretune("serve", "spec.yaml").stderr == ""
+
+
+def test_a_demo_that_is_interrupted_goes_on_when_it_is_typed_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paretune import demo
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    refused(paretune("demo"), 75, "type the same command again to go on")
 
 
 def test_a_server_that_is_not_there_is_named(here: Path) -> None:

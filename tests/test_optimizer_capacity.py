@@ -125,6 +125,14 @@ def test_questions_without_an_answer_are_refused(trace, targets, metric, where):
     assert (caught.value.where, caught.value.exit_code) == (where, 2)
 
 
+def test_the_curve_has_the_percentiles_that_every_run_keeps():
+    for percentile in (50, 90, 95, 99):
+        check_question(poisson_trace(9), (), TTF30, percentile)
+    with pytest.raises(BadQuestion) as caught:
+        check_question(poisson_trace(9), (), TTF30, 75)
+    assert (caught.value.where, caught.value.exit_code) == ("metric ttf30", 2)
+
+
 def question(trace, targets, cost="capacity", max_devices=None):
     return Question(trace, tuple(targets), TTF30, 95, cost, 30, max_devices, step_model, price)
 

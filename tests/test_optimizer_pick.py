@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from paretune.optimizer.evaluate import Question, assess
 from paretune.optimizer.front import pareto
 from paretune.optimizer.pick import BadPick, NothingFeasible, cheapest, fastest, knee, make_spec, numbered, pick
+from paretune.optimizer.search import tune
 from paretune.runtime.spec import load_deployment, save_deployment
 from paretune.traces.describe import fingerprint
 from paretune.traces.metrics import Metric, Target
 
-from .optimizer_examples import deployment, evaluation, poisson_trace, price, step_model
+from .optimizer_examples import deployment, evaluation, poisson_trace, price, small_space, step_model
 
 TTF30 = Metric("ttf", 30)
 
@@ -143,6 +144,29 @@ def test_a_spec_carries_targets_predictions_with_intervals_and_provenance(tmp_pa
     capacity = again.prediction("requests_per_s", None)
     assert capacity is not None
     assert capacity.value == pytest.approx(chosen.capacity_rate * trace.rate_per_s)
+    # what devices cost is known: it has no interval, and is not given one without width
+    hour = again.prediction("usd_per_hour", None)
+    assert hour is not None
+    assert (hour.low, hour.high, hour.confidence) == (None, None, None)
     assert again.provenance is not None
     assert again.provenance.trace_digest == trace.digest()
     assert again.provenance.trace_fingerprint == fingerprint(trace)
+
+
+@pytest.mark.parametrize("cost", ["capacity", "sizing"])
+def test_no_interval_of_a_spec_is_without_width(cost):
+    trace = poisson_trace(200, 3.0)
+    options = {"metric": TTF30, "trials": 4, "cost": cost}
+    found = tune(trace, small_space(), step_model, price, **options)
+    for chosen in found.front.points:
+        spec = make_spec(
+            chosen, trace=trace, targets=(), study="night", profile="made up", profile_digest="abc",
+            measured_steps=True, prices="made up", prices_as_of="2026-11-01",
+        )  # fmt: skip
+        assert spec.prediction("usd_per_hour", None) is not None
+        assert (spec.prediction("usd_per_million_tokens", None) is not None) == (cost == "capacity")
+        for each in spec.predicted:
+            if each.low is not None:
+                assert each.low < each.value < each.high
+            else:
+                assert each.metric == "usd_per_hour"

@@ -11,14 +11,16 @@ from paretune.optimizer.evaluate import evaluate
 from paretune.optimizer.front import pareto
 from paretune.optimizer.sampler import ENUMERATION, TPE, Outcome, TpeAndNeighbors
 from paretune.optimizer.search import tune
+from paretune.optimizer.space import SearchSpace
 from paretune.optimizer.store import Ledger, NoSuchStudy
 from paretune.optimizer.study import Interrupted, Study, load_study
 from paretune.profiler.hardware import BadHardware
 from paretune.profiler.simulator import simulate
-from paretune.profiler.tables import scaled
+from paretune.profiler.tables import scaled, step_tables
 from paretune.traces.metrics import Metric, Target
 
 from .optimizer_examples import deployment, poisson_trace, price, small_space, step_model
+from .profiler_examples import SMALL, four_cores
 
 TTF30 = Metric("ttf", 30)
 TARGETS = ("ttf30:p95<=1s",)
@@ -432,3 +434,19 @@ def test_a_long_trace_is_compared_on_its_busiest_part_and_its_front_on_the_whole
 def test_targets_given_to_tune_take_the_place_of_the_traces():
     found = study(TRACE, targets=[Target.parse("e2e:p50<=9s")])
     assert [str(target) for target in found.targets] == ["e2e:p50<=9s"]
+
+
+@pytest.mark.parametrize("cost", ["capacity", "sizing"])
+@pytest.mark.parametrize("targets", [("ttf30:p95<=1s",), ()])
+@pytest.mark.parametrize("measured", [(1, 2, 4), (1, 2)])
+def test_a_machine_of_four_cores_is_tuned_for_though_three_replicas_were_not_measured(cost, targets, measured):
+    profile = four_cores(*measured)
+    # two replicas are too few for it
+    trace = poisson_trace(1500, 450.0, targets=targets)
+    space = SearchSpace((("replicas", (1, 2, 4)), ("max_num_seqs", (8, 16))), deployment(), 4)
+    found = study(trace, space, cost=cost, model=lambda pool: step_tables(profile, SMALL, pool))
+    assert found.complete
+    assert found.front.points or measured == (1, 2)
+    if 4 in measured and targets:
+        assert 3 in {point.replicas_needed for point in found.front.points}
+        assert cost == "capacity" or any("3 replicas" in note for note in found.not_modeled)

@@ -102,6 +102,16 @@ def test_two_different_k_in_one_run_are_refused() -> None:
         k_of([Metric("ttf", 10), Metric("ttf", 30)])
 
 
+@pytest.mark.parametrize("of_the_spec", [False, True])
+def test_a_target_that_governs_no_request_is_refused_before_the_replay(of_the_spec: bool) -> None:
+    log, promised, mistyped = trace(), spec(0, 1), "vioce/ttft:p95<=300ms"
+    if of_the_spec:
+        promised = promised.model_copy(update={"targets": (mistyped,)})
+    with pytest.raises(BadQuestion) as refusal:
+        asked_of(promised, log, [] if of_the_spec else [Target.parse(mistyped)])
+    assert (refusal.value.where, refusal.value.exit_code) == (f"target {mistyped}", 2)
+
+
 def test_goodput_is_unknown_without_targets() -> None:
     log = trace()
     assert math.isnan(verify(spec(0, 1), log, times(log, 0.2), schedule_error_s=LATE_S).goodput_per_s)

@@ -85,6 +85,10 @@ def test_every_split_of_the_cores_is_a_configuration() -> None:
     assert found == {(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2)}
     assert {key.tensor_parallel_size for key in possible_configurations(4, num_kv_heads=1)} == {1}
     assert len(possible_configurations(2)) == 3 * 4
+    # where the cores are no power of two, replicas on all of them are measured too
+    six = {key[:3] for key in possible_configurations(6, weight_dtypes=("bf16",))}
+    assert {(1, 1, 6), (1, 2, 3), (2, 1, 3), (2, 2, 1)} <= six
+    assert all(tp * threads * replicas <= 6 for tp, threads, replicas in six)
 
 
 def test_a_trace_is_replayed_against_the_real_server_to_the_token(model_dir: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paretune.profiler.profile import BadProfile, Key, Peaks, Profile, this_machine
 from paretune.runtime.spec import Pool
 
-from .profiler_examples import FAST, SMALL, operator_points, profile
+from .profiler_examples import FAST, SMALL, four_cores, operator_points, profile
 
 
 def test_a_profile_comes_back_as_it_was(tmp_path) -> None:
@@ -101,6 +101,15 @@ def test_replicas_beyond_the_cores_stand_on_further_machines() -> None:
     assert str(Key(1, 1, 2, "bf16", "bf16")) in str(raised.value.found)
     one_core = profile(machine=this_machine("none").model_copy(update={"cores": 1}))
     assert one_core.configuration(Pool(replicas=6)).replicas == 1
+
+
+def test_a_number_of_replicas_that_was_not_measured_is_taken_as_the_next_larger_one() -> None:
+    measured = four_cores(1, 2, 4)
+    taken = [measured.configuration(Pool(replicas=n)).replicas for n in (1, 2, 3, 4, 5)]
+    assert taken == [1, 2, 4, 4, 4]
+    # never a smaller one, which would promise too much
+    with pytest.raises(BadProfile):
+        four_cores(1, 2).configuration(Pool(replicas=3))
 
 
 @given(st.floats(1, 1e12))

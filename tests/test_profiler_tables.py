@@ -16,7 +16,7 @@ from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import bound_tables, fastest_tiles, scaled, step_tables
 from paretune.runtime.spec import Pool
 
-from .profiler_examples import SMALL, compositions, formula_s, operator_points, points, profile
+from .profiler_examples import SMALL, compositions, formula_s, four_cores, operator_points, points, profile
 
 POOL = Pool(max_num_batched_tokens=1024, max_num_seqs=64)
 SERVING = Serving(
@@ -169,6 +169,15 @@ def test_serving_is_taken_where_as_many_cores_compute_and_else_from_the_nearest_
     assert both.tables.tokens_s[16] < 2 * step_tables(profile(), SMALL, POOL).tables.tokens_s[16]
     modeled = step_tables(profile(serving=(other,)), SMALL, POOL)
     assert any("taken as measured where 2 cores compute" in note for note in modeled.not_modeled)
+
+
+def test_replicas_taken_as_more_of_them_are_named() -> None:
+    def notes(replicas: int) -> str:
+        pool = POOL.model_copy(update={"replicas": replicas})
+        return "; ".join(step_tables(four_cores(1, 2, 4), SMALL, pool).not_modeled)
+
+    assert "3 replicas on one machine: taken as 4" in notes(3)
+    assert "taken as" not in notes(2).replace("taken as measured", "")
 
 
 def test_scaling_leaves_what_happens_outside_the_steps() -> None:

@@ -46,8 +46,6 @@ MEANING = {
     "provenance": "where it came from; null for a candidate that nobody picked",
     "tiles": "tile of each operator by precision and row bucket",
     "value": "the prediction itself",
-    "low": "lower end of its interval",
-    "high": "upper end of its interval",
     "paretune_version": "that wrote the file",
     "trace_source": "name of the request log",
     "trace_digest": "SHA-256 of its content",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from paretune.optimizer.tuning import Ask, pick_spec, tune_trace
 from paretune.profiler.hardware import accelerators
 from paretune.reports.gather import BadReport, gather
 from paretune.reports.page import html
-from paretune.runtime.spec import Deployment, save_deployment
+from paretune.runtime.spec import Deployment, load_deployment, save_deployment
 from paretune.traces import Trace, write
+
+from .cli_examples import paretune
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,6 @@ def test_a_study_becomes_a_report(folder: Path) -> None:
     text = html(data)
     assert "Step times are not measured" in text
     assert "<b>nightly" not in text
-    assert data.commands[1] == f"paretune tune {folder / 'log.parquet'} --study '=<b>nightly</b>' --slo 'ttf30:p95<=1s'"
     assert any("were simulated" in sentence for sentence in data.search)
 
 
@@ -67,3 +70,47 @@ def test_a_spec_of_another_study_is_refused(folder: Path) -> None:
     with pytest.raises(BadReport, match=r"that study .* tried") as refusal:
         gather("=<b>nightly</b>", str(folder / "paretune.db"), spec_path=str(folder / "other.yaml"))
     assert refusal.value.exit_code == 2
+
+
+def test_the_commands_of_a_report_lead_to_the_same_study_and_spec(folder: Path) -> None:
+    storage, spec = str(folder / "again.db"), str(folder / "again.yaml")
+    text = "fields: {max_num_seqs: [4, 16, 64, 128], max_num_batched_tokens: [256, 2048]}\n"
+    (folder / "space.yaml").write_text(text)
+    with chdir(folder):
+        ask = Ask(
+            log="log.parquet", model="paretune/small", storage=storage, slos=("ttf30:p95<=1s",), accelerator="H100",
+            metric="e2e:p50", cost="sizing", space_path="space.yaml", max_devices=2, study="odd", trials=5, seed=3,
+        )  # fmt: skip
+        study = tune_trace(ask, lambda share, what: None)
+        point = study.front.points[-1]
+        _, before = pick_spec("odd", storage, point=len(study.front.points), output=spec)
+        commands = gather("odd", storage, spec_path=spec).commands
+    tuned, picked, verified = (shlex.split(line) for line in commands)
+    assert verified == ["paretune", "verify", spec, str(folder / "log.parquet")]
+    Path(storage).unlink()
+    assert paretune(*tuned[1:]).exit_code == 0
+    assert paretune(*picked[1:]).exit_code == 0
+    after = load_deployment(spec)
+    assert after.pools == point.deployment.pools == before.pools
+    assert after.predicted == before.predicted
+
+
+def test_without_targets_the_report_shows_the_load_that_the_spec_was_picked_at(folder: Path) -> None:
+    storage, spec = str(folder / "paretune.db"), str(folder / "swept.yaml")
+    ask = Ask(
+        log=str(folder / "log.parquet"), model="paretune/small", accelerator="H100", max_devices=2, study="swept",
+        storage=storage, trials=4,
+    )  # fmt: skip
+    study = tune_trace(ask, lambda share, what: None)
+    points = study.front.points
+    assert len({point.load for point in points}) > 1
+    for number, point in enumerate(points, start=1):
+        pick_spec("swept", storage, point=number, output=spec)
+        data = gather("swept", storage, spec_path=spec)
+        assert (data.chosen.load, data.chosen.trial) == (point.load, point.trial)
+        assert data.chosen.cost("capacity") == point.cost("capacity")
+    # a target that is named only when picking does not change the load that the predictions speak of
+    _, deployment = pick_spec("swept", storage, slos=["ttf30:p95<=100s"], output=spec)
+    chosen = gather("swept", storage, spec_path=spec).chosen
+    assert deployment.provenance is not None
+    assert deployment.provenance.rate == chosen.load * chosen.deployment.pool.replicas

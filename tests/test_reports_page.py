@@ -244,6 +244,7 @@ def test_a_study_says_how_it_searched() -> None:
         measured_steps=False,
         relative_error=0.1,
         not_modeled=("Swapping.",),
+        price=None,
         complete=False,
     )
     search = summary.search_words(study)

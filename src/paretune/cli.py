@@ -19,7 +19,7 @@ from .output import Speaker, StdoutClosed, drop_stdout, envelope, say
 RESUMABLE = 75
 INTERRUPTED = 130
 # Typed again, they go on, or at least lose nothing.
-RESUMED = ("tune", "retune")
+RESUMED = ("tune", "retune", "demo")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -1,4 +1,4 @@
-"""Where things lie if nobody says otherwise; what the command line and the rooms below it both need to know."""
+"""Where things lie if nobody says otherwise; the rooms below are told."""
 
 LEDGER = "out/paretune.db"
 PROFILE = "out/profile.json"

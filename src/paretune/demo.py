@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class DemoResult:
 def run(folder: Path, model: str, speaker: Speaker, *, fresh: bool) -> DemoResult:
     """Tiles, profile, tune, pick, serve, verify, report; everything it writes lies in `folder`."""
     from .commands.serving import schedule_kept
+    from .commands.studies import price_words
     from .optimizer.sources import Sources
     from .optimizer.tuning import Ask, kept, pick_spec, tune_trace
     from .optimizer.verify import verify
@@ -118,7 +120,7 @@ def run(folder: Path, model: str, speaker: Speaker, *, fresh: bool) -> DemoResul
         spec_path=str(spec),
         chosen_measured=Measured(summarize(replayed.times), costs["pick"]),
         default_measured=_default_measured(study.default, costs["default"]),
-        commands=_commands(folder),
+        commands=_commands(folder, model),
         quality=quality,
     )
     write_report(data, page)
@@ -130,6 +132,7 @@ def run(folder: Path, model: str, speaker: Speaker, *, fresh: bool) -> DemoResul
     text = "\n".join(
         [
             as_text(final_table(rows)),
+            price_words(data.prices, data.prices_as_of),
             "",
             _sentence(deployment, replayed.times),
             *(f"{'met' if met else 'MISSED'}: {text}" for text, met in verdict.met.items()),
@@ -262,7 +265,7 @@ def _sentence(deployment: Deployment, times: RequestTimes) -> str:
 
     promised = deployment.prediction("ttf30", 95.0)
     measured = percentile(times.values(Metric.parse("ttf30")), 95.0)
-    if promised is None:
+    if promised is None or promised.low is None or promised.high is None:
         return f"measured TTF-30 p95 {measured * 1e3:.0f} ms"
     return (
         f"TTF-30 p95: predicted {promised.value * 1e3:.0f} ms ({promised.low * 1e3:.0f} to {promised.high * 1e3:.0f}), "
@@ -284,14 +287,20 @@ def _quality(deployment: Deployment) -> str:
     )
 
 
-def _commands(folder: Path) -> tuple[str, ...]:
-    return (
-        f"paretune kernels tune -o {folder}/tiles.json --seconds {TILE_SECONDS:g}",
-        f"paretune profile run -o {folder}/profile.json --tiles {folder}/tiles.json --max-model-len {MAX_TOKENS} "
-        f"--seconds {SECONDS_PER_CONFIGURATION:g}",
-        f"paretune tune {folder}/trace.parquet --profile {folder}/profile.json --tiles {folder}/tiles.json "
-        f"--storage {folder}/paretune.db --study {STUDY} --measure {FINALISTS}",
-        f"paretune pick {STUDY} --storage {folder}/paretune.db -o {folder}/spec.yaml",
-        f"paretune verify {folder}/spec.yaml {folder}/trace.parquet",
-        f"paretune report {STUDY} --storage {folder}/paretune.db --spec {folder}/spec.yaml -o {folder}/report.html",
-    )
+def _commands(folder: Path, model: str) -> tuple[str, ...]:
+    cores = _cores()
+    threads = [word for i in range(cores.bit_length()) if 2**i <= cores for word in ("--threads", str(2**i))]
+    profile, tiles, ledger = (str(folder / name) for name in ("profile.json", "tiles.json", "paretune.db"))
+    log, spec, page = (str(folder / name) for name in ("trace.parquet", "spec.yaml", "report.html"))
+    verification = str(folder / "verification.json")
+    lines = (
+        ["kernels", "tune", "--model", model, *threads, "--seconds", f"{TILE_SECONDS:g}", "-o", tiles],
+        ["profile", "run", "--model", model, "--tiles", tiles, "--max-model-len", f"{MAX_TOKENS}", "--seconds",
+         f"{SECONDS_PER_CONFIGURATION:g}", "-o", profile],
+        ["tune", log, "--model", model, "--profile", profile, "--tiles", tiles, "--storage", ledger, "--study", STUDY,
+         "--max-devices", f"{cores}", "--measure", f"{FINALISTS}"],
+        ["pick", STUDY, "--storage", ledger, "-o", spec],
+        ["verify", spec, log, "-o", verification],
+        ["report", STUDY, "--storage", ledger, "--spec", spec, "--verification", verification, "-o", page],
+    )  # fmt: skip
+    return tuple(shlex.join(["paretune", *line]) for line in lines)

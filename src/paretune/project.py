@@ -6,7 +6,7 @@ Relative paths in it start from the folder that it lies in.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,12 +23,12 @@ class Project(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     log: str = Field("trace.parquet", description="the request log that `retune` reads every night")
     model: str = Field(SMALL_MODEL, description="model directory, or the small model that ships with the package")
     slo: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     metric: str = Field("ttf30:p95", description="the latency axis of the curve")
-    cost: str = "capacity"
+    cost: Literal["capacity", "sizing"] = "capacity"
     accelerator: str = "cpu"
     profile: str = PROFILE
     tiles: str | None = None

@@ -8,6 +8,7 @@ import click
 
 from ..default_paths import PROFILE
 from ..output import Speaker, speaks, table
+from .numbers import POSITIVE
 
 TILES_PATH = "out/tiles.json"
 MODEL = "paretune/small"
@@ -47,7 +48,7 @@ def profile() -> None:
 @model_option
 @click.option("-o", "--output", type=OUTPUT, default=PROFILE, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
-@click.option("--seconds", type=float, default=8.0, show_default=True, help="Per configuration, for whole steps.")
+@click.option("--seconds", type=POSITIVE, default=8.0, show_default=True, help="Per configuration, for whole steps.")
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
 @click.option("--serving/--no-serving", default=True, show_default=True, help="Also replay against a live server.")
@@ -153,7 +154,7 @@ def kernels() -> None:
 @click.option("-o", "--output", type=OUTPUT, default=TILES_PATH, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
 @click.option("--threads", "threads", multiple=True, type=click.IntRange(min=1), help="Thread counts of a rank.")
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="For all of it.")
+@click.option("--seconds", type=POSITIVE, default=60.0, show_default=True, help="For all of it.")
 @speaks
 def kernels_tune(
     speaker: Speaker, model: str, output: str, weight_dtypes: tuple[str, ...], threads: tuple[int, ...], seconds: float

@@ -10,7 +10,8 @@ import click
 
 from ..output import Speaker, speaks, table
 from .machine import EXISTING, OUTPUT
-from .studies import RATE, goodput_of, milliseconds, summary_table
+from .numbers import POSITIVE
+from .studies import goodput_of, milliseconds, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5
@@ -42,15 +43,19 @@ def serve(
     \b
     Example: paretune serve out/spec.yaml --request-log out/requests.jsonl
     """
-    from ..runtime.parallel import thread_environment
+    from ..runtime.parallel import thread_environment, usable_cores
     from ..runtime.server import serve as run
-    from ..runtime.spec import load_deployment
+    from ..runtime.spec import CPU, load_deployment
 
     deployment = load_deployment(spec)
     api_key = os.environ.get("PARETUNE_API_KEY")
     if api_key_file is not None:
         with open(api_key_file) as stream:
             api_key = stream.read().strip()
+    pool, cores = deployment.pool, usable_cores()
+    busy = pool.devices_per_replica * pool.replicas
+    if pool.accelerator == CPU and busy > cores:
+        click.echo(f"warning: {busy} threads on {cores} cores: they take turns, so every step takes longer", err=True)
     os.environ.update(thread_environment(deployment.pool))
     sys.exit(
         run(
@@ -84,10 +89,10 @@ def warn_of(errors: Sequence[str], speaker: Speaker) -> None:
 @click.argument("log", type=LOG)
 @click.option("--url", required=True, help="Of an OpenAI-compatible server.")
 @click.option("--model", help="The name to ask for; default: the first that the server has.")
-@click.option("--rate", type=RATE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts' tokens.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for one request.")
+@click.option("--timeout", type=POSITIVE, default=600.0, show_default=True, help="Seconds for one request.")
 @speaks
 def replay(
     speaker: Speaker, log: str, url: str, model: str | None, rate: float, k: int, seed: int, timeout: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +14,21 @@ from click.core import ParameterSource
 from ..default_paths import LEDGER, PROFILE
 from ..output import Speaker, speaks, table
 from .machine import EXISTING, MODEL, OUTPUT
+from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .traces import LOG
 
 if TYPE_CHECKING:
-    from ..optimizer.front import Evaluation, Front
+    from ..optimizer.front import Evaluation
     from ..optimizer.study import Study
+    from ..runtime.spec import Prediction
     from ..traces.metrics import RequestTimes, Summary
     from ..traces.trace import Trace
 
 NOTHING_FEASIBLE = 3
 OUT_OF_TIME = 75
 
-RATE = click.FloatRange(min=0, min_open=True)
+# Reasons may name all that would have been allowed; --json has them whole.
+REASON_LENGTH = 100
 NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
 
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
@@ -68,7 +71,7 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.argument("log", type=LOG)
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
-@click.option("--rate", type=RATE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
+@click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
 @speaks
 def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
@@ -79,12 +82,13 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     """
     from ..optimizer.capacity import k_of
     from ..optimizer.sources import Sources
+    from ..profiler.hardware import as_cataloged
     from ..profiler.simulator import simulate as run
     from ..runtime.spec import load_deployment
     from ..traces import read
     from ..traces.metrics import summarize, violations
 
-    deployment = load_deployment(spec_path)
+    deployment = as_cataloged(load_deployment(spec_path))
     trace = read(log)
     pool = deployment.pool
     sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
@@ -93,6 +97,10 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     result = run(trace, pool, modeled.tables, k=k, rate=rate)
     summary = summarize(result.times)
     label = "" if modeled.measured else f"\n{NOT_MEASURED}"
+    not_modeled = modeled.not_modeled
+    if deployment.engine != "paretune":
+        other = f"the scheduler of {deployment.engine}: paretune's own ran in its place"
+        not_modeled, label = (other, *not_modeled), f"{label}\nnot modeled: {other}"
     text = (
         f"{summary_table(summary, goodput_of(result.times, trace))}\n"
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
@@ -109,7 +117,7 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
         "prefix_hit_tokens": result.prefix_hit_tokens,
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
-        "not_modeled": modeled.not_modeled,
+        "not_modeled": not_modeled,
     }
     speaker.result(data, text)
 
@@ -127,10 +135,14 @@ def deployment_words(evaluation: Evaluation) -> str:
     )
 
 
-def front_table(front: Front) -> str:
-    """The curve, cheapest first."""
+def front_table(study: Study) -> str:
+    """The curve, cheapest first; each point with what it carries, or without targets with the load it is under."""
+    from ..traces.metrics import usd_per_month
+
+    front = study.front
     latency = f"{front.metric} p{front.percentile:g}, ms"
-    unit = "$/M tokens" if front.cost == "capacity" else "$/hour"
+    units = ["$/M tokens"] if front.cost == "capacity" else ["$/hour", "$/month"]
+    last = "load" if not study.targets else "capacity" if front.cost == "capacity" else "replicas"
     rows = []
     for number, each in enumerate(front.points, start=1):
         low, high = each.interval(front.metric, front.percentile)
@@ -138,15 +150,25 @@ def front_table(front: Front) -> str:
         rows.append(
             [
                 f"{number}  {deployment_words(each)}",
-                f"{each.cost(front.cost):,.4g}",
+                *map(dollars, (each.cost(front.cost), usd_per_month(each.usd_per_hour))[: len(units)]),
                 milliseconds(value),
                 f"{milliseconds(low)} to {milliseconds(high)}",
-                f"{each.capacity_rate:.2f}x" if front.cost == "capacity" else str(each.replicas_needed),
+                {
+                    "load": f"{each.load:.2f}x",
+                    "capacity": f"{each.capacity_rate:.2f}x",
+                    "replicas": str(each.replicas_needed),
+                }[last],
                 each.fidelity,
             ]
         )
-    last = "capacity" if front.cost == "capacity" else "replicas"
-    return table(["point", unit, latency, "90 % interval", last, "latency known by"], rows)
+    return table(["point", *units, latency, "90 % interval", last, "latency known by"], rows)
+
+
+def price_words(source: str, as_of: str) -> str:
+    """Where dollars come from, and what a month is."""
+    from ..traces.metrics import HOURS_PER_MONTH
+
+    return f"prices: {source}, as of {as_of}; a month is {HOURS_PER_MONTH} hours"
 
 
 @click.command()
@@ -171,7 +193,7 @@ def front_table(front: Front) -> str:
               help="Finalists to serve and replay for real.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), help="Threads; default: the cores. Does not change the result.")
-@click.option("--time-budget", type=float, help="Seconds after which no trial is begun.")
+@click.option("--time-budget", type=NOT_NEGATIVE, help="Seconds after which no trial is begun.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier study of this name first.")
 @click.option("--optuna-storage", metavar="URL",
               help="At the end, copy the trials into this database for Optuna's own tools.")  # fmt: skip
@@ -200,6 +222,8 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
         + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
+    left_out = sorted([*found.invalid.items(), *found.dropped.items()], key=lambda item: -item[1])
+    text += [f"left out: {count:,} points: {reason[:REASON_LENGTH]}" for reason, count in left_out]
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
@@ -213,6 +237,7 @@ def _study_data(study: Any) -> dict[str, Any]:
         "study": study.name,
         "points": [each.to_dict() for each in study.front.points],
         "screened": whole["screened"],
+        "price": whole["price"],
         "not_modeled": whole["not_modeled"],
         "complete": study.complete,
     }
@@ -241,7 +266,11 @@ def front(speaker: Speaker, study: str, storage: str, as_csv: bool) -> None:
 
 def _curve(study: Study) -> str:
     """The front with what it leaves out, the label for unmeasured step times first."""
-    lines = [front_table(study.front)]
+    lines = [front_table(study)]
+    if not study.targets:
+        lines.append("load: traffic that one replica carries, as a multiple of the recorded rate")
+    if study.price is not None:
+        lines.append(price_words(study.price.source, study.price.as_of))
     if not study.measured_steps:
         lines.append(NOT_MEASURED)
     return "\n".join([*lines, *(f"not modeled: {each}" for each in study.not_modeled)])
@@ -251,10 +280,10 @@ def _curve(study: Study) -> str:
 @click.argument("study", default="default")
 @storage_option
 @click.option("--slo", "slos", multiple=True, help="The cheapest point that holds these; default: the study's targets.")
-@click.option("--budget", type=float, help="The fastest point within so many dollars (in the study's unit of cost).")
+@click.option("--budget", type=POSITIVE, help="The fastest point within so many dollars (in the study's unit of cost).")
 @click.option("--knee", is_flag=True, help="The point after which more money buys little.")
 @click.option("--point", type=click.IntRange(min=1), help="The point of this number in `paretune front`.")
-@click.option("--confidence", type=click.FloatRange(0.0, 0.999), default=0.9, show_default=True)
+@click.option("--confidence", type=Finite(0.0, 0.999), default=0.9, show_default=True)
 @click.option("-o", "--output", type=OUTPUT, default="out/spec.yaml", show_default=True)
 @speaks
 def pick(
@@ -274,6 +303,7 @@ def pick(
     Example: paretune pick default --slo 'ttf30:p95<=600ms' -o out/spec.yaml
     """
     from ..optimizer.tuning import pick_spec
+    from ..traces.metrics import usd_per_month
 
     ways = {"--slo": bool(slos), "--budget": budget is not None, "--knee": knee, "--point": point is not None}
     if sum(ways.values()) > 1:
@@ -289,11 +319,33 @@ def pick(
     lines = [f"wrote {output}: {deployment_words(chosen)}"]
     for each in deployment.predicted:
         if each.percentile in (50, 95):
-            interval = f"{milliseconds(each.low)} to {milliseconds(each.high)}"
-            lines.append(f"  {each.metric} p{each.percentile:g}: {milliseconds(each.value)} ms ({interval})")
-    if deployment.provenance is not None and not deployment.provenance.measured:
-        lines.append(NOT_MEASURED)
+            interval = _interval(each, milliseconds)
+            lines.append(f"  {each.metric} p{each.percentile:g}: {milliseconds(each.value)} ms{interval}")
+        elif each.metric == "usd_per_million_tokens":
+            lines.append(f"  $ per million tokens: {dollars(each.value)}{_interval(each, dollars)}")
+        elif each.metric == "usd_per_hour":
+            month = f"{dollars(usd_per_month(each.value))} a month"
+            lines.append(f"  $ an hour: {dollars(each.value)}{_interval(each, dollars)}, {month}")
+    if deployment.provenance is not None:
+        origin = deployment.provenance
+        if not chosen.values:
+            lines.append(f"  all of it at {origin.rate:.3g} x the recorded rate, {chosen.load:.3g} x for each replica")
+        lines.append(price_words(origin.prices, origin.prices_as_of))
+        if not origin.measured:
+            lines.append(NOT_MEASURED)
     speaker.result(data, "\n".join(lines))
+
+
+def dollars(usd: float) -> str:
+    """As tables print money, under a heading that names it."""
+    return f"{usd:,.4g}"
+
+
+def _interval(prediction: Prediction, text: Callable[[float], str]) -> str:
+    """Of a prediction, in brackets; nothing where it has none."""
+    if prediction.low is None or prediction.high is None:
+        return ""
+    return f" ({text(prediction.low)} to {text(prediction.high)})"
 
 
 @click.command()
@@ -312,10 +364,11 @@ def export(
     Example: paretune export out/spec.yaml --target vllm
     """
     from ..optimizer.export.vllm import export as to_vllm
+    from ..profiler.hardware import as_cataloged
     from ..runtime.spec import load_deployment
     from ..traces.whole_file import write_whole
 
-    deployment = load_deployment(spec)
+    deployment = as_cataloged(load_deployment(spec))
     exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
     if output is not None:
         write_whole(output, exported.config)
