@@ -251,7 +251,7 @@ def test_a_host_that_others_reach_needs_an_api_key(capsys: pytest.CaptureFixture
     [
         ({"port": 99999}, 2, "99999"),
         ({"port": -1}, 2, "port"),
-        ({"api_key": ""}, 2, "api_key"),
+        ({"api_keys": [""]}, 2, "api_keys"),
         ({"port": 0, "request_log": "/proc/none/requests.jsonl"}, 1, "requests.jsonl"),
         ({"port": 0, "step_log": "/proc/none/steps.jsonl"}, 1, "steps.jsonl"),
     ],
