@@ -27,6 +27,7 @@ from paretune.runtime.engine import EngineStats, Output, Request, StepRecord
 from paretune.runtime.request_log import RequestLog
 from paretune.runtime.sampler import TokenLogprobs
 from paretune.runtime.server.app import ServedModel, Service
+from paretune.runtime.server.process import http_config, listen
 from paretune.runtime.server.replicas import Fleet, Replica
 from paretune.runtime.small_model import MODEL_DIR
 from paretune.runtime.spec import Pool
@@ -150,20 +151,24 @@ class Running:
 
 @contextmanager
 def running(
-    *engines: Echo, log: Path | None = None, api_keys: tuple[str, ...] = (), text: bool = True
+    *engines: Echo,
+    log: Path | None = None,
+    api_keys: tuple[str, ...] = (),
+    text: bool = True,
+    **limits: int,
 ) -> Iterator[Running]:
-    """A server in a thread of its own, each engine in another."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    """A server in a thread of its own, each engine in another; limits: of the pool."""
+    listener = listen("127.0.0.1", 0)
     pairs = [socket.socketpair() for _ in engines]
     workers = [threading.Thread(target=drive, args=(engine, pair[1])) for engine, pair in zip(engines, pairs)]
     lost: list[int] = []
     replicas = [Replica(i, lambda one: lost.append(one.index) if one.lost else None) for i in range(len(engines))]
-    fleet = Fleet(replicas, Pool(replicas=len(engines)))
+    fleet = Fleet(replicas, Pool(replicas=len(engines), **limits))
     tokenizer, template = (TOKENIZER, ChatTemplate.load(MODEL_DIR)) if text else (None, None)
     model = ServedModel(MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template)
     request_log = None if log is None else RequestLog(log, block_size=4)
     service = Service(model, fleet, api_keys=api_keys, request_log=request_log)
-    server = uvicorn.Server(uvicorn.Config(service.app(), lifespan="off", log_level="warning", access_log=False))
+    server = uvicorn.Server(http_config(service.app()))
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()

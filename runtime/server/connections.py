@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
+import struct
 import sys
 from typing import Any
 
@@ -119,7 +121,14 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():
             # closing waits for the client to take the rest, and a client that does not read never does
-            self.loop.call_later(STALL_TIMEOUT_S, self.transport.abort)
+            self.loop.call_later(STALL_TIMEOUT_S, self._cut)
+
+    def _cut(self) -> None:
+        """Close now, and let the kernel forget what the client has not taken."""
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None and connection.fileno() >= 0:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls, inside its `except`, for what is no HTTP."""
@@ -163,13 +172,13 @@ class Connection(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
-            self.transport.abort()
+            self._cut()
         else:
             super().timeout_keep_alive_handler()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(STALL_TIMEOUT_S, self.transport.abort)
+        self._stall_timer = self.loop.call_later(STALL_TIMEOUT_S, self._cut)
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -97,7 +97,7 @@ def run(
         available = available_bytes()
         check_memory(shape, deployment.pool, available=available)
         model = _served_model(deployment, shape, model_dir, served_model_name)
-        listener = _listen(host, port)
+        listener = listen(host, port)
         log = None if request_log is None else RequestLog(request_log, block_size=deployment.pool.block_size)
     except (BadOption, BadSpec, BadModel, BadTokenizer, BadRequestLog, CannotListen, CannotWrite) as error:
         _say(str(error))
@@ -152,7 +152,7 @@ class _Process:
         host, port = listener.getsockname()[:2]
         self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         service = Service(self._model, self._fleet, api_keys=api_keys, request_log=request_log)
-        self._server = _Server(_config(service.app()))
+        self._server = _Server(http_config(service.app()))
         await self._processes.connect()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain)
@@ -220,7 +220,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    """Uvicorn's settings, with our limits of time, size and number."""
     Connection.max_connections = connection_limit()
     return uvicorn.Config(
         app,
@@ -282,7 +283,7 @@ def _check_step_log(path: Path | None) -> None:
         raise CannotWrite(path, error.strerror or str(error)) from None
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before anything is loaded. Raises: CannotListen."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
