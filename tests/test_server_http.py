@@ -253,6 +253,21 @@ def test_openai_client_streams_text_and_usage(server: Running) -> None:
     assert chunks[-1].usage.completion_tokens == len(chunks) - 1
 
 
+def test_usage_comes_in_every_event_where_it_is_asked_for(server: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last = server.stream("one two three", stream_options=options)
+    prompt = last["usage"]["prompt_tokens"]
+    assert [event["usage"]["completion_tokens"] for event in events] == list(range(1, len(events) + 1))
+    assert {event["usage"]["prompt_tokens"] for event in events} == {prompt}
+    assert events[-1]["usage"] == last["usage"]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "stream_options": options, "max_tokens": 3}
+    events = server.stream(None, "/v1/chat/completions", **chat)
+    assert [event["usage"]["completion_tokens"] for event in events] == [0, 1, 2, 3, 3]
+    body = {"model": MODEL, "prompt": "x", "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    response = server.post("/v1/completions", body)
+    assert response.json()["error"]["param"] == "stream_options"
+
+
 def test_openai_client_chats(server: Running) -> None:
     messages: Any = [{"role": "user", "content": "hello"}]
     client = client_of(server)

@@ -211,7 +211,7 @@ class Reply:
         """The first tokens of an answer are about to be delivered."""
         if self._writer is not None:
             ids = generation.prompt_token_ids.tolist() if self.call.return_token_ids else None
-            opening = self._writer.opening(generation.index, ids)
+            opening = self._writer.opening(generation.index, ids, self._usage_so_far(generation))
             if opening:
                 self._append(opening)
 
@@ -224,7 +224,8 @@ class Reply:
             self._unfinished -= 1
         if self._writer is not None:
             ids = list(token_ids) if self.call.return_token_ids else None
-            self._append(self._writer.tokens(generation.index, text, finish_reason, logprobs, ids))
+            usage = self._usage_so_far(generation)
+            self._append(self._writer.tokens(generation.index, text, finish_reason, logprobs, ids, usage))
             if not self._unfinished:
                 self._append(self._writer.closing(self.usage()))
         elif self._unfinished:
@@ -278,6 +279,11 @@ class Reply:
             choices=[generation.choice() for generation in self.generations],
             usage=self.usage(),
         )
+
+    def _usage_so_far(self, generation: Generation) -> Usage | None:
+        if not self.call.continuous_usage:
+            return None
+        return Usage(len(generation.prompt_token_ids), generation.completion_tokens, generation.cached_tokens)
 
     def usage(self) -> Usage:
         return Usage(

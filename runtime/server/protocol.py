@@ -3,7 +3,8 @@
 A field that is not known, or asks for what this server does not do, is refused by name. Fields of OpenAI's
 that it cannot honor are taken where they ask for nothing (`n=1`, `presence_penalty=0`, `tools=[]`, ...).
 Reference: https://platform.openai.com/docs/api-reference; top_k, min_tokens, stop_token_ids, ignore_eos and
-return_token_ids are vLLM's extensions. `user`, `safety_identifier` and `prompt_cache_key` are taken, and not used.
+return_token_ids are vLLM's extensions, and so is stream_options.continuous_usage_stats.
+`user`, `safety_identifier` and `prompt_cache_key` are taken, and not used.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, _only(False)] = None
 
 
@@ -221,6 +223,7 @@ class Call:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     return_token_ids: bool
     app: str | None
     session: str | None
@@ -269,6 +272,9 @@ def _call(
         "ignore_eos": bool(body.ignore_eos),
         "logprobs": logprobs,
     }
+    options = body.stream_options
+    if options and options.continuous_usage_stats and not options.include_usage:
+        raise ApiError(400, "continuous_usage_stats needs include_usage: true", "stream_options")
     return Call(
         chat=isinstance(body, ChatBody),
         model=body.model,
@@ -279,7 +285,8 @@ def _call(
         stop=body.stop,
         logprobs=logprobs,
         stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
         app=metadata.get("app"),
         session=metadata.get("session"),
