@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -148,6 +148,20 @@ def pack(
         precision, out_features, in_features, chosen, panels, stored.contiguous() if "torch" in backends else None,
         channel_scale, bias, zero_sum, descriptor, address,
     )  # fmt: skip
+
+
+def retile(packed: PackedLinear, tiles: TileTable) -> PackedLinear:
+    """The same packed weight, computed with other tiles; nothing is copied.
+
+    Raises BadTile: a tile whose backend wants the weight in a layout that is not there.
+    """
+    held = [name for name, layout in (("cpp", packed.panels), ("torch", packed.weight)) if layout is not None]
+    library = load()
+    default = Tile("linear", held[0])
+    chosen = tuple(tiles.lookup("linear", packed.precision, 1 << exponent) or default for exponent in range(_BUCKETS))
+    for tile in chosen:
+        _check_tile(tile, tuple(held), library)
+    return replace(packed, tiles=chosen)
 
 
 def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:

@@ -67,7 +67,10 @@ class Sources:
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
         found = step_tables(source, self.shape, pool)
-        return replace(found, not_modeled=(*found.not_modeled, *_SIMULATOR_LEAVES_OUT))
+        left_out = [*found.not_modeled, *_SIMULATOR_LEAVES_OUT]
+        if pool.max_queued_requests:
+            left_out.append("max_queued_requests: requests that the server would refuse wait in the simulator")
+        return replace(found, not_modeled=tuple(left_out))
 
     def price(self, pool: Pool) -> Price:
         """Of one device of a pool. Raises: BadHardware: the price book has none."""

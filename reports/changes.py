@@ -25,6 +25,7 @@ WORDS = {
     "num_kv_blocks": "Reserve cache memory for {after} blocks instead of {before}.",
     "enable_chunked_prefill": "Long prompts in several steps, so that answers do not stall: {after} (was {before}).",
     "enable_prefix_caching": "Compute equal beginnings of prompts once: {after} (was {before}).",
+    "max_queued_requests": "Let {after} requests wait before more are refused, instead of {before} (0: no limit).",
     "tiles": "Cut the operators' work into blocks as this machine does best: {after} tuned tiles instead of {before}.",
 }
 

@@ -28,7 +28,7 @@ from .model_shape import ModelShape
 from .parallel import RankFailed
 from .peers import Peers
 from .rank import OtherRanks, Rank
-from .runnable import check_runnable
+from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
 from .scheduler import (
     NUM_PREEMPTIONS,
@@ -36,18 +36,20 @@ from .scheduler import (
     NUM_PREFIX_QUERY_TOKENS,
     NUM_RUNNING,
     NUM_WAITING,
+    PLAN_ADMITTED,
     PLAN_FINISHED,
     PLAN_SIZE,
     PLAN_TOKENS,
     abort,
     add_request,
+    change_limits,
     commit,
     grow,
     new_plan,
     new_state,
     schedule,
 )
-from .spec import Deployment
+from .spec import BadSpec, Deployment, Pool
 from .token_store import TokenStore
 
 __all__ = [
@@ -151,7 +153,7 @@ class Engine:
     def __init__(self, deployment: Deployment, model_dir: Path, *, keep_logits: bool = False) -> None:
         self.shape = ModelShape.load(model_dir)
         check_runnable(deployment, self.shape)
-        self.pool = deployment.pool
+        self.pool = self._built = deployment.pool
         check_memory(self.shape, self.pool, replicas=1)
         self.kept_logits: list[KeptLogits] = []
         self._keep_logits = keep_logits
@@ -183,6 +185,7 @@ class Engine:
         self._aborted: list[Output] = []
         self._steps = 0
         self.last_step: StepRecord | None = None
+        self.last_admitted: list[int] = []
 
     def _warm_up(self) -> None:
         """Prefill and decode once, then forget it: the first request shall not wait for Numba, threads and memory."""
@@ -245,6 +248,24 @@ class Engine:
         self._forget(slot)
         return True
 
+    def change(self, pool: Pool) -> None:
+        """Go on with other limits and tiles, from the next step on; requests that run stay.
+
+        Raises: BadSpec, BadTile, and nothing changed: what only a new engine can do.
+        """
+        fields = fields_that_need_new_replicas(self._built, pool)
+        if fields:
+            raise BadSpec(fields[0], getattr(pool, fields[0]), "what this engine was built with", "start another")
+        if pool.tiles != self.pool.tiles:
+            self._rank.use_tiles(pool.tiles)
+        change_limits(self._state, pool)
+        self.pool = pool
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are queued, and not admitted."""
+        return int(self._state.counts[NUM_WAITING])
+
     @property
     def has_work(self) -> bool:
         """Whether a step would bring something."""
@@ -263,6 +284,9 @@ class Engine:
         state, plan = self._state, self._plan
         schedule(state, plan)
         rows = int(plan.counts[PLAN_SIZE])
+        # those admitted stand last in the plan
+        first_admitted = rows - int(plan.counts[PLAN_ADMITTED])
+        self.last_admitted = state.request_id[plan.slot[first_admitted:rows]].tolist()
         if rows == 0:
             return outputs
         slots = plan.slot[:rows][plan.samples[:rows]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -47,6 +47,13 @@ def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> M
     )
 
 
+def memory_table(need: MemoryNeed, available: int) -> str:
+    """What takes how many GiB, a line each, for people."""
+    parts = {name.removesuffix("_bytes").replace("_", " "): value for name, value in asdict(need).items()}
+    rows = [*parts.items(), ("together", need.total_bytes), ("available", available)]
+    return "\n".join(f"  {name:<12}{value / _GIB:8.2f} GiB" for name, value in rows)
+
+
 def available_bytes() -> int:
     """Memory that can be taken without swapping, within the limit of the control group (Linux, version 2)."""
     available = int(psutil.virtual_memory().available)
@@ -73,6 +80,7 @@ def check_memory(shape: ModelShape, pool: Pool, *, available: int | None = None,
     if need.total_bytes <= available:
         return
     parts = f"weights {need.weight_bytes / _GIB:.2f}, KV {need.kv_cache_bytes / _GIB:.2f}"
+    parts += f", activations {need.activation_bytes / _GIB:.2f}"
     found = f"{need.total_bytes / _GIB:.2f} GiB ({parts})"
     allowed = f"{available / _GIB:.2f} GiB, the memory available here"
     raise BadSpec("num_kv_blocks, weight_dtype, replicas", found, allowed, _nearest(shape, pool, available, replicas))

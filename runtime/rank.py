@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels.tiles import TileTable
 from .batch import ARGMAX, Batch
 from .model_shape import ModelShape
 from .parallel import RankFailed, share_of, thread_environment
@@ -70,6 +71,10 @@ class Rank:
             if self.batch.head == ARGMAX:
                 return self._merged_argmax(logits, self._peers)
             return self._gathered(logits, self._peers)
+
+    def use_tiles(self, tiles: TileTable) -> None:
+        """Compute with other tiles from the next step on. Raises: BadTile, and nothing changed."""
+        self._transformer.use_tiles(tiles)
 
     def _merged_argmax(self, logits: Tensor, peers: Peers) -> Tensor | None:
         """The best token of all ranks: one (logit, token) pair a row travels, in float64, which holds both exactly."""
@@ -173,8 +178,8 @@ class OtherRanks:
 def main() -> None:
     """A rank process; the end of its standard input is its own end."""
     # Ctrl-C and a service manager's SIGTERM reach all processes; rank 0 decides what they mean
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     task = json.loads((folder / TASK_FILE).read_text())
     threading.Thread(target=_leave_with_rank_0, daemon=True).start()

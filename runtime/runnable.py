@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .model_shape import BadModel, ModelShape
-from .spec import CPU, BadSpec, Deployment
+from .spec import CPU, BadSpec, Deployment, Pool
 
+# the arrays of a batch are as large as the limits that the engine was built with
+_LIMITS_CHANGED_WHILE_RUNNING = ("max_num_seqs", "max_num_batched_tokens")
 WEIGHT_DTYPES = ("fp32", "bf16", "int8")
 KV_CACHE_DTYPES = ("fp32", "bf16")
 
@@ -43,3 +45,21 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         raise BadSpec(
             "pools.0.tensor_parallel_size", pool.tensor_parallel_size, f"{divisors}, which divide the KV heads"
         )
+
+
+def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:
+    """Fields of `pool` that replicas started with `built` cannot take on; empty: they can change while they run.
+
+    Tiles may still want the weights in another layout, which only the engine knows (kernels.tiles.BadTile).
+    """
+    differing = (name for name in Pool.model_fields if getattr(pool, name) != getattr(built, name))
+    return tuple(name for name in differing if not _changes_while_running(name, built, pool))
+
+
+def _changes_while_running(name: str, built: Pool, pool: Pool) -> bool:
+    if name in _LIMITS_CHANGED_WHILE_RUNNING:
+        return bool(getattr(pool, name) <= getattr(built, name))
+    # the ranks of a sharded replica are not told of tiles
+    if name == "tiles":
+        return pool.tensor_parallel_size == 1
+    return name == "max_queued_requests"

@@ -189,6 +189,16 @@ def new_plan(pool: Pool) -> Plan:
     )
 
 
+def change_limits(state: State, pool: Pool) -> None:
+    """Schedule within the limits of `pool` from the next step on: its batch limits, at most those of `new_state`.
+
+    Requests beyond a smaller max_num_seqs run to their end, and nobody is admitted before there is a seat.
+    """
+    assert pool.max_num_seqs <= state.running.shape[0], "the arrays hold no more"
+    state.limits[MAX_NUM_SEQS] = pool.max_num_seqs
+    state.limits[MAX_NUM_BATCHED_TOKENS] = pool.max_num_batched_tokens
+
+
 # the fields of State that say something of one request; the other fields by slot are queues of slots
 _OF_A_REQUEST = (
     "request_id",

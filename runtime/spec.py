@@ -91,6 +91,9 @@ class Pool(_Part):
     num_kv_blocks: int = Field(2048, ge=1, description="blocks in each replica's KV cache")
     enable_chunked_prefill: bool = Field(True, description="a prompt may be computed over several steps")
     enable_prefix_caching: bool = Field(True, description="blocks of equal prefixes are computed once")
+    max_queued_requests: int = Field(
+        0, ge=0, description="most requests that wait for a replica; the server answers more with 429; 0 = no limit"
+    )
     tiles: Tiles = Field(default_factory=TileTable, description="tile of each operator by precision and row bucket")
 
     @field_validator("block_size")

@@ -23,7 +23,7 @@ from ..kernels.tiles import BadTile, Tile, TileTable
 from .batch import Batch
 from .model_shape import ModelShape, Rope
 from .parallel import Share
-from .weights import LayerWeights, Weights
+from .weights import LayerWeights, Weights, retiled
 
 _BUCKETS = 33
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,8 +88,16 @@ class Transformer:
         self._cos, self._sin = rope_tables(shape, max_model_len)
         cache = (shape.num_layers, 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
         self._cache = [tuple(layer) for layer in zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])]
+        self._kv_cache_dtype = kv_cache_dtype
         self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
         self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype)
+
+    def use_tiles(self, tiles: TileTable) -> None:
+        """Compute with other tiles from now on. Raises: BadTile, and nothing changed: the weights lack their layout."""
+        decode = _by_bucket(tiles, "decode_attention", self._kv_cache_dtype)
+        prefill = _by_bucket(tiles, "prefill_attention", self._kv_cache_dtype)
+        self._weights = retiled(self._weights, tiles)
+        self._decode_tiles, self._prefill_tiles = decode, prefill
 
     def forward(self, batch: Batch) -> Tensor:
         """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32."""

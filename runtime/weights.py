@@ -6,7 +6,7 @@ here knows of processes. q, k and v lie in one matrix, gate and up in another: o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..kernels.linear import PackedLinear, pack
+from ..kernels.linear import PackedLinear, pack, retile
 from ..kernels.tiles import TileTable
 from .model_shape import BadModel, ModelShape, read_json
 from .parallel import Share
@@ -170,6 +170,21 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     ignored = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if shape.tie_word_embeddings else ())
     checkpoint.check_all_read(ignored=ignored)
     return weights
+
+
+def retiled(weights: Weights, tiles: TileTable) -> Weights:
+    """The same weights, computed with other tiles; nothing is copied. Raises: BadTile: a layout that is not there."""
+    layers = tuple(
+        replace(
+            layer,
+            qkv=retile(layer.qkv, tiles),
+            o=retile(layer.o, tiles),
+            gate_up=retile(layer.gate_up, tiles),
+            down=retile(layer.down, tiles),
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, head=retile(weights.head, tiles))
 
 
 def _layer(

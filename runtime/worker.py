@@ -7,10 +7,14 @@ the socket, or dies.
 to the replica    (START, deployment, model folder, number of the replica, step log or None), once and first
                   (ADD, request_id, prompt token ids: bytes of int32, sampling: dict for SamplingParams)
                   (ABORT, request_id)
+                  (CHANGE, pool), between two steps; answered by CHANGED
 from the replica  (READY,)
                   (STEP, request ids, tokens of each, token ids of all in a row, finish reasons, cached tokens,
-                   logprobs of each or None, stats or None)
+                   logprobs of each or None, stats or None, queue)
+                  (CHANGED, None, or why nothing changed)
                   (FAILED, exit code, message)
+
+`queue` is a Queue. A step that brings no tokens (a chunk of a prompt) is told, too.
 """
 
 from __future__ import annotations
@@ -33,13 +37,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .spec import Deployment, parse_deployment
+from ..kernels.tiles import BadTile
+from .spec import BadSpec, Deployment, Pool, parse_deployment
 
 if TYPE_CHECKING:
     from .engine import EngineStats, Output, Request, StepRecord
     from .sampler import TokenLogprobs
 
-START, ADD, ABORT, READY, STEP, FAILED = range(6)
+START, ADD, ABORT, CHANGE, READY, STEP, CHANGED, FAILED = range(8)
 
 # Statistics ride along with outputs at most this often: Prometheus scrapes every few seconds.
 STATS_EVERY_S = 0.2
@@ -60,13 +65,38 @@ class Stats(NamedTuple):
     steps: int = 0
 
 
+class Queue(NamedTuple):
+    """A replica's queue as its last step left it.
+
+    taken      requests handed to it so far
+    waiting    of these, those that are not admitted
+    admitted   ids of those that this step admitted; after a preemption they come again
+    started_s  when the step began, on the clock of time.perf_counter, which all processes of a machine share
+    tokens     that the step computed
+    """
+
+    taken: int
+    waiting: int
+    admitted: list[int]
+    started_s: float
+    tokens: int
+
+
 class AnyEngine(Protocol):
-    """What the loop asks of an engine."""
+    """What the loop asks of an engine.
+
+    last_step      of the last step that computed something
+    last_admitted  ids of the requests that this step admitted
+    """
 
     last_step: StepRecord | None
+    last_admitted: list[int]
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def num_waiting(self) -> int: ...
+    def change(self, pool: Pool) -> None: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: int) -> object: ...
     def step(self) -> list[Output]: ...
@@ -181,8 +211,8 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
     from .engine import Request
     from .sampler import SamplingParams
 
-    told, told_s = Stats(), 0.0
-    logged: StepRecord | None = None
+    told, told_s, taken = Stats(), 0.0, 0
+    recorded: StepRecord | None = None
     while True:
         messages = inbox.take(block=not engine.has_work)
         if messages is None:
@@ -192,23 +222,30 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
                 _, request_id, prompt, sampling = message
                 prompt_token_ids = np.frombuffer(prompt, dtype=np.int32)
                 engine.add(Request(request_id, prompt_token_ids, SamplingParams(**sampling)))
+                taken += 1
+            elif message[0] == CHANGE:
+                connection.sendall(frame((CHANGED, _changed(engine, Pool.model_validate(message[1])))))
             else:
                 engine.abort(message[1])
         outputs: list[Output] = []
+        computed: StepRecord | None = None
         if engine.has_work:
             outputs = engine.step()
             # a step that only reports what was aborted computes nothing, and leaves the record of the one before
-            if step_log is not None and engine.last_step is not None and engine.last_step is not logged:
-                logged = engine.last_step
-                step_log.add(logged)
+            if engine.last_step is not None and engine.last_step is not recorded:
+                recorded = computed = engine.last_step
+                if step_log is not None:
+                    step_log.add(computed)
         stats = None
         now_s = time.monotonic()
         if now_s - told_s >= STATS_EVERY_S or not engine.has_work:
             now = _stats(engine)
             if now != told:
                 told, told_s, stats = now, now_s, tuple(now)
-        if outputs or stats:
-            connection.sendall(frame(_step_message(outputs, stats)))
+        if outputs or stats or computed:
+            started_s, tokens = (computed.started_s, computed.num_tokens) if computed else (0.0, 0)
+            queue = Queue(taken, engine.num_waiting, engine.last_admitted if computed else [], started_s, tokens)
+            connection.sendall(frame(_step_message(outputs, stats, queue)))
         if step_log is not None and not engine.has_work:
             step_log.flush()
     if step_log is not None:
@@ -220,7 +257,16 @@ def _stats(engine: AnyEngine) -> Stats:
     return Stats(*(int(getattr(stats, name)) for name in Stats._fields))
 
 
-def _step_message(outputs: list[Output], stats: tuple[int, ...] | None) -> tuple[Any, ...]:
+def _changed(engine: AnyEngine, pool: Pool) -> str | None:
+    """Let an engine go on with other limits and tiles; None, or why it does not."""
+    try:
+        engine.change(pool)
+    except (BadSpec, BadTile) as error:
+        return str(error)
+    return None
+
+
+def _step_message(outputs: list[Output], stats: tuple[int, ...] | None, queue: Queue) -> tuple[Any, ...]:
     token_ids: list[int] = []
     for output in outputs:
         token_ids.extend(output.token_ids)
@@ -233,6 +279,7 @@ def _step_message(outputs: list[Output], stats: tuple[int, ...] | None) -> tuple
         [output.num_cached_tokens for output in outputs],
         [None if output.logprobs is None else _plain_logprobs(output.logprobs) for output in outputs],
         stats,
+        tuple(queue),
     )
 
 
@@ -269,10 +316,11 @@ class Inbox:
 def _live_and_die_with_the_server() -> None:
     """Ctrl-C and SIGTERM to the whole group leave it running while the server drains; the server's death ends it.
 
-    SIGTERM gets a handler, not SIG_IGN, which the engine's own ranks would inherit.
+    So does SIGHUP, which is for the server. Both get a handler, not SIG_IGN, which the engine's ranks would inherit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, stack: None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, stack: None)
     if sys.platform == "linux":
         # the closed socket ends an idle replica everywhere; this also ends one in the middle of loading or of a step
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

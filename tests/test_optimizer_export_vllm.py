@@ -68,6 +68,7 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
         "num_kv_blocks": 999,
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
+        "max_queued_requests": 5,
         "tiles": TileTable(((("linear", "bf16", 8), Tile("linear", "cpp", (("row_tile", 4),))),)),
     }
     plain = deployment()

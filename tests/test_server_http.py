@@ -27,8 +27,10 @@ from paretune.runtime.engine import EngineStats, Output, Request, StepRecord
 from paretune.runtime.request_log import RequestLog
 from paretune.runtime.sampler import TokenLogprobs
 from paretune.runtime.server.app import ServedModel, Service
+from paretune.runtime.server.process import http_config, listen
 from paretune.runtime.server.replicas import Fleet, Replica
 from paretune.runtime.small_model import MODEL_DIR
+from paretune.runtime.spec import Pool
 from paretune.runtime.text import ChatTemplate, Tokenizer
 from paretune.traces import read
 
@@ -43,21 +45,32 @@ assert TOKENIZER is not None
 class Echo:
     """An engine that answers a prompt with the prompt's own tokens (again and again under ignore_eos), then EOS.
 
-    steps: seconds of each step; tokens_per_step: as speculation would bring
+    step_s: seconds of each step; tokens_per_step: as speculation would bring; seats: requests that run at once
     """
 
     tokens_per_step: int = 1
     step_s: float = 0.0
+    seats: int = 1000
     fails: bool = False
     last_step: StepRecord | None = None
+    last_admitted: list[int] = field(default_factory=list)
     live: dict[int, tuple[Request, Iterator[int], int]] = field(default_factory=dict)
     seen: list[Request] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     steps: int = 0
+    begun: set[int] = field(default_factory=set)
+    pools: list[Pool] = field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
         return bool(self.live)
+
+    @property
+    def num_waiting(self) -> int:
+        return max(0, len(self.live) - self.seats)
+
+    def change(self, pool: Pool) -> None:
+        self.pools.append(pool)
 
     def add(self, request: Request) -> None:
         own = [token for token in request.prompt_token_ids.tolist() if token != BOS]
@@ -72,9 +85,15 @@ class Echo:
     def step(self) -> list[Output]:
         if self.fails:
             raise RuntimeError("the engine caught fire")
+        started_s = time.perf_counter()
         time.sleep(self.step_s)
         self.steps += 1
-        return [self._output(request_id) for request_id in list(self.live)]
+        running = list(self.live)[: self.seats]
+        self.last_admitted = [request_id for request_id in running if request_id not in self.begun]
+        self.begun.update(running)
+        if running:
+            self.last_step = StepRecord(len(running), len(running), len(running), 1.0, 0.0, self.step_s, started_s)
+        return [self._output(request_id) for request_id in running]
 
     def _output(self, request_id: int) -> Output:
         request, answer, done = self.live[request_id]
@@ -96,7 +115,8 @@ class Echo:
         return Output(request_id, tuple(tokens), None if sampling.logprobs is None else logprobs, reason, 7)
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.live), 0, 3 * len(self.live), 30, 0, 10, 4, self.steps)
+        waiting = self.num_waiting
+        return EngineStats(len(self.live) - waiting, waiting, 3 * len(self.live), 30, 0, 10, 4, self.steps)
 
     def close(self) -> None:
         pass
@@ -131,19 +151,24 @@ class Running:
 
 @contextmanager
 def running(
-    *engines: Echo, log: Path | None = None, api_key: str | None = None, text: bool = True
+    *engines: Echo,
+    log: Path | None = None,
+    api_keys: tuple[str, ...] = (),
+    text: bool = True,
+    **limits: int,
 ) -> Iterator[Running]:
-    """A server in a thread of its own, each engine in another."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    """A server in a thread of its own, each engine in another; limits: of the pool."""
+    listener = listen("127.0.0.1", 0)
     pairs = [socket.socketpair() for _ in engines]
     workers = [threading.Thread(target=drive, args=(engine, pair[1])) for engine, pair in zip(engines, pairs)]
     lost: list[int] = []
-    fleet = Fleet([Replica(i, lambda one: lost.append(one.index) if one.lost else None) for i in range(len(engines))])
+    replicas = [Replica(i, lambda one: lost.append(one.index) if one.lost else None) for i in range(len(engines))]
+    fleet = Fleet(replicas, Pool(replicas=len(engines), **limits))
     tokenizer, template = (TOKENIZER, ChatTemplate.load(MODEL_DIR)) if text else (None, None)
     model = ServedModel(MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template)
     request_log = None if log is None else RequestLog(log, block_size=4)
-    service = Service(model, fleet, api_key=api_key, request_log=request_log)
-    server = uvicorn.Server(uvicorn.Config(service.app(), lifespan="off", log_level="warning", access_log=False))
+    service = Service(model, fleet, api_keys=api_keys, request_log=request_log)
+    server = uvicorn.Server(http_config(service.app()))
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -226,6 +251,21 @@ def test_openai_client_streams_text_and_usage(server: Running) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(chunks) - 1
+
+
+def test_usage_comes_in_every_event_where_it_is_asked_for(server: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last = server.stream("one two three", stream_options=options)
+    prompt = last["usage"]["prompt_tokens"]
+    assert [event["usage"]["completion_tokens"] for event in events] == list(range(1, len(events) + 1))
+    assert {event["usage"]["prompt_tokens"] for event in events} == {prompt}
+    assert events[-1]["usage"] == last["usage"]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "stream_options": options, "max_tokens": 3}
+    events = server.stream(None, "/v1/chat/completions", **chat)
+    assert [event["usage"]["completion_tokens"] for event in events] == [0, 1, 2, 3, 3]
+    body = {"model": MODEL, "prompt": "x", "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    response = server.post("/v1/completions", body)
+    assert response.json()["error"]["param"] == "stream_options"
 
 
 def test_openai_client_chats(server: Running) -> None:
@@ -427,7 +467,7 @@ def test_a_body_that_says_it_is_huge_is_refused_before_it_comes(server: Running)
 
 
 def test_an_api_key_is_asked_for_and_does_not_show() -> None:
-    with running(Echo(), api_key="secret-key") as server:
+    with running(Echo(), api_keys=("other-key", "secret-key")) as server:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret-key"}):
             response = server.post("/v1/completions", {"model": MODEL, "prompt": "x"}, headers=headers)
             assert response.status_code == 401
@@ -562,8 +602,6 @@ class Recorded(Echo):
         return bool(self.live or self.aborted)
 
     def step(self) -> list[Output]:
-        if self.live:
-            self.last_step = StepRecord(len(self.live), 1, 1, 1.0, 0.0, 0.001, float(self.steps))
         outputs = [Output(request_id, (), None, "abort", 0) for request_id in self.aborted]
         self.aborted.clear()
         return outputs + super().step()

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from paretune.runtime.server import serve
-from paretune.runtime.spec import Deployment
+from paretune.runtime.spec import Deployment, save_deployment
 from paretune.traces import read
 
 MODEL = "paretune/small"
@@ -212,6 +212,89 @@ def test_no_replica_outlives_a_server_that_is_killed(start: Callable[..., Server
     wait_until(lambda: gone(loading))
 
 
+def test_hundreds_of_clients_that_leave_in_mid_stream_leave_no_block_held(start: Callable[..., Server]) -> None:
+    server = start().wait_until_ready()
+    host, port = server.url.removeprefix("http://").split(":")
+    body = {"model": MODEL, "prompt": "import os\n" * 8, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    data = json.dumps(body).encode()
+    request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+
+    def metric(name: str) -> float:
+        lines = httpx.get(server.url + "/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+    left, batch = 0, 40
+    for _ in range(10):
+        connections = [socket.create_connection((host, int(port)), timeout=60) for _ in range(batch)]
+        for connection in connections:
+            connection.sendall(request)
+        # the first tokens of some, and the others in the queue
+        assert connections[0].recv(12) == b"HTTP/1.1 200"
+        for connection in connections:
+            connection.close()
+        left += batch
+    gone_s = time.monotonic()
+    wait_until(lambda: metric("vllm:request_success_total") == left, 60)
+    for name in ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting"):
+        wait_until(lambda name=name: metric(f"vllm:{name}") == 0)  # type: ignore[misc]
+    # they were aborted, not finished: that would have taken 160,000 tokens
+    assert metric("vllm:e2e_request_latency_seconds_count") == 0
+    assert metric("vllm:generation_tokens_total") < left * 100
+    assert time.monotonic() - gone_s < 60
+    assert server.client().completions.create(model=MODEL, prompt="x", max_tokens=4).choices[0].finish_reason
+
+
+def test_keys_stand_in_no_log_no_metric_and_no_other_process(start: Callable[..., Server], tmp_path: Path) -> None:
+    right, wrong = "sk-right-0123456789", "sk-wrong-9876543210"
+    logs = {"request_log": str(tmp_path / "requests.jsonl"), "step_log": str(tmp_path / "steps.jsonl")}
+    server = start(api_keys=["sk-other", right], **logs).wait_until_ready()
+    shown = [json.dumps(psutil.Process(server.replicas()[0].pid).environ())]
+    for key, status in ((right, 200), (wrong, 401)):
+        headers = {"authorization": f"Bearer {key}", "x-app": "test"}
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
+        response = httpx.post(server.url + "/v1/completions", json=body, headers=headers)
+        assert response.status_code == status
+        shown.append(response.text)
+    with socket.create_connection(tuple(server.url.removeprefix("http://").split(":"))) as connection:
+        connection.sendall(f"GET /health HTTP/1.1\r\nAuthorization: Bearer {right}\r\n no: http\r\n\r\n".encode())
+        shown.append(connection.recv(4096).decode())
+    shown.append(httpx.get(server.url + "/metrics").text)
+    server.process.send_signal(signal.SIGTERM)
+    code, stderr = server.end()
+    assert code == 0
+    shown += [stderr, *(Path(path).read_text() for path in logs.values())]
+    assert not any(key in text for text in shown for key in (right, wrong))
+
+
+def test_the_key_of_the_environment_does_not_reach_the_replicas(tmp_path: Path) -> None:
+    spec, key_file = tmp_path / "spec.yaml", tmp_path / "keys"
+    save_deployment(Deployment().with_pool(**POOL), spec)
+    key_file.write_text("from-file-1\n\nfrom-file-2\n")
+    command = [sys.executable, "-m", "paretune", "serve", str(spec), "--port", "0", "--api-key-file", str(key_file)]
+    environment = {**os.environ, "PARETUNE_API_KEY": "from-environment"}
+    server = Server.__new__(Server)
+    server.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert server.process.stderr is not None
+        said = ""
+        while "http://" not in said:
+            line = server.process.stderr.readline()
+            assert line, said
+            said += line
+        url = "http://" + said.split("http://")[1].split(",")[0]
+        for name in ("weight", "kv cache", "activation", "process", "available"):
+            assert f"  {name}" in said
+        assert "PARETUNE_API_KEY" not in server.replicas()[0].environ()
+        for key, status in (("from-environment", 200), ("from-file-1", 200), ("from-file-2", 200), ("x", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert httpx.get(url + "/v1/models", headers=headers).status_code == status
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
 def test_a_replica_that_cannot_load_ends_the_server_with_its_exit_code(tmp_path: Path) -> None:
     from paretune.runtime.small_model import MODEL_DIR
 
@@ -264,7 +347,7 @@ def test_a_host_that_others_reach_needs_an_api_key(capsys: pytest.CaptureFixture
     [
         ({"port": 99999}, 2, "99999"),
         ({"port": -1}, 2, "port"),
-        ({"api_key": ""}, 2, "api_key"),
+        ({"api_keys": [""]}, 2, "api_keys"),
         ({"port": 0, "request_log": "/proc/none/requests.jsonl"}, 1, "requests.jsonl"),
         ({"port": 0, "step_log": "/proc/none/steps.jsonl"}, 1, "steps.jsonl"),
     ],

@@ -130,6 +130,8 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     flags.append(("tensor-parallel-size", pool.tensor_parallel_size))
     if pool.replicas > 1:
         flags.append(("data-parallel-size", pool.replicas))
+    if pool.max_queued_requests:
+        flags.append(("max-num-queued-reqs", pool.max_queued_requests))
     return [
         *flags,
         ("max-model-len", pool.max_model_len),
@@ -168,6 +170,8 @@ def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[s
         notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
     if pool.replicas > 1:
         notes.append("replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours go round robin")
+    if pool.max_queued_requests:
+        notes.append("max_queued_requests: vLLM answers 503 where ours answers 429")
     if pool.accelerator == CPU:
         notes.append("threads are bound to cores counted from 0: change VLLM_CPU_OMP_THREADS_BIND for others")
     else:

@@ -21,7 +21,7 @@ TokenLogprobs = tuple[float, list[int], list[float]]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one HTTP request, all its prompts together."""
+    """Tokens of one answer, or of one HTTP request, all its prompts together."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -62,13 +62,19 @@ class EventWriter:
         self._tail = '}],"usage":null}\n\n' if with_usage else "}]}\n\n"
         self._usage = "data: " + json.dumps(head, separators=(",", ":"))[:-1] + ',"usage":'
 
-    def opening(self, index: int, prompt_token_ids: list[int] | None) -> bytes:
-        """What comes before a choice's first token: the role, in chat; and the prompt's ids, where asked for."""
+    def opening(self, index: int, prompt_token_ids: list[int] | None, usage: Usage | None = None) -> bytes:
+        """What comes before a choice's first token: the role, in chat; and the prompt's ids, where asked for.
+
+        usage: of the choice so far, where the client wants it in every event.
+        """
         if not self._chat and prompt_token_ids is None:
             return b""
         more = "" if prompt_token_ids is None else f',"prompt_token_ids":{json.dumps(prompt_token_ids)}'
         what = ',"delta":{"role":"assistant","content":""}' if self._chat else ',"text":""'
-        return f'{self._head}{index}{what},"logprobs":null{more},"finish_reason":null{self._tail}'.encode()
+        return f'{self._head}{index}{what},"logprobs":null{more},"finish_reason":null{self._end(usage)}'.encode()
+
+    def _end(self, usage: Usage | None) -> str:
+        return self._tail if usage is None else f'}}],"usage":{json.dumps(usage.object())}}}\n\n'
 
     def tokens(
         self,
@@ -77,6 +83,7 @@ class EventWriter:
         finish_reason: str | None,
         logprobs: dict[str, Any] | None,
         token_ids: list[int] | None,
+        usage: Usage | None = None,
     ) -> bytes:
         """One event: the tokens of one step. The text is empty where they complete none, or none that may be shown."""
         logprobs_text = "null" if logprobs is None else json.dumps(logprobs)
@@ -84,7 +91,7 @@ class EventWriter:
         finish = "null" if finish_reason is None else f'"{finish_reason}"'
         return (
             f"{self._head}{index}{self._text}{encode_basestring_ascii(text)}{self._after_text}"
-            f',"logprobs":{logprobs_text}{ids_text},"finish_reason":{finish}{self._tail}'
+            f',"logprobs":{logprobs_text}{ids_text},"finish_reason":{finish}{self._end(usage)}'
         ).encode()
 
     def closing(self, usage: Usage) -> bytes:

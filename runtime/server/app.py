@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..request_log import FinishedRequest, RequestLog
 from ..text import BadMessages, ChatTemplate, Tokenizer
 from . import metrics
 from .answers import error_event
+from .connections import MAX_HEAD_BYTES, head_too_large
 from .generation import Generation, Reply
 from .protocol import ApiError, Call, parse_chat, parse_completion
 from .replicas import Fleet
@@ -55,19 +57,25 @@ class Service:
     """The handlers, and what they share."""
 
     def __init__(
-        self, model: ServedModel, fleet: Fleet, *, api_key: str | None = None, request_log: RequestLog | None = None
+        self,
+        model: ServedModel,
+        fleet: Fleet,
+        *,
+        api_keys: Sequence[str] = (),
+        request_log: RequestLog | None = None,
     ) -> None:
+        """api_keys: any of them lets a client in; none: anyone comes in."""
         self.model = model
         self.fleet = fleet
-        self.metrics = metrics.Metrics(model.name, fleet.stats)
-        self._api_key = None if api_key is None else api_key.encode()
+        self.metrics = metrics.Metrics(model.name, model.max_model_len, fleet)
+        self._key_digests = [_digest(b"Bearer " + key.encode()) for key in api_keys]
         self._request_log = request_log
         self._created = int(time.time())
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """The ASGI application."""
         v1 = self._for_key_holders
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/health", self.health, methods=["GET"]),
                 Route("/metrics", self.show_metrics, methods=["GET"]),
@@ -83,6 +91,7 @@ class Service:
                 Exception: _internal_error,
             },
         )
+        return _with_head_limit(app)
 
     async def health(self, request: Request) -> Response:
         """200 once every replica has loaded."""
@@ -117,6 +126,8 @@ class Service:
         self._check_model(call.model)
         if not self.fleet.ready:
             raise ApiError(503, "the server is loading or shutting down: wait for GET /health to answer 200")
+        # before the work of tokenizing, and again before any of it goes to the replicas
+        self._check_room(call)
         if self.model.tokenizer is None and (call.stop or call.logprobs is not None):
             field = "stop" if call.stop else "logprobs"
             raise ApiError(400, f"{field}: the model has no tokenizer.json, so there is no text", field)
@@ -134,9 +145,24 @@ class Service:
                 on_finish=self._finished,
             )
             reply.add(generation)
+        self._check_room(call)
         for generation in reply.generations:
+            self.metrics.request_received(generation.sampling["max_tokens"])
             self.fleet.dispatch(generation)
         return Answer(reply)
+
+    def _check_room(self, call: Call) -> None:
+        """Raises: ApiError (429): the queue is as long as the spec lets it be."""
+        if self.fleet.has_room(max(1, len(call.prompts))):
+            return
+        self.metrics.request_refused()
+        queued = self.fleet.queued
+        raise ApiError(
+            429,
+            f"{queued} requests wait, the most that max_queued_requests lets wait: come again later",
+            code="rate_limit_exceeded",
+            retry_after_s=self.fleet.drain_rate.retry_after_s(queued, time.perf_counter()),
+        )
 
     async def _chat_prompt(self, call: Call) -> NDArray[np.int32]:
         if self.model.chat_template is None:
@@ -210,7 +236,7 @@ class Service:
         ttft_s = None if first_s is None else first_s - generation.received_s
         e2e_s = end_s - generation.received_s
         reason = generation.finish_reason or "error"
-        self.metrics.request_finished(reason, e2e_s, ttft_s, generation.completion_tokens)
+        self.metrics.request_finished(generation, reason, end_s)
         # the end of a stream must not wait for the log: 8,000 prompt tokens take 1 ms to hash
         if self._request_log is not None and reason != "error":
             finished = FinishedRequest(
@@ -228,13 +254,13 @@ class Service:
             asyncio.get_running_loop().call_soon(self._request_log.write, finished)
 
     def _for_key_holders(self, handler: _Handler) -> _Handler:
-        if self._api_key is None:
+        if not self._key_digests:
             return handler
-        expected = b"Bearer " + self._api_key
 
         async def checked(request: Request) -> Response | Answer:
-            given = request.headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, expected):
+            given = _digest(request.headers.get("authorization", "").encode("latin-1"))
+            # all of them, whichever fits: the time must not tell
+            if not sum(hmac.compare_digest(given, known) for known in self._key_digests):
                 raise ApiError(
                     401, "no API key, or a wrong one: send Authorization: Bearer KEY", code="invalid_api_key"
                 )
@@ -279,6 +305,25 @@ class Answer:
 _Handler = Callable[[Request], Awaitable[Response | Answer]]
 
 
+def _digest(credentials: bytes) -> bytes:
+    return hashlib.sha256(credentials).digest()
+
+
+def _with_head_limit(app: ASGIApp) -> ASGIApp:
+    """Refuse heads that came in one piece and are too large; uvicorn's parser counts only while one is incomplete."""
+
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            size = len(scope["raw_path"]) + len(scope["query_string"])
+            size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+            if size > MAX_HEAD_BYTES:
+                await _error_response(head_too_large())(scope, receive, send)
+                return
+        await app(scope, receive, send)
+
+    return limited
+
+
 async def _fail_when_gone(receive: Receive, reply: Reply) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -317,10 +362,16 @@ def _json(body: bytes, status: int = 200) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    return _error_response(error)
+
+
+def _error_response(error: ApiError) -> Response:
     response = _json(error.body(), error.status)
-    if error.status in (408, 413):
+    if error.status in (408, 413, 431):
         # what is left of the body would be read as the next request
         response.headers["connection"] = "close"
+    if error.retry_after_s is not None:
+        response.headers["retry-after"] = str(error.retry_after_s)
     return response
 
 

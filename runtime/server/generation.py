@@ -15,11 +15,15 @@ from .answers import Choice, EventWriter, TokenLogprobs, Usage, chat_logprobs, c
 from .metrics import Metrics
 from .protocol import ApiError, Call
 
+# some 1,500 tokens, and what logprobs make of 100
+MAX_UNREAD_BYTES = 256 << 10
+
 
 class Generation:
     """One answer: what came of it, and when. Times are seconds of time.perf_counter().
 
     received_s      when its HTTP request was complete
+    admitted_s      when the step began that admitted it first; None before
     first_token_s, last_token_s  when its first and latest tokens came from the engine; None before
     finish_reason   "stop", "length" or "abort"; None while it runs
     abort           tells the engine to end it; set when it is handed to a replica
@@ -44,6 +48,7 @@ class Generation:
         self.abort: Callable[[], None] | None = None
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self.finish_reason: str | None = None
@@ -169,7 +174,11 @@ class Generation:
 
 
 class Reply:
-    """All answers of one HTTP request, and what of them is ready to be sent."""
+    """All answers of one HTTP request, and what of them is ready to be sent.
+
+    A client that reads more slowly than tokens come has MAX_UNREAD_BYTES of grace, beyond what the network holds; then
+    its stream ends with an error, and its requests with it: their blocks are worth more than their answer.
+    """
 
     def __init__(self, call: Call, call_id: str, metrics: Metrics, *, app: str | None) -> None:
         self.call = call
@@ -181,6 +190,7 @@ class Reply:
         self.generations: list[Generation] = []
         self.error: ApiError | None = None
         self._events: list[bytes] = []
+        self._unread_bytes = 0
         self._waiter: asyncio.Future[None] | None = None
         self._unfinished = 0
         self._writer: EventWriter | None = None
@@ -201,9 +211,9 @@ class Reply:
         """The first tokens of an answer are about to be delivered."""
         if self._writer is not None:
             ids = generation.prompt_token_ids.tolist() if self.call.return_token_ids else None
-            opening = self._writer.opening(generation.index, ids)
+            opening = self._writer.opening(generation.index, ids, self._usage_so_far(generation))
             if opening:
-                self._events.append(opening)
+                self._append(opening)
 
     def deliver(
         self, generation: Generation, text: str, token_ids: Sequence[int], logprobs: dict[str, Any] | None
@@ -214,12 +224,23 @@ class Reply:
             self._unfinished -= 1
         if self._writer is not None:
             ids = list(token_ids) if self.call.return_token_ids else None
-            self._events.append(self._writer.tokens(generation.index, text, finish_reason, logprobs, ids))
+            usage = self._usage_so_far(generation)
+            self._append(self._writer.tokens(generation.index, text, finish_reason, logprobs, ids, usage))
             if not self._unfinished:
-                self._events.append(self._writer.closing(self.usage()))
+                self._append(self._writer.closing(self.usage()))
         elif self._unfinished:
             return
         self._wake()
+
+    def _append(self, event: bytes) -> None:
+        self._events.append(event)
+        self._unread_bytes += len(event)
+        if self._unread_bytes > MAX_UNREAD_BYTES and self.error is None:
+            self._events.clear()
+            self.metrics.stream_cut()
+            self.fail(ApiError(408, f"{MAX_UNREAD_BYTES:,} bytes of this answer wait unread: read faster", code="slow"))
+            # not from within the delivery of a token of one of them
+            asyncio.get_running_loop().call_soon(self.cancel)
 
     def fail(self, error: ApiError) -> None:
         self.error = error
@@ -241,6 +262,7 @@ class Reply:
         if self.error is not None:
             raise self.error
         events, self._events = self._events, []
+        self._unread_bytes = 0
         return events
 
     async def whole(self) -> bytes:
@@ -257,6 +279,11 @@ class Reply:
             choices=[generation.choice() for generation in self.generations],
             usage=self.usage(),
         )
+
+    def _usage_so_far(self, generation: Generation) -> Usage | None:
+        if not self.call.continuous_usage:
+            return None
+        return Usage(len(generation.prompt_token_ids), generation.completion_tokens, generation.cached_tokens)
 
     def usage(self) -> Usage:
         return Usage(

@@ -11,27 +11,27 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from ...traces.whole_file import write_whole
-from ..memory import check_memory
+from ..memory import available_bytes, check_memory, memory_need, memory_table
 from ..model_shape import BadModel, ModelShape, resolve_model
 from ..request_log import BadRequestLog, RequestLog
 from ..runnable import check_runnable
 from ..spec import BadSpec, Deployment
 from ..text import BadTokenizer, ChatTemplate, Tokenizer
 from .app import ServedModel, Service
+from .connections import KEEP_ALIVE_S, MAX_HEAD_BYTES, SEND_BUFFER_BYTES, Connection, connection_limit
 from .protocol import ApiError
+from .reload import Reloader
 from .replicas import Fleet, Replica, ReplicaProcesses
 
 DRAIN_S = 30
-_KEEP_ALIVE_S = 75
-_MAX_HEADER_BYTES = 16 << 10
 _BACKLOG = 2048
 
 
@@ -81,86 +81,135 @@ def run(
     port: int,
     request_log: Path | None,
     step_log: Path | None,
-    api_key: str | None,
+    api_keys: Sequence[str],
     served_model_name: str | None,
     ready_file: Path | None,
     allow_anyone: bool,
+    spec_file: Path | None,
 ) -> int:
     """See `serve`."""
     try:
-        _check_address(host, port, api_key, allow_anyone)
+        _check_address(host, port, api_keys, allow_anyone)
         _check_step_log(step_log)
         model_dir = resolve_model(deployment.model)
         shape = ModelShape.load(model_dir)
         check_runnable(deployment, shape)
-        check_memory(shape, deployment.pool)
+        available = available_bytes()
+        check_memory(shape, deployment.pool, available=available)
         model = _served_model(deployment, shape, model_dir, served_model_name)
-        listener = _listen(host, port)
+        listener = listen(host, port)
         log = None if request_log is None else RequestLog(request_log, block_size=deployment.pool.block_size)
     except (BadOption, BadSpec, BadModel, BadTokenizer, BadRequestLog, CannotListen, CannotWrite) as error:
         _say(str(error))
         return error.exit_code
+    _say(f"loading {deployment.model}\n{memory_table(memory_need(shape, deployment.pool), available)}")
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
-    processes = ReplicaProcesses(deployment, model_dir, step_log)
+    process = _Process(deployment, model, model_dir, step_log, ready_file)
     try:
-        return asyncio.run(_serve(model, processes, listener, log, api_key, ready_file))
+        return asyncio.run(process.serve(listener, shape, log, api_keys, spec_file))
     finally:
-        processes.stop()
+        process.stop()
         if log is not None:
             log.close()
 
 
-async def _serve(
-    model: ServedModel,
-    processes: ReplicaProcesses,
-    listener: socket.socket,
-    request_log: RequestLog | None,
-    api_key: str | None,
-    ready_file: Path | None,
-) -> int:
-    loop = asyncio.get_running_loop()
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    exit_code = 0
+class _Process:
+    """The server while it runs: its replicas, signals, and how it ends."""
 
-    def on_change(replica: Replica) -> None:
-        nonlocal exit_code
-        if replica.lost and not server.should_exit:
+    def __init__(
+        self,
+        deployment: Deployment,
+        model: ServedModel,
+        model_dir: Path,
+        step_log: Path | None,
+        ready_file: Path | None,
+    ) -> None:
+        """Start the replicas, which load while the server starts."""
+        self._model, self._model_dir = model, model_dir
+        self._step_log, self._ready_file = step_log, ready_file
+        self._exit_code = 0
+        self._url, self._told = "", False
+        self._started: list[ReplicaProcesses] = []
+        self._processes = self._start(deployment)
+        self._fleet = Fleet(self._processes.replicas, deployment.pool)
+
+    def _start(self, deployment: Deployment) -> ReplicaProcesses:
+        processes = ReplicaProcesses(deployment, self._model_dir, self._step_log, self._on_change)
+        self._started.append(processes)
+        return processes
+
+    async def serve(
+        self,
+        listener: socket.socket,
+        shape: ModelShape,
+        request_log: RequestLog | None,
+        api_keys: Sequence[str],
+        spec_file: Path | None,
+    ) -> int:
+        """Serve until a signal, or a replica that is lost; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        host, port = listener.getsockname()[:2]
+        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        service = Service(self._model, self._fleet, api_keys=api_keys, request_log=request_log)
+        self._server = _Server(http_config(service.app()))
+        await self._processes.connect()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain)
+        reloader = None
+        if spec_file is not None:
+            reloader = Reloader(spec_file, shape, service, self._processes, self._start, _say)
+            loop.add_signal_handler(signal.SIGHUP, reloader.request)
+        gc.collect()
+        gc.freeze()
+        await self._server.serve(sockets=[listener])
+        if reloader is not None:
+            reloader.cancel()
+        for processes in self._started:
+            processes.close()
+        if self._ready_file is not None:
+            self._ready_file.unlink(missing_ok=True)
+        return self._exit_code
+
+    def stop(self) -> None:
+        """End all processes, whose connections are closed."""
+        for processes in self._started:
+            processes.stop()
+
+    def _on_change(self, processes: ReplicaProcesses, replica: Replica) -> None:
+        serving = replica in self._fleet.replicas
+        if replica.lost and not replica.closed:
             exit_code, reason = replica.failure or (1, processes.exit_text(replica.index))
-            _say(f"replica {replica.index} stopped ({reason}); the server ends")
-            drain()
-        elif replica.ready and fleet.ready:
-            if ready_file is not None:
-                ready = {"url": url, "host": host, "port": port, "model": model.name, "pid": os.getpid()}
-                write_whole(ready_file, json.dumps(ready) + "\n")
-            _say(f"{model.name} on {url}, replicas: {len(fleet.replicas)}")
+            if not serving:
+                _say(f"replica {replica.index}, which got no new requests, stopped ({reason})")
+            elif not self._server.should_exit:
+                self._exit_code = exit_code
+                _say(f"replica {replica.index} stopped ({reason}); the server ends")
+                self._drain()
+        elif serving and self._fleet.ready and not self._told:
+            self._told = True
+            self._tell()
 
-    def drain() -> None:
-        if server.should_exit:
-            give_up()
-        server.should_exit = True
-        loop.call_later(DRAIN_S, give_up)
+    def _tell(self) -> None:
+        """Say that every replica has loaded."""
+        host, _, port = self._url.removeprefix("http://").rpartition(":")
+        if self._ready_file is not None:
+            name = self._model.name
+            ready = {
+                "url": self._url, "host": host.strip("[]"), "port": int(port), "model": name, "pid": os.getpid()
+            }  # fmt: skip
+            write_whole(self._ready_file, json.dumps(ready) + "\n")
+        _say(f"{self._model.name} on {self._url}, replicas: {len(self._fleet.replicas)}")
 
-    def give_up() -> None:
-        for replica in fleet.replicas:
+    def _drain(self) -> None:
+        if self._server.should_exit:
+            self._give_up()
+        self._server.should_exit = True
+        asyncio.get_running_loop().call_later(DRAIN_S, self._give_up)
+
+    def _give_up(self) -> None:
+        for replica in self._fleet.all():
             replica.fail_live(ApiError(503, "the server ended before this answer did"))
-
-    fleet = Fleet([Replica(index, on_change) for index in range(len(processes.connections))])
-    service = Service(model, fleet, api_key=api_key, request_log=request_log)
-    server = _Server(_config(service.app()))
-    for replica, connection in zip(fleet.replicas, processes.connections):
-        await loop.create_connection(lambda replica=replica: replica, sock=connection)  # type: ignore[misc]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, drain)
-    gc.collect()
-    gc.freeze()
-    await server.serve(sockets=[listener])
-    for replica in fleet.replicas:
-        replica.close()
-    if ready_file is not None:
-        ready_file.unlink(missing_ok=True)
-    return exit_code
 
 
 class _Server(uvicorn.Server):
@@ -171,21 +220,24 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: Starlette) -> uvicorn.Config:
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    """Uvicorn's settings, with our limits of time, size and number."""
+    Connection.max_connections = connection_limit()
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         access_log=False,
-        log_level="warning",
+        # what clients do wrong is theirs to hear, not for the log
+        log_level="error",
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         # streams have ended by then, but for clients that do not read
         timeout_graceful_shutdown=DRAIN_S + 5,
         proxy_headers=False,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
 
 
@@ -200,13 +252,13 @@ def _served_model(deployment: Deployment, shape: ModelShape, model_dir: Path, na
     )
 
 
-def _check_address(host: str, port: int, api_key: str | None, allow_anyone: bool) -> None:
+def _check_address(host: str, port: int, api_keys: Sequence[str], allow_anyone: bool) -> None:
     if not 0 <= port < 1 << 16:
         # getaddrinfo would take the last 16 bits of it
         raise BadOption("port", port, "0 to 65535, 0 for any free port", "choose another")
-    if api_key == "":
-        raise BadOption("api_key", "an empty key", "a key that cannot be guessed, or none", "give one")
-    if api_key is None and not allow_anyone and not _is_loopback(host):
+    if not all(api_keys):
+        raise BadOption("api_keys", "an empty key", "keys that cannot be guessed, or none", "give one")
+    if not api_keys and not allow_anyone and not _is_loopback(host):
         allowed = "127.0.0.1 without an API key"
         raise BadOption("host", host, allowed, "give an API key, or say that anyone may use this server")
 
@@ -231,7 +283,7 @@ def _check_step_log(path: Path | None) -> None:
         raise CannotWrite(path, error.strerror or str(error)) from None
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before anything is loaded. Raises: CannotListen."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -241,6 +293,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         # a port whose last server has just ended may be taken again; one that is in use may not
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
@@ -251,5 +304,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"paretune serve: {text}\n")
-    sys.stderr.flush()
+    # a terminal that has hung up takes nothing, and the server goes on
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"paretune serve: {text}\n")
+        sys.stderr.flush()

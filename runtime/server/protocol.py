@@ -3,7 +3,8 @@
 A field that is not known, or asks for what this server does not do, is refused by name. Fields of OpenAI's
 that it cannot honor are taken where they ask for nothing (`n=1`, `presence_penalty=0`, `tools=[]`, ...).
 Reference: https://platform.openai.com/docs/api-reference; top_k, min_tokens, stop_token_ids, ignore_eos and
-return_token_ids are vLLM's extensions. `user`, `safety_identifier` and `prompt_cache_key` are taken, and not used.
+return_token_ids are vLLM's extensions, and so is stream_options.continuous_usage_stats.
+`user`, `safety_identifier` and `prompt_cache_key` are taken, and not used.
 """
 
 from __future__ import annotations
@@ -25,15 +26,27 @@ _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
 
-class ApiError(Exception):
-    """A refusal as OpenAI words it; `param` names the field."""
+_ERROR_TYPES = {429: "rate_limit_error"}
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+
+class ApiError(Exception):
+    """A refusal as OpenAI words it; `param` names the field, `retry_after_s` says when to come again."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        *,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(status, message, param, code)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> bytes:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else _ERROR_TYPES.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
@@ -115,6 +128,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, _only(False)] = None
 
 
@@ -209,6 +223,7 @@ class Call:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     return_token_ids: bool
     app: str | None
     session: str | None
@@ -257,6 +272,9 @@ def _call(
         "ignore_eos": bool(body.ignore_eos),
         "logprobs": logprobs,
     }
+    options = body.stream_options
+    if options and options.continuous_usage_stats and not options.include_usage:
+        raise ApiError(400, "continuous_usage_stats needs include_usage: true", "stream_options")
     return Call(
         chat=isinstance(body, ChatBody),
         model=body.model,
@@ -267,7 +285,8 @@ def _call(
         stop=body.stop,
         logprobs=logprobs,
         stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
         app=metadata.get("app"),
         session=metadata.get("session"),

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import worker
 from ..parallel import thread_environment
-from ..spec import Deployment
-from ..worker import ABORT, ADD, FAILED, READY, START, Frames, Stats, frame
+from ..spec import Deployment, Pool
+from ..worker import ABORT, ADD, CHANGE, CHANGED, FAILED, READY, START, Frames, Queue, Stats, frame
 from .generation import Generation
 from .protocol import ApiError
 
 _STOP_S = 5.0
 _STDERR = 2
+# admissions that the speed of a queue is measured over, and how old they may be
+_ADMISSIONS = 64
+_ADMISSIONS_FOR_S = 60.0
+# openai's client waits at most a minute
+_LEAST_RETRY_S, _MOST_RETRY_S = 1, 60
 
 
 class Replica(asyncio.Protocol):
     """The connection to one replica.
 
     ready   it has loaded its model
+    closed  the server has let it go
+    lost    its connection has ended
+    on_step called after each of its steps
     stats   what it reported last
     live    requests that it works on, by id
     """
@@ -36,11 +46,16 @@ class Replica(asyncio.Protocol):
         """on_change is called when it gets ready, and when its connection is lost."""
         self.index = index
         self.ready = False
+        self.closed = False
         self.lost = False
         self.failure: tuple[int, str] | None = None
         self.stats = Stats()
         self.live: dict[int, Generation] = {}
         self._on_change = on_change
+        self.on_step: Callable[[Queue], None] = lambda queue: None
+        self._sent = 0
+        self._queue = Queue(0, 0, [], 0.0, 0)
+        self._changes: deque[asyncio.Future[str | None]] = deque()
         self._frames = Frames()
         self._transport: asyncio.WriteTransport | None = None
 
@@ -55,10 +70,31 @@ class Replica(asyncio.Protocol):
             generation.fail(self._gone())
             return
         self.live[request_id] = generation
+        self._sent += 1
         self._send((ADD, request_id, generation.prompt_token_ids.tobytes(), generation.sampling))
+
+    @property
+    def unseen(self) -> int:
+        """Requests on their way to it, which its scheduler has not seen."""
+        return self._sent - self._queue.taken
+
+    @property
+    def waiting(self) -> int:
+        """Requests that its last step left in the queue."""
+        return self._queue.waiting
+
+    async def change(self, pool: Pool) -> str | None:
+        """Let it go on with other limits and tiles. Returns None, or why it goes on as before."""
+        if self.lost:
+            return "the replica has ended"
+        answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._changes.append(answer)
+        self._send((CHANGE, pool.model_dump(mode="json")))
+        return await answer
 
     def close(self) -> None:
         """Let the replica end: it has nothing left to do."""
+        self.closed = True
         if self._transport is not None:
             self._transport.close()
 
@@ -68,6 +104,8 @@ class Replica(asyncio.Protocol):
             if message[0] == READY:
                 self.ready = True
                 self._on_change(self)
+            elif message[0] == CHANGED:
+                self._changes.popleft().set_result(message[1])
             elif message[0] == FAILED:
                 self.failure = (message[1], message[2])
             else:
@@ -77,6 +115,9 @@ class Replica(asyncio.Protocol):
         self.lost = True
         self.ready = False
         self.fail_live(self._gone())
+        for answer in self._changes:
+            answer.set_result("the replica has ended")
+        self._changes.clear()
         self._on_change(self)
 
     def fail_live(self, error: ApiError) -> None:
@@ -86,7 +127,13 @@ class Replica(asyncio.Protocol):
             generation.fail(error)
 
     def _step(self, message: tuple[object, ...], now_s: float) -> None:
-        _, request_ids, counts, token_ids, finish_reasons, cached, logprobs, stats = message
+        _, request_ids, counts, token_ids, finish_reasons, cached, logprobs, stats, queue = message
+        self._queue = Queue(*queue)  # type: ignore[misc]
+        for request_id in self._queue.admitted:
+            admitted = self.live.get(request_id)
+            if admitted is not None and admitted.admitted_s is None:
+                admitted.admitted_s = self._queue.started_s
+        self.on_step(self._queue)
         start = 0
         for request_id, count, finish_reason, cached_tokens, its_logprobs in zip(
             request_ids,
@@ -119,31 +166,121 @@ class Replica(asyncio.Protocol):
         return ApiError(500, f"replica {self.index} stopped while it worked on this request{reason}")
 
 
-class Fleet:
-    """All replicas of a deployment. Requests go to them in turn, in order of arrival, as the simulator assumes."""
+class DrainRate:
+    """How fast a queue gets shorter: admissions per second, over the last of them."""
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self.replicas = tuple(replicas)
+    def __init__(self) -> None:
+        self._admissions: deque[tuple[float, int]] = deque(maxlen=_ADMISSIONS)
+
+    def admitted(self, count: int, now_s: float) -> None:
+        """`count` requests left the queue at `now_s`."""
+        if count:
+            self._admissions.append((now_s, count))
+
+    def retry_after_s(self, queued: int, now_s: float) -> int:
+        """Whole seconds in which the `queued` requests will have begun, as far as the past tells; 1 to 60."""
+        if not self._admissions:
+            return _LEAST_RETRY_S
+        recent = [(at_s, count) for at_s, count in self._admissions if now_s - at_s <= _ADMISSIONS_FOR_S]
+        if not recent:
+            return _MOST_RETRY_S
+        # the first of them ended a wait from before
+        count = sum(count for _, count in recent[1:]) or recent[0][1]
+        seconds = queued * (now_s - recent[0][0]) / count
+        return min(_MOST_RETRY_S, max(_LEAST_RETRY_S, math.ceil(seconds)))
+
+
+class Fleet:
+    """All replicas of a deployment. Requests go to them in turn, in order of arrival, as the simulator assumes.
+
+    pool      what the replicas run as now
+    replicas  those that get new requests
+    on_step   called after each step of any of them
+    """
+
+    def __init__(self, replicas: Sequence[Replica], pool: Pool) -> None:
+        self.on_step: Callable[[Queue], None] = lambda queue: None
+        self.drain_rate = DrainRate()
+        self._take(replicas, pool)
+        self._retired: list[Replica] = []
+        self._past = Stats()
         self._ids = itertools.count()
 
     @property
     def ready(self) -> bool:
         return all(replica.ready for replica in self.replicas)
 
+    def all(self) -> tuple[Replica, ...]:
+        """The replicas that get new requests, and those that finish what they have."""
+        return (*self.replicas, *self._retired)
+
     def stats(self) -> list[Stats]:
-        return [replica.stats for replica in self.replicas]
+        """Of all replicas, and what those that have ended did."""
+        return [*(replica.stats for replica in self.all()), self._past]
 
     def dispatch(self, generation: Generation) -> None:
         request_id = next(self._ids)
         self.replicas[request_id % len(self.replicas)].add(request_id, generation)
 
+    @property
+    def queued(self) -> int:
+        """Requests that no step has admitted yet, as far as is known here."""
+        return sum(replica.waiting + replica.unseen for replica in self.replicas)
+
+    def has_room(self, count: int) -> bool:
+        """Whether `count` more requests may come, by the spec's max_queued_requests.
+
+        Where nobody waited at the last step, the next one admits whom it has a seat for: only those beyond
+        max_num_seqs will wait.
+        """
+        if self.pool.max_queued_requests == 0:
+            return True
+        if any(replica.waiting for replica in self.replicas):
+            will_wait = self.queued + count
+        else:
+            will_wait = sum(len(replica.live) for replica in self.replicas) + count
+            will_wait -= self.pool.max_num_seqs * len(self.replicas)
+        return will_wait <= self.pool.max_queued_requests * len(self.replicas)
+
+    def replace(self, replicas: Sequence[Replica], pool: Pool) -> tuple[Replica, ...]:
+        """Send new requests to other replicas from now on; returns those that only finish what they have."""
+        before = self.replicas
+        self._retired.extend(before)
+        self._take(replicas, pool)
+        return before
+
+    def _take(self, replicas: Sequence[Replica], pool: Pool) -> None:
+        self.replicas, self.pool = tuple(replicas), pool
+        for replica in self.replicas:
+            replica.on_step = self._stepped
+
+    def _stepped(self, queue: Queue) -> None:
+        self.drain_rate.admitted(len(queue.admitted), time.perf_counter())
+        self.on_step(queue)
+
+    def forget(self, replica: Replica) -> None:
+        """A retired replica has ended: keep what it counted."""
+        self._retired.remove(replica)
+        counted = replica.stats._replace(running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)
+        self._past = Stats(*map(sum, zip(self._past, counted)))
+
 
 class ReplicaProcesses:
-    """The operating-system processes behind a fleet. None outlives `stop`, nor the server itself."""
+    """The operating-system processes of a deployment's replicas. None outlives `stop`, nor the server itself."""
 
-    def __init__(self, deployment: Deployment, model_dir: Path, step_log: Path | None) -> None:
-        """Start one process a replica; they load while the server starts."""
-        self.connections: list[socket.socket] = []
+    def __init__(
+        self,
+        deployment: Deployment,
+        model_dir: Path,
+        step_log: Path | None,
+        on_change: Callable[[ReplicaProcesses, Replica], None],
+    ) -> None:
+        """Start one process a replica; on_change is called when one gets ready, and when its connection is lost."""
+        self.deployment = deployment
+        self.replicas = tuple(
+            Replica(index, lambda replica: on_change(self, replica)) for index in range(deployment.pool.replicas)
+        )
+        self._connections: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         spec = deployment.model_dump(mode="json")
         environment = {**os.environ, **thread_environment(deployment.pool)}
@@ -162,7 +299,18 @@ class ReplicaProcesses:
             self._processes.append(process)
             theirs.close()
             ours.sendall(frame((START, spec, str(model_dir.resolve()), index, step_log and str(step_log.resolve()))))
-            self.connections.append(ours)
+            self._connections.append(ours)
+
+    async def connect(self) -> None:
+        """Begin to listen to them."""
+        loop = asyncio.get_running_loop()
+        for replica, connection in zip(self.replicas, self._connections):
+            await loop.create_connection(lambda replica=replica: replica, sock=connection)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Let them end: they have nothing left to do."""
+        for replica in self.replicas:
+            replica.close()
 
     def exit_text(self, index: int) -> str:
         """How a replica's process ended, for people; it has closed its connection."""

@@ -23,7 +23,7 @@ VERIFICATION_FAILED = 5
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--request-log", type=OUTPUT, help="One JSON line a request, which `trace` and `retune` read; no text.")
 @click.option("--step-log", type=OUTPUT, help="One JSON line an engine step, for calibration.")
-@click.option("--api-key-file", type=EXISTING, help="File with the key that clients must send.")
+@click.option("--api-key-file", type=EXISTING, help="File with the keys that clients may send, one a line.")
 @click.option("--served-model-name", help="The model's name for clients.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
 def serve(
@@ -38,7 +38,8 @@ def serve(
 ) -> None:
     """Serve a deployment over an OpenAI-compatible API until Ctrl-C or SIGTERM; streams that run are finished first.
 
-    The key may also come in the environment variable PARETUNE_API_KEY.
+    A key may also come in the environment variable PARETUNE_API_KEY. SIGHUP reads the spec again: batch limits, queue
+    limit and tiles change at once; for the rest new replicas are loaded, and no request is dropped.
 
     \b
     Example: paretune serve out/spec.yaml --request-log out/requests.jsonl
@@ -48,10 +49,13 @@ def serve(
     from ..runtime.spec import CPU, load_deployment
 
     deployment = load_deployment(spec)
-    api_key = os.environ.get("PARETUNE_API_KEY")
+    # taken out: the replicas inherit what is left
+    from_environment = os.environ.pop("PARETUNE_API_KEY", None)
+    api_keys = [] if from_environment is None else [from_environment]
     if api_key_file is not None:
         with open(api_key_file) as stream:
-            api_key = stream.read().strip()
+            # an empty file is an empty key, which is refused
+            api_keys += [line.strip() for line in stream if line.strip()] or [""]
     pool, cores = deployment.pool, usable_cores()
     busy = pool.devices_per_replica * pool.replicas
     if pool.accelerator == CPU and busy > cores:
@@ -64,9 +68,10 @@ def serve(
             port=port,
             request_log=request_log,
             step_log=step_log,
-            api_key=api_key,
+            api_keys=api_keys,
             served_model_name=served_model_name,
             allow_anyone=allow_anyone,
+            spec_file=spec,
         )
     )
 
