@@ -1,15 +1,16 @@
 """Tensor parallelism: which rank computes what, and with which threads. No torch.
 
 The split is Megatron's (Shoeybi et al., arXiv:1909.08053): attention by KV heads, the MLP by intermediate channels, the
-head by vocabulary; o and down are then partial sums, added up over the ranks, two all-reduces a layer. The embedding is
-whole on every rank: that costs memory and saves a third all-reduce.
+embedding and the head by vocabulary; the embedding's rows, o and down are then partial sums, added up over the ranks:
+two all-reduces a layer and one more a step. Where there are more ranks than KV heads each head is held by several
+ranks, which share its query heads.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,14 +37,32 @@ class Share:
 
 
 def share_of(shape: ModelShape, rank: int, size: int) -> Share:
-    """The part of rank `rank` of `size`, which divides the KV heads (`runnable.check_runnable`)."""
+    """The part of rank `rank` of `size`, which is one of `tensor_parallel_sizes`."""
+    copies = max(1, size // shape.num_kv_heads)
     return Share(
         rank=rank,
         size=size,
         heads=_part(shape.num_heads, rank, size),
-        kv_heads=_part(shape.num_kv_heads, rank, size),
+        kv_heads=_part(shape.num_kv_heads, rank // copies, size // copies),
         intermediate=_part(shape.intermediate_size, rank, size),
         vocab=_part(shape.vocab_size, rank, size),
+    )
+
+
+def tensor_parallel_sizes(shape: ModelShape) -> tuple[int, ...]:
+    """How many ranks can share a layer: those that divide the KV heads, or a multiple of these that divides the heads."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    return tuple(n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0))
+
+
+def held_shape(shape: ModelShape, share: Share) -> ModelShape:
+    """The model that one rank holds: fewer heads, channels and rows of the vocabulary."""
+    return replace(
+        shape,
+        num_heads=len(share.heads),
+        num_kv_heads=len(share.kv_heads),
+        intermediate_size=len(share.intermediate),
+        vocab_size=len(share.vocab),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .model_shape import BadModel, ModelShape
+from .parallel import tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment
 
 WEIGHT_DTYPES = ("fp32", "bf16", "int8")
@@ -38,8 +39,7 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         found = f"{shape.sliding_window} tokens, below max_model_len {pool.max_model_len}"
         todo = f"set max_model_len to at most {shape.sliding_window}: up to there the window changes nothing"
         raise BadModel("config.json: sliding_window", found, "no window that is active", todo)
-    if shape.num_kv_heads % pool.tensor_parallel_size:
-        divisors = ", ".join(str(n) for n in range(1, shape.num_kv_heads + 1) if shape.num_kv_heads % n == 0)
-        raise BadSpec(
-            "pools.0.tensor_parallel_size", pool.tensor_parallel_size, f"{divisors}, which divide the KV heads"
-        )
+    sizes = tensor_parallel_sizes(shape)
+    if pool.tensor_parallel_size not in sizes:
+        allowed = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
+        raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, allowed)

@@ -83,6 +83,7 @@ class Transformer:
         self._shape = shape
         self._weights = weights
         self._reduce = reduce
+        self._vocab = share.vocab
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
@@ -94,7 +95,7 @@ class Transformer:
     def forward(self, batch: Batch) -> Tensor:
         """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32."""
         weights, eps = self._weights, self._shape.rms_norm_eps
-        residual = weights.embedding[batch.token_ids].float()
+        residual = self._embedded(batch.token_ids)
         x = rms_norm(residual, weights.layers[0].input_norm, eps)
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
@@ -107,6 +108,14 @@ class Transformer:
             norm = weights.norm if index == last else weights.layers[index + 1].input_norm
             x = add_rms_norm(x, residual, norm, eps)
         return linear(x, weights.head)
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """(T,) -> (T, hidden) fp32, summed over the ranks, of which one has the row of a token and the others add 0."""
+        if self._reduce is None:
+            return self._weights.embedding[token_ids].float()
+        own = (token_ids >= self._vocab.start) & (token_ids < self._vocab.stop)
+        rows = self._weights.embedding[(token_ids - self._vocab.start).where(own, 0)].float()
+        return self._summed(rows.masked_fill_(~own[:, None], 0.0))
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch) -> Tensor:
         """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""

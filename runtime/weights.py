@@ -138,7 +138,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A whole model, one rank's share. embedding (vocab, hidden) fp32 or bf16 on every rank; head: this rank's rows."""
+    """A whole model, one rank's share. embedding (vocab, hidden) fp32 or bf16 and head: this rank's rows."""
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
@@ -155,7 +155,7 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     Raises: BadModel: a missing or truncated file, a missing, extra or wrongly shaped tensor.
     """
     checkpoint = Checkpoint(model_dir)
-    embedding = checkpoint.read("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
+    embedding = checkpoint.read("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size), rows=share.vocab)
     head_name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
     head = checkpoint.read(head_name, (shape.vocab_size, shape.hidden_size), rows=share.vocab)
     weights = Weights(

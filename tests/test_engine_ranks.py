@@ -15,7 +15,7 @@ import torch
 from paretune.runtime import peers, rank
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.model_shape import ModelShape
-from paretune.runtime.parallel import RankFailed, share_of, thread_environment, usable_cores
+from paretune.runtime.parallel import RankFailed, share_of, tensor_parallel_sizes, thread_environment, usable_cores
 from paretune.runtime.random_model import write_random_model
 from paretune.runtime.sampler import SamplingParams
 from paretune.runtime.spec import Deployment, Pool
@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_engine_with_its_name_and_signal(model_dir: Path)
 def test_a_rank_that_does_not_answer_is_not_waited_for_forever(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "COLLECTIVE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(peers, "COLLECTIVE_TIMEOUT_S", 4.0)
     monkeypatch.setattr(rank, "STOP_LIMIT_S", 0.5)
     with Engine(deployment(), model_dir) as engine:
         engine.add(Request(0, np.arange(20, dtype=np.int32), SamplingParams(max_tokens=100, ignore_eos=True)))
@@ -101,7 +101,7 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_forever(
         started_s = time.monotonic()
         with pytest.raises(RankFailed, match="does not answer"):
             engine.step()
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < 30
     assert children() == []
 
 
@@ -134,12 +134,15 @@ def test_ranks_end_when_rank_0_is_killed(model_dir: Path, tmp_path: Path) -> Non
     assert alive == []
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_the_shares_of_all_ranks_are_the_whole_model(size: int, model_dir: Path) -> None:
     shape = ModelShape.load(model_dir)
+    assert size in tensor_parallel_sizes(shape)
     shares = [share_of(shape, rank_number, size) for rank_number in range(size)]
-    for part, total in (("heads", 8), ("kv_heads", 4), ("intermediate", 48), ("vocab", VOCAB)):
+    for part, total in (("heads", 8), ("intermediate", 48), ("vocab", VOCAB)):
         assert [i for share in shares for i in getattr(share, part)] == list(range(total))
+    copies = max(1, size // 4)
+    assert [i for share in shares for i in share.kv_heads] == sorted([*range(4)] * copies)
     for share in shares:  # each rank has the KV heads that its query heads read
         assert {head // 2 for head in share.heads} == set(share.kv_heads)
 
