@@ -50,7 +50,7 @@ def share_of(shape: ModelShape, rank: int, size: int) -> Share:
 
 
 def tensor_parallel_sizes(shape: ModelShape) -> tuple[int, ...]:
-    """How many ranks can share a layer: those that divide the KV heads, or a multiple of these that divides the heads."""
+    """How many ranks can share a layer: a divisor of the KV heads, or a multiple of them that divides the heads."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     return tuple(n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0))
 

@@ -41,5 +41,5 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         raise BadModel("config.json: sliding_window", found, "no window that is active", todo)
     sizes = tensor_parallel_sizes(shape)
     if pool.tensor_parallel_size not in sizes:
-        allowed = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
-        raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, allowed)
+        fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
+        raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)

@@ -75,6 +75,9 @@ class Pool(_Part):
         "mixed", description="which half of a request the pool computes"
     )
     replicas: int = Field(1, ge=1, le=65536, description="copies of the model, each with its own queue and KV cache")
+    router: Literal["round_robin", "least_outstanding_tokens", "prefix_affinity"] = Field(
+        "round_robin", description="which replica a request goes to"
+    )
     accelerator: str = Field(CPU, min_length=1, description="name in the accelerator catalog; 'cpu' is this machine")
     tensor_parallel_size: int = Field(1, ge=1, le=1024, description="ranks that share every layer's weights")
     num_threads: int = Field(

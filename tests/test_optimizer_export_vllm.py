@@ -56,6 +56,7 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
     """Every field either changes the command or its environment, or is refused, or is named."""
     changes = {
         "replicas": 2,
+        "router": "prefix_affinity",
         "accelerator": "H100 SXM",
         "tensor_parallel_size": 2,
         "num_threads": 2,

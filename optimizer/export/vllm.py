@@ -166,8 +166,8 @@ def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[s
     notes = ["predictions in the spec are of the bundled runtime and its scheduler, not of vLLM's"]
     if len(pool.tiles):
         notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
-    if pool.replicas > 1:
-        notes.append("replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours go round robin")
+    if pool.replicas > 1 or pool.router != "round_robin":
+        notes.append(f"replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours: {pool.router}")
     if pool.accelerator == CPU:
         notes.append("threads are bound to cores counted from 0: change VLLM_CPU_OMP_THREADS_BIND for others")
     else:

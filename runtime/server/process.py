@@ -23,7 +23,7 @@ from ..memory import check_memory
 from ..model_shape import BadModel, ModelShape, resolve_model
 from ..request_log import BadRequestLog, RequestLog
 from ..runnable import check_runnable
-from ..spec import BadSpec, Deployment
+from ..spec import BadSpec, Deployment, Pool
 from ..text import BadTokenizer, ChatTemplate, Tokenizer
 from .app import ServedModel, Service
 from .protocol import ApiError
@@ -104,7 +104,7 @@ def run(
         ready_file.unlink(missing_ok=True)
     processes = ReplicaProcesses(deployment, model_dir, step_log)
     try:
-        return asyncio.run(_serve(model, processes, listener, log, api_key, ready_file))
+        return asyncio.run(_serve(model, deployment.pool, processes, listener, log, api_key, ready_file))
     finally:
         processes.stop()
         if log is not None:
@@ -113,6 +113,7 @@ def run(
 
 async def _serve(
     model: ServedModel,
+    pool: Pool,
     processes: ReplicaProcesses,
     listener: socket.socket,
     request_log: RequestLog | None,
@@ -146,7 +147,7 @@ async def _serve(
         for replica in fleet.replicas:
             replica.fail_live(ApiError(503, "the server ended before this answer did"))
 
-    fleet = Fleet([Replica(index, on_change) for index in range(len(processes.connections))])
+    fleet = Fleet([Replica(index, on_change) for index in range(len(processes.connections))], pool)
     service = Service(model, fleet, api_key=api_key, request_log=request_log)
     server = _Server(_config(service.app()))
     for replica, connection in zip(fleet.replicas, processes.connections):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,9 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ...traces.prefix import prefix_hashes
 from .. import worker
 from ..parallel import thread_environment
-from ..spec import Deployment
+from ..router import new_router, num_prefix_hashes, route
+from ..spec import Deployment, Pool
 from ..worker import ABORT, ADD, FAILED, READY, START, Frames, Stats, frame
 from .generation import Generation
 from .protocol import ApiError
@@ -30,6 +36,7 @@ class Replica(asyncio.Protocol):
     ready   it has loaded its model
     stats   what it reported last
     live    requests that it works on, by id
+    outstanding_tokens  that these may take, prompts and answers together
     """
 
     def __init__(self, index: int, on_change: Callable[[Replica], None]) -> None:
@@ -40,6 +47,7 @@ class Replica(asyncio.Protocol):
         self.failure: tuple[int, str] | None = None
         self.stats = Stats()
         self.live: dict[int, Generation] = {}
+        self.outstanding_tokens = 0
         self._on_change = on_change
         self._frames = Frames()
         self._transport: asyncio.WriteTransport | None = None
@@ -55,6 +63,7 @@ class Replica(asyncio.Protocol):
             generation.fail(self._gone())
             return
         self.live[request_id] = generation
+        self.outstanding_tokens += most_tokens(generation)
         self._send((ADD, request_id, generation.prompt_token_ids.tobytes(), generation.sampling))
 
     def close(self) -> None:
@@ -82,6 +91,7 @@ class Replica(asyncio.Protocol):
     def fail_live(self, error: ApiError) -> None:
         """Answer every request that it works on with an error."""
         live, self.live = self.live, {}
+        self.outstanding_tokens = 0
         for generation in live.values():
             generation.fail(error)
 
@@ -102,12 +112,15 @@ class Replica(asyncio.Protocol):
             if generation is not None:
                 if finish_reason is not None:
                     del self.live[request_id]
+                    self.outstanding_tokens -= most_tokens(generation)
                 generation.receive(ids, finish_reason, cached_tokens, its_logprobs, now_s)
         if stats is not None:
             self.stats = Stats(*stats)  # type: ignore[misc]
 
     def _abort(self, request_id: int) -> None:
-        if self.live.pop(request_id, None) is not None:
+        generation = self.live.pop(request_id, None)
+        if generation is not None:
+            self.outstanding_tokens -= most_tokens(generation)
             self._send((ABORT, request_id))
 
     def _send(self, message: tuple[object, ...]) -> None:
@@ -119,12 +132,24 @@ class Replica(asyncio.Protocol):
         return ApiError(500, f"replica {self.index} stopped while it worked on this request{reason}")
 
 
-class Fleet:
-    """All replicas of a deployment. Requests go to them in turn, in order of arrival, as the simulator assumes."""
+def most_tokens(generation: Generation) -> int:
+    """Tokens that a request may take, prompt and answer together."""
+    return len(generation.prompt_token_ids) + int(generation.sampling["max_tokens"])
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+
+class Fleet:
+    """All replicas of a deployment, and the router before them, which is the simulator's, too.
+
+    Args:
+        pool: its router and block size.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], pool: Pool) -> None:
         self.replicas = tuple(replicas)
         self._ids = itertools.count()
+        self._router = new_router(pool)
+        self._block_size = pool.block_size
+        self._salt = secrets.token_bytes(32)  # nobody can make prompts that all go to one replica
 
     @property
     def ready(self) -> bool:
@@ -134,8 +159,15 @@ class Fleet:
         return [replica.stats for replica in self.replicas]
 
     def dispatch(self, generation: Generation) -> None:
-        request_id = next(self._ids)
-        self.replicas[request_id % len(self.replicas)].add(request_id, generation)
+        outstanding = np.array([replica.outstanding_tokens for replica in self.replicas], np.int64)
+        chosen = route(self._router, outstanding, most_tokens(generation), self._prefix(generation.prompt_token_ids))
+        self.replicas[chosen].add(next(self._ids), generation)
+
+    def _prefix(self, prompt_token_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        if self._router.policy != "prefix_affinity":
+            return np.zeros(0, np.int64)
+        first = prompt_token_ids[: num_prefix_hashes(self._block_size) * self._block_size]
+        return prefix_hashes(first, self._block_size, self._salt)
 
 
 class ReplicaProcesses:
