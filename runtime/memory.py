@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from .model_shape import ModelShape
-from .parallel import Share, held_shape, share_of
+from .parallel import Layout, Share, held_shape, shares
 from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
@@ -32,7 +32,7 @@ class MemoryNeed:
 def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> MemoryNeed:
     """What `replicas` of a pool take on the CPU; left out: all replicas of the pool."""
     replicas = pool.replicas if replicas is None else replicas
-    ranks = [share_of(shape, rank, pool.tensor_parallel_size) for rank in range(pool.tensor_parallel_size)]
+    ranks = shares(shape, Layout.of(pool))
     return MemoryNeed(
         weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in ranks),
         kv_cache_bytes=replicas * pool.num_kv_blocks * _block_bytes(shape, pool),
@@ -42,19 +42,20 @@ def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> M
 
 
 def rank_weight_bytes(shape: ModelShape, share: Share, weight_dtype: str) -> int:
-    """Bytes of the weights that one rank holds, its part of the embedding with them.
+    """Bytes of the weights that one rank holds: the embedding on the first stage, the head on the last.
 
     Norms are on every rank; the biases of o and down only on the first, because the ranks' products are added up.
     """
     held = held_shape(shape, share)
+    embedding = held.embedding_bytes(weight_dtype) if share.is_first else 0
+    held = held if share.is_last else replace(held, vocab_size=0)
     biases = 0 if share.rank == 0 else held.hidden_size * (int(held.o_bias) + int(held.mlp_bias)) * held.num_layers
-    return held.weight_bytes(weight_dtype) + held.embedding_bytes(weight_dtype) - 4 * biases
+    return held.weight_bytes(weight_dtype) + embedding - 4 * biases
 
 
 def _block_bytes(shape: ModelShape, pool: Pool) -> int:
     """Bytes of one block of the KV cache, all ranks of a replica together."""
-    size = pool.tensor_parallel_size
-    held = (held_shape(shape, share_of(shape, rank, size)) for rank in range(size))
+    held = (held_shape(shape, share) for share in shares(shape, Layout.of(pool)))
     return pool.block_size * sum(part.kv_bytes_per_token(pool.kv_cache_dtype) for part in held)
 
 
@@ -62,7 +63,7 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
     # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
     width = 2 * held.hidden_size + max(2 * held.qkv_features, 3 * held.intermediate_size)
-    logits = 2 * pool.max_num_seqs * held.vocab_size
+    logits = 2 * pool.max_num_seqs * held.vocab_size if share.is_last else 0
     angles = pool.max_model_len * held.head_dim
     return 4 * (pool.max_num_batched_tokens * width + logits + angles)
 

@@ -39,6 +39,9 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         found = f"{shape.sliding_window} tokens, below max_model_len {pool.max_model_len}"
         todo = f"set max_model_len to at most {shape.sliding_window}: up to there the window changes nothing"
         raise BadModel("config.json: sliding_window", found, "no window that is active", todo)
+    if pool.pipeline_parallel_size > shape.num_layers:
+        most = f"at most {shape.num_layers}, the model's layers"
+        raise BadSpec("pools.0.pipeline_parallel_size", pool.pipeline_parallel_size, most)
     sizes = tensor_parallel_sizes(shape)
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"

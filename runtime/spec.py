@@ -80,6 +80,9 @@ class Pool(_Part):
     )
     accelerator: str = Field(CPU, min_length=1, description="name in the accelerator catalog; 'cpu' is this machine")
     tensor_parallel_size: int = Field(1, ge=1, le=1024, description="ranks that share every layer's weights")
+    pipeline_parallel_size: int = Field(
+        1, ge=1, le=1024, description="stages of consecutive layers, each on ranks of its own, that work on other steps"
+    )
     num_threads: int = Field(
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
     )
@@ -127,7 +130,8 @@ class Pool(_Part):
     @property
     def devices_per_replica(self) -> int:
         """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
-        return self.tensor_parallel_size * (self.num_threads if self.accelerator == CPU else 1)
+        ranks = self.tensor_parallel_size * self.pipeline_parallel_size
+        return ranks * (self.num_threads if self.accelerator == CPU else 1)
 
 
 class Prediction(_Part):

@@ -12,9 +12,9 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from paretune.kernels.tiles import TileTable
 from paretune.runtime.engine import Engine, Request
-from paretune.runtime.memory import rank_weight_bytes
+from paretune.runtime.memory import memory_need, rank_weight_bytes
 from paretune.runtime.model_shape import ModelShape
-from paretune.runtime.parallel import share_of
+from paretune.runtime.parallel import Layout, shares
 from paretune.runtime.runnable import check_runnable
 from paretune.runtime.sampler import SamplingParams
 from paretune.runtime.spec import BadSpec, Deployment, Pool
@@ -105,6 +105,8 @@ def answers(engine: Engine) -> tuple[dict[int, list[int]], Mapping[int, Tensor]]
 
 LAYOUTS: list[dict[str, object]] = [
     {"tensor_parallel_size": 2},
+    {"pipeline_parallel_size": 3},
+    {"pipeline_parallel_size": 2, "tensor_parallel_size": 2},
 ]
 
 
@@ -124,22 +126,37 @@ def test_a_sharded_replica_answers_like_transformers(
         assert tokens[request_id] == expected[len(prompt) - 1 : -1].argmax(dim=1).tolist()
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("layout", [(1, 1), (1, 4), (1, 8), (3, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "int8"])
-def test_a_rank_holds_the_bytes_that_were_reckoned(size: int, weight_dtype: str, round_model_dir: Path) -> None:
+def test_a_rank_holds_the_bytes_that_were_reckoned(
+    layout: tuple[int, int], weight_dtype: str, round_model_dir: Path
+) -> None:
     shape = ModelShape.load(round_model_dir)
-    for rank in range(size):
-        share = share_of(shape, rank, size)
+    for share in shares(shape, Layout(*layout)):
         weights = load_weights(shape, round_model_dir, share, weight_dtype, TileTable())
-        tensors = [weights.embedding, weights.norm, weights.head]
+        held = [weights.embedding, weights.norm, weights.head]
         for layer in weights.layers:
-            tensors += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
-        assert sum(tensor.nbytes for tensor in tensors) == rank_weight_bytes(shape, share, weight_dtype)
+            held += [layer.input_norm, layer.qkv, layer.o, layer.post_norm, layer.gate_up, layer.down]
+        assert sum(part.nbytes for part in held if part is not None) == rank_weight_bytes(shape, share, weight_dtype)
+
+
+def test_the_stages_of_a_pipeline_are_the_whole_model_once(round_model_dir: Path) -> None:
+    shape = ModelShape.load(round_model_dir)
+    stages = shares(shape, Layout(3, 1))
+    assert [layer for share in stages for layer in share.layers] == list(range(shape.num_layers))
+    whole = memory_need(shape, Pool(**POOL))
+    cut = memory_need(shape, Pool(**POOL, pipeline_parallel_size=3))
+    assert cut.weight_bytes - whole.weight_bytes == 2 * 4 * shape.hidden_size  # the last norm is on every stage
+    assert cut.kv_cache_bytes == whole.kv_cache_bytes
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"tensor_parallel_size": 3}, "tensor_parallel_size"), ({"tensor_parallel_size": 16}, "tensor_parallel_size")],
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 16}, "tensor_parallel_size"),
+        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size"),
+    ],
 )
 def test_a_layout_that_the_model_does_not_allow_is_refused_by_its_field(
     changes: dict[str, object], field: str, model: tuple[Path, torch.nn.Module]

@@ -128,6 +128,8 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     # "auto" is the weights' own type, the only way to a float32 cache
     flags.append(("kv-cache-dtype", _KV_DTYPE.get(pool.kv_cache_dtype, "auto")))
     flags.append(("tensor-parallel-size", pool.tensor_parallel_size))
+    if pool.pipeline_parallel_size > 1:
+        flags.append(("pipeline-parallel-size", pool.pipeline_parallel_size))
     if pool.replicas > 1:
         flags.append(("data-parallel-size", pool.replicas))
     return [
@@ -152,7 +154,7 @@ def _environment(pool: Pool) -> dict[str, str]:
     """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND wants them: ranks apart by "|"."""
     if pool.accelerator != CPU:
         return {}
-    ranks = pool.tensor_parallel_size * pool.replicas
+    ranks = pool.tensor_parallel_size * pool.pipeline_parallel_size * pool.replicas
     spans = [(rank * pool.num_threads, (rank + 1) * pool.num_threads - 1) for rank in range(ranks)]
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(
