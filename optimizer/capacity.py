@@ -245,7 +245,7 @@ def sizing(
     guess: int,
     k: int = 30,
 ) -> Sizing:
-    """Fewest whole replicas at the recorded rate, requests going to them in turn; bisected, so about log2 of them runs.
+    """Fewest whole replicas at the recorded rate, requests routed as the pool says; bisected: about log2 of them runs.
 
     Args:
         most: replicas that may be had (>= 1).

@@ -41,7 +41,7 @@ def profile_machine(
     """
     tell = progress or (lambda share, what: None)
     shape = ModelShape.load(resolve_model(model))
-    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, num_kv_heads=shape.num_kv_heads)
+    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, shape=shape)
     loads = _loads(keys) if serving else ()
     whole = len(keys) + _SERVING_JOBS * len(loads)
     profile = measure(

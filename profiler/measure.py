@@ -25,7 +25,7 @@ from ..kernels.cpu.build import load
 from ..kernels.tiles import Tile, TileTable
 from ..runtime.memory import check_memory
 from ..runtime.model_shape import ModelShape, resolve_model
-from ..runtime.parallel import thread_environment, usable_cores
+from ..runtime.parallel import tensor_parallel_sizes, thread_environment, usable_cores
 from ..runtime.runnable import WEIGHT_DTYPES, check_runnable
 from ..runtime.spec import Deployment, Pool
 from .operators import linears
@@ -64,7 +64,7 @@ def possible_configurations(
     *,
     weight_dtypes: Sequence[str] = WEIGHT_DTYPES,
     kv_cache_dtypes: Sequence[str] = ("bf16",),
-    num_kv_heads: int | None = None,
+    shape: ModelShape | None = None,
 ) -> tuple[Key, ...]:
     """Ways to use up to `cores` cores (default: this machine's): ranks x threads x replicas.
 
@@ -72,14 +72,15 @@ def possible_configurations(
     """
     cores = usable_cores() if cores is None else cores
     powers = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
+    ranks = powers if shape is None else [tp for tp in powers if tp in tensor_parallel_sizes(shape)]
     return tuple(
         Key(tp, threads, replicas, weight, kv)
         for weight in weight_dtypes
         for kv in kv_cache_dtypes
-        for tp in powers
+        for tp in ranks
         for threads in powers
         for replicas in sorted({*powers, cores // (tp * threads)})
-        if 0 < tp * threads * replicas <= cores and (num_kv_heads is None or num_kv_heads % tp == 0)
+        if 0 < tp * threads * replicas <= cores
     )
 
 
@@ -109,7 +110,7 @@ def measure(
     """
     model_dir = resolve_model(model)
     shape = ModelShape.load(model_dir)
-    keys = possible_configurations(num_kv_heads=shape.num_kv_heads) if configurations is None else configurations
+    keys = possible_configurations(shape=shape) if configurations is None else configurations
     max_model_len = min(max_model_len, shape.max_position_embeddings)
     tell = progress or (lambda what, share: None)
     threads = sorted({key.num_threads for key in keys})

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
+from ..runtime.router import new_router, num_prefix_hashes, route
 from ..runtime.scheduler import (
     MAX_NUM_SEQS,
     NUM_PREEMPTIONS,
@@ -44,12 +45,20 @@ from .step_time import WORK_GRID, StepTables, composed_time_s, composition, grid
 _DRAINED = 0
 _OUT_OF_SLOTS = 1
 _GAVE_UP = 2
+_PAUSED = 3
+
+# places in the cursor of a replica
+_ARRIVED = 0  # requests of its queue that the scheduler has seen
+_QUEUED = 1
+_STEPS = 2
+_ENDED = 3
+_FIRST_PLACES = 1024  # of a queue that grows
 
 _METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
 
 
 class _Requests(NamedTuple):
-    """Requests of one replica in order of arrival, n rows.
+    """Requests in order of arrival, n rows.
 
     arrival_s (n,) float64 when the scheduler sees it; scheduled_s (n,) float64 when the client wanted it sent;
     input_tokens, max_num_tokens, hash_start, num_hashes (n,) int64
@@ -145,34 +154,44 @@ def _run(
     bounds: _Bounds,
     k: int,
     jump: bool,
+    queue: NDArray[np.int64],
+    ended: NDArray[np.int64],
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
+    until_s: float,
 ) -> int:
-    """The event loop; returns why it ended.
+    """The event loop of one replica; returns why it ended. No step begins at until_s or later.
 
-    cursor (2,) int64: next request to arrive, steps so far; clock (2,) float64: now, busy seconds. Both are read and
-    written, so that a run that was out of slots goes on where it stopped.
+    queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
+    many as the cursor says; cursor (4,) int64: in the places named above; clock (2,) float64: now, busy seconds. All
+    are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
-    number = requests.arrival_s.shape[0]
-    upcoming = cursor[0]
+    number = cursor[_QUEUED]
+    upcoming = cursor[_ARRIVED]
     now_s = clock[0]
     client_s = tables.request_s[1]
     status = _DRAINED
     while True:
-        while upcoming < number and requests.arrival_s[upcoming] <= now_s:
+        coming_s = requests.arrival_s[queue[upcoming]] if upcoming < number else until_s
+        while upcoming < number and coming_s <= now_s:
+            request = queue[upcoming]
             slot = add_request(
                 state,
-                upcoming,
-                requests.input_tokens[upcoming],
-                requests.max_num_tokens[upcoming],
-                requests.hash_start[upcoming],
-                requests.num_hashes[upcoming],
+                request,
+                requests.input_tokens[request],
+                requests.max_num_tokens[request],
+                requests.hash_start[request],
+                requests.num_hashes[request],
             )
             if slot < 0:
                 break
             upcoming += 1
-        if upcoming < number and requests.arrival_s[upcoming] <= now_s:
+            coming_s = requests.arrival_s[queue[upcoming]] if upcoming < number else until_s
+        if upcoming < number and coming_s <= now_s:
             status = _OUT_OF_SLOTS
+            break
+        if now_s >= until_s:
+            status = _PAUSED
             break
 
         schedule(state, plan)
@@ -180,7 +199,7 @@ def _run(
         if size == 0:
             if upcoming == number:
                 break
-            now_s = requests.arrival_s[upcoming]
+            now_s = coming_s
             continue
 
         tokens = plan.counts[PLAN_TOKENS]
@@ -196,8 +215,8 @@ def _run(
                 last_s = composed_time_s(tables, tokens, size, samples, context + float((steps - 1) * size), pairs)
                 growth_s = (last_s - first_s) / (steps - 1)
                 # with every lane taken a newcomer changes nothing before somebody ends
-                if upcoming < number and state.counts[NUM_RUNNING] < state.limits[MAX_NUM_SEQS]:
-                    steps = _steps_until(requests.arrival_s[upcoming], now_s, first_s, growth_s, steps)
+                if coming_s < math.inf and state.counts[NUM_RUNNING] < state.limits[MAX_NUM_SEQS]:
+                    steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
         run_s = steps * first_s + 0.5 * steps * (steps - 1) * growth_s
 
         for row in range(size):
@@ -213,11 +232,13 @@ def _run(
                     times.kth_s[request] = now_s + kth_s + client_s
         now_s += run_s
         clock[1] += run_s
-        cursor[1] += steps
+        cursor[_STEPS] += steps
         commit_decode_run(state, plan, steps)
         for i in range(plan.counts[PLAN_FINISHED]):
             request = state.request_id[plan.finished[i]]
             times.end_s[request] = now_s + client_s
+            ended[cursor[_ENDED]] = request
+            cursor[_ENDED] += 1
             for target in range(bounds.metric.shape[0]):
                 if bounds.governs[target, request] and _is_late(requests, times, bounds, target, request, k):
                     bounds.late[target] += 1
@@ -225,7 +246,7 @@ def _run(
                         status = _GAVE_UP
         if status == _GAVE_UP:
             break
-    cursor[0] = upcoming
+    cursor[_ARRIVED] = upcoming
     clock[0] = now_s
     return status
 
@@ -258,6 +279,114 @@ def governed_rows(trace: Trace, target: Target) -> NDArray[np.bool_]:
     return np.asarray(trace.app.codes == trace.app.names.index(target.app), np.bool_)
 
 
+class _Totals(NamedTuple):
+    """What one replica did, as in SimulationResult."""
+
+    steps: int
+    busy_s: float
+    preemptions: int
+    prefix_hit_tokens: int
+
+
+class _Run(NamedTuple):
+    """What all replicas share."""
+
+    hashes: NDArray[np.int64]
+    blocks_per_hash: int
+    tables: StepTables
+    requests: _Requests
+    times: _Times
+    bounds: _Bounds
+    k: int
+    jump: bool
+
+
+class _Replica:
+    """One replica on its own virtual clock.
+
+    queue, ended, cursor, clock  as in `_run`
+    outstanding_tokens           that its requests may take which had not ended at the last `advance`
+    """
+
+    def __init__(self, pool: Pool, run: _Run, queue: NDArray[np.int64] | None = None) -> None:
+        """queue: rows of the requests that it gets, where that is known beforehand."""
+        self.state = new_state(pool, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash)
+        self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
+        self.ended = np.zeros_like(self.queue)
+        self.cursor = np.zeros(4, np.int64)
+        self.cursor[_QUEUED] = 0 if queue is None else len(queue)
+        self.clock = np.zeros(2)
+        self.outstanding_tokens = 0
+        self._plan = new_plan(pool)
+        self._run = run
+        self._gone = 0
+
+    def add(self, request: int) -> None:
+        if self.cursor[_QUEUED] == len(self.queue):
+            self.queue, self.ended = (np.concatenate([x, np.zeros_like(x)]) for x in (self.queue, self.ended))
+        self.queue[self.cursor[_QUEUED]] = request
+        self.cursor[_QUEUED] += 1
+        self.outstanding_tokens += int(self._run.requests.max_num_tokens[request])
+
+    def advance(self, until_s: float) -> int:
+        """Compute every step that begins before until_s; returns why the loop ended."""
+        if self.clock[0] < until_s and self.cursor[_ENDED] < self.cursor[_QUEUED]:
+            run, own = self._run, (self.queue, self.ended, self.cursor, self.clock)
+            shared = (run.tables, run.requests, run.times, run.bounds, run.k, run.jump)
+            while (status := _run(self.state, self._plan, *shared, *own, until_s)) == _OUT_OF_SLOTS:
+                self.state = grow(self.state)
+        else:
+            status = _DRAINED
+        requests, times = self._run.requests, self._run.times
+        client_s = self._run.tables.request_s[1]
+        while self._gone < self.cursor[_ENDED]:
+            request = self.ended[self._gone]
+            if times.end_s[request] - client_s > until_s:
+                break
+            self.outstanding_tokens -= int(requests.max_num_tokens[request])
+            self._gone += 1
+        return int(status)
+
+    def totals(self) -> _Totals:
+        counts = self.state.counts
+        steps, busy_s = int(self.cursor[_STEPS]), float(self.clock[1])
+        return _Totals(steps, busy_s, int(counts[NUM_PREEMPTIONS]), int(counts[NUM_PREFIX_HIT_TOKENS]))
+
+
+def _serve_in_turn(pool: Pool, run: _Run, rows: NDArray[np.int64]) -> tuple[int, list[_Totals]]:
+    """Round robin: who gets what is known beforehand, so that one replica after the other runs through."""
+    totals = []
+    status = _DRAINED
+    for index in range(pool.replicas):
+        replica = _Replica(pool, run, rows[index :: pool.replicas].copy())
+        status = replica.advance(math.inf)
+        totals.append(replica.totals())
+        if status == _GAVE_UP:
+            break
+    return status, totals
+
+
+def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: int) -> tuple[int, list[_Totals]]:
+    """Route each request by how the replicas stand when it arrives, which takes all of them there first."""
+    replicas = [_Replica(pool, run) for _ in range(pool.replicas)]
+    router = new_router(pool)
+    requests = run.requests
+    status = _DRAINED
+    for row in rows.tolist():
+        arrival_s = float(requests.arrival_s[row])
+        if _GAVE_UP in [replica.advance(arrival_s) for replica in replicas]:
+            status = _GAVE_UP
+            break
+        outstanding = np.array([replica.outstanding_tokens for replica in replicas], np.int64)
+        first, hashes = requests.hash_start[row], min(most_hashes, requests.num_hashes[row])
+        prefix = run.hashes[first : first + hashes]
+        replicas[route(router, outstanding, int(requests.max_num_tokens[row]), prefix)].add(row)
+    else:
+        if _GAVE_UP in [replica.advance(math.inf) for replica in replicas]:
+            status = _GAVE_UP
+    return status, [replica.totals() for replica in replicas]
+
+
 def simulate(
     trace: Trace,
     pool: Pool,
@@ -270,7 +399,7 @@ def simulate(
 ) -> SimulationResult:
     """Serve a trace on a virtual clock.
 
-    Requests go to the pool's replicas in turn (round robin), as the server's router sends them.
+    Requests go to the pool's replicas as the server's router sends them (runtime/router.py).
 
     Args:
         trace: the requests; their recorded output lengths are taken as known to the client, not to the scheduler.
@@ -299,38 +428,22 @@ def simulate(
     # blocks beyond those of every request together are never touched: a huge cache costs no memory here
     touched = int((-(-max_num_tokens[fits] // pool.block_size)).sum())
     pool = pool.model_copy(update={"num_kv_blocks": max(1, min(pool.num_kv_blocks, touched))})
-    steps = preemptions = hit_tokens = 0
-    busy_s = 0.0
-    status = _DRAINED
-    for replica in range(pool.replicas):
-        # the server counts the requests that it takes, so those that are too long take no turn
-        rows = np.flatnonzero(fits)[replica :: pool.replicas]
-        requests = _Requests(
-            arrival_s=scheduled_s[rows] + tables.request_s[0],
-            scheduled_s=scheduled_s[rows],
-            input_tokens=input_tokens[rows],
-            max_num_tokens=max_num_tokens[rows],
-            hash_start=offsets[:-1][rows],
-            num_hashes=np.diff(offsets)[rows],
-        )
-        part = _Times(*(np.full(len(rows), np.nan) for _ in range(3)))
-        governed = bounds._replace(governs=np.ascontiguousarray(bounds.governs[:, rows]))
-        state = new_state(pool, hashes=hashes, blocks_per_hash=per_hash)
-        plan = new_plan(pool)
-        cursor, clock = np.zeros(2, np.int64), np.zeros(2)
-        while True:
-            status = _run(state, plan, tables, requests, part, governed, k, jump, cursor, clock)
-            if status != _OUT_OF_SLOTS:
-                break
-            state = grow(state)
-        for whole, piece in zip(times, part):
-            whole[rows] = piece
-        steps += int(cursor[1])
-        busy_s += float(clock[1])
-        preemptions += int(state.counts[NUM_PREEMPTIONS])
-        hit_tokens += int(state.counts[NUM_PREFIX_HIT_TOKENS])
-        if status == _GAVE_UP:
-            break
+    requests = _Requests(
+        arrival_s=scheduled_s + tables.request_s[0],
+        scheduled_s=scheduled_s,
+        input_tokens=input_tokens,
+        max_num_tokens=max_num_tokens,
+        hash_start=offsets[:-1].copy(),
+        num_hashes=np.diff(offsets),
+    )
+    run = _Run(hashes, per_hash, tables, requests, times, bounds, k, jump)
+    # the server counts the requests that it takes, so those that are too long take no turn
+    rows = np.flatnonzero(fits)
+    if pool.router == "round_robin":
+        status, totals = _serve_in_turn(pool, run, rows)
+    else:
+        prefix_block = pool.block_size if trace.prefix is None else trace.prefix.block_size
+        status, totals = _serve_routed(pool, run, rows, num_prefix_hashes(prefix_block))
     finished = ~np.isnan(times.end_s)
     return SimulationResult(
         times=RequestTimes(
@@ -343,10 +456,10 @@ def simulate(
             finished=finished,
             k=k,
         ),
-        steps=steps,
-        busy_s=busy_s,
-        preemptions=preemptions,
-        prefix_hit_tokens=hit_tokens,
+        steps=sum(each.steps for each in totals),
+        busy_s=sum(each.busy_s for each in totals),
+        preemptions=sum(each.preemptions for each in totals),
+        prefix_hit_tokens=sum(each.prefix_hit_tokens for each in totals),
         rejected=int((~fits).sum()),
         gave_up=status == _GAVE_UP,
     )

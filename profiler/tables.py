@@ -48,6 +48,9 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
         accelerator is another than the pool's, lacks a peak rate, or does not hold the model.
     """
+    if pool.pipeline_parallel_size > 1:
+        allowed = "1: how the steps of a pipeline's stages overlap is not modeled"
+        raise BadHardware("pool.pipeline_parallel_size", pool.pipeline_parallel_size, allowed, "leave it out")
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"

@@ -11,6 +11,7 @@ A step is the scheduler's plan, computed by the ranks, sampled, and committed. N
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +26,9 @@ from . import kv_cache
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .memory import check_memory
 from .model_shape import ModelShape
-from .parallel import RankFailed
+from .parallel import Layout, RankFailed
 from .peers import Peers
-from .rank import OtherRanks, Rank
+from .rank import OtherRanks, Rank, file_store
 from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
 from .scheduler import (
@@ -40,6 +41,7 @@ from .scheduler import (
     PLAN_FINISHED,
     PLAN_SIZE,
     PLAN_TOKENS,
+    Plan,
     abort,
     add_request,
     change_limits,
@@ -139,6 +141,21 @@ class KeptLogits(NamedTuple):
     logits: Tensor
 
 
+class _Flight(NamedTuple):
+    """A step that has begun and is not committed.
+
+    number     of the plan and of the rank's batch, which are its own meanwhile
+    slots      (sampling rows,) of the plan
+    generated  (sampling rows,) tokens that their requests have generated before
+    """
+
+    number: int
+    slots: NDArray[np.int64]
+    generated: NDArray[np.int64]
+    head: int
+    started_s: float
+
+
 class Engine:
     """One replica of a deployment on this machine. It sets torch's threads for the whole process.
 
@@ -161,9 +178,10 @@ class Engine:
         self._failed: RankFailed | None = None
         peers = None
         try:
-            if self.pool.tensor_parallel_size > 1:
+            layout = Layout.of(self.pool)
+            if layout.size > 1:
                 self._others = OtherRanks(self.pool, model_dir, self.shape)
-                peers = Peers(self._others.folder, 0, self.pool.tensor_parallel_size)
+                peers = Peers(file_store(self._others.folder, self.pool), 0, layout)
             self._rank = Rank(self.pool, self.shape, model_dir, peers)
             if self._others is not None:
                 self._others.wait_until_loaded()
@@ -176,13 +194,16 @@ class Engine:
     def _reset(self) -> None:
         self._store = TokenStore(self.pool.block_size)
         self._state = new_state(self.pool, hashes=self._store.hashes)
-        self._plan = new_plan(self.pool)
+        self._plans = [new_plan(self.pool) for _ in self._rank.batches]
+        self._flights: deque[_Flight] = deque()
+        self._begun = 0
         slots = len(self._state.request_id)
         self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
         self._num_cached = np.zeros(slots, np.int64)
         self._full = np.zeros(self.pool.max_num_seqs, np.int64)
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
+        self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
         self._steps = 0
         self.last_step: StepRecord | None = None
         self.last_admitted: list[int] = []
@@ -243,9 +264,12 @@ class Engine:
         slot = self._slot_of.get(request_id)
         if slot is None:
             return False
-        abort(self._state, slot)
         self._aborted.append(Output(request_id, (), None, "abort", int(self._num_cached[slot])))
-        self._forget(slot)
+        del self._slot_of[request_id]
+        if abort(self._state, slot):
+            self._free(slot)
+        else:
+            self._leaving.add(slot)
         return True
 
     def change(self, pool: Pool) -> None:
@@ -275,24 +299,30 @@ class Engine:
     def step(self) -> list[Output]:
         """Plan, compute and commit one step; what it brought, one Output for each request that got a token or ended.
 
-        Raises: RankFailed: a tensor parallel rank is gone; every later step raises it, too.
+        With several pipeline stages as many steps as there are stages are under way, and the oldest of them is ended.
+
+        Raises: RankFailed: a rank is gone; every later step raises it, too.
         """
         if self._failed is not None:
             raise self._failed
-        started_s = time.perf_counter()
         outputs, self._aborted = self._aborted, []
-        state, plan = self._state, self._plan
-        schedule(state, plan)
+        self.last_admitted = []
+        try:
+            while len(self._flights) < len(self._plans) and self._begin():
+                pass
+            if not self._flights:
+                return outputs
+            flight = self._flights.popleft()
+            result = self._rank.result(flight.number)
+        except RuntimeError as error:
+            if self._others is None:
+                raise
+            self._failed = error if isinstance(error, RankFailed) else self._others.explain(error)
+            raise self._failed from error
+        state, plan, slots = self._state, self._plans[flight.number], flight.slots
         rows = int(plan.counts[PLAN_SIZE])
-        # those admitted stand last in the plan
-        first_admitted = rows - int(plan.counts[PLAN_ADMITTED])
-        self.last_admitted = state.request_id[plan.slot[first_admitted:rows]].tolist()
-        if rows == 0:
-            return outputs
-        slots = plan.slot[:rows][plan.samples[:rows]]
-        generated = state.num_tokens[slots] - state.num_prompt_tokens[slots]
-        tokens, logprobs = self._compute(slots, generated)
-        self._take(tokens)
+        tokens, logprobs = self._sampled(result, flight, plan)
+        self._take(plan, tokens)
         stopped = self._sampler.ends(slots, tokens)
         plan.stopped[:rows] = False
         plan.stopped[:rows][plan.samples[:rows]] = stopped
@@ -301,47 +331,66 @@ class Engine:
         ended = set(plan.finished[: plan.counts[PLAN_FINISHED]].tolist())
         ids, cached = state.request_id[slots].tolist(), self._num_cached[slots].tolist()
         for row, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist())):
+            if slot in self._leaving:
+                continue
             reason: FinishReason | None = None
             if slot in ended:
                 reason = "stop" if stopped[row] else "length"
             told = logprobs[row] if logprobs else None
             outputs.append(Output(ids[row], (token,), None if told is None else (told,), reason, cached[row]))
         for slot in ended:
-            self._forget(slot)
+            if slot in self._leaving:
+                self._leaving.remove(slot)
+            else:
+                del self._slot_of[int(state.request_id[slot])]
+            self._free(slot)
         self._steps += 1
-        seconds = time.perf_counter() - started_s
+        seconds = time.perf_counter() - flight.started_s
         decode_context, prefill_pairs = step_work(plan)
         num_tokens = int(plan.counts[PLAN_TOKENS])
-        self.last_step = StepRecord(num_tokens, rows, len(slots), decode_context, prefill_pairs, seconds, started_s)
+        self.last_step = StepRecord(
+            num_tokens, rows, len(slots), decode_context, prefill_pairs, seconds, flight.started_s
+        )
         return outputs
 
-    def _compute(
-        self, slots: NDArray[np.int64], generated: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], list[TokenLogprobs | None]]:
-        """Tokens (and log-probabilities, where any are wanted) of the plan's sampling rows."""
+    def _begin(self) -> bool:
+        """Plan the next step and have it computed; False where there is nothing to compute."""
+        started_s = time.perf_counter()
+        index = self._begun % len(self._plans)
+        state, plan = self._state, self._plans[index]
+        schedule(state, plan)
+        rows = int(plan.counts[PLAN_SIZE])
+        if rows == 0:
+            return False
+        # those admitted stand last in the plan
+        first_admitted = rows - int(plan.counts[PLAN_ADMITTED])
+        self.last_admitted += state.request_id[plan.slot[first_admitted:rows]].tolist()
+        slots = plan.slot[:rows][plan.samples[:rows]]
+        generated = state.num_tokens[slots] - state.num_prompt_tokens[slots]
         head = ARGMAX if self._sampler.argmax_will_do(slots, generated) else LOGITS
         head = ALL_LOGITS if self._keep_logits else head
-        used = write_wire(self._state, self._plan, self._store.tokens, head, self._rank.batch.wire)
-        try:
-            if self._others is not None:
-                self._others.check()
-            result = self._rank.run(used)
-        except RuntimeError as error:
-            if self._others is None:
-                raise
-            self._failed = error if isinstance(error, RankFailed) else self._others.explain(error)
-            raise self._failed from error
-        assert result is not None
-        if head == ARGMAX:
-            return result.numpy(), []
-        if head == ALL_LOGITS:
-            result = self._kept(result)
-        with torch.inference_mode():
-            return self._sampler.sample(result, slots, generated)
+        used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
+        if self._others is not None:
+            self._others.check()
+        self._rank.begin(index, used)
+        self._flights.append(_Flight(index, slots, generated, head, started_s))
+        self._begun += 1
+        return True
 
-    def _kept(self, logits: Tensor) -> Tensor:
+    def _sampled(
+        self, result: Tensor, flight: _Flight, plan: Plan
+    ) -> tuple[NDArray[np.int64], list[TokenLogprobs | None]]:
+        """Tokens (and log-probabilities, where any are wanted) of the plan's sampling rows."""
+        if flight.head == ARGMAX:
+            return result.numpy(), []
+        if flight.head == ALL_LOGITS:
+            result = self._kept(result, plan)
+        with torch.inference_mode():
+            return self._sampler.sample(result, flight.slots, flight.generated)
+
+    def _kept(self, logits: Tensor, plan: Plan) -> Tensor:
         """Keep the logits of every token of the step; returns those of its sampling rows."""
-        plan, rows = self._plan, int(self._plan.counts[PLAN_SIZE])
+        rows = int(plan.counts[PLAN_SIZE])
         ends = np.cumsum(plan.num_tokens[:rows])
         for row, end in enumerate(ends.tolist()):
             start, count = int(plan.start[row]), int(plan.num_tokens[row])
@@ -349,17 +398,16 @@ class Engine:
             self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end]))
         return logits[torch.from_numpy(ends[plan.samples[:rows]] - 1)]
 
-    def _take(self, tokens: NDArray[np.int64]) -> None:
+    def _take(self, plan: Plan, tokens: NDArray[np.int64]) -> None:
         """Put new tokens behind those of their requests, and name the blocks that this step fills."""
         state = self._state
-        full = append_tokens(state, self._plan, self._store.tokens, tokens, self._num_cached, self._full)
+        full = append_tokens(state, plan, self._store.tokens, tokens, self._num_cached, self._full)
         for slot in self._full[:full].tolist():
             last = int(state.num_computed_tokens[slot]) // self.pool.block_size
             self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
             state.num_hashes[slot] = last
 
-    def _forget(self, slot: int) -> None:
-        del self._slot_of[int(self._state.request_id[slot])]
+    def _free(self, slot: int) -> None:
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
 
     def stats(self) -> EngineStats:

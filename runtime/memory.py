@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from .model_shape import ModelShape
+from .parallel import Layout, Share, held_shape, shares
 from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
@@ -31,19 +32,12 @@ class MemoryNeed:
 def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> MemoryNeed:
     """What `replicas` of a pool take on the CPU; left out: all replicas of the pool."""
     replicas = pool.replicas if replicas is None else replicas
-    ranks = pool.tensor_parallel_size
-    weights = shape.weight_bytes(pool.weight_dtype) + ranks * shape.embedding_bytes(pool.weight_dtype)
-    kv_cache = pool.num_kv_blocks * pool.block_size * shape.kv_bytes_per_token(pool.kv_cache_dtype)
-    tokens = pool.max_num_batched_tokens
-    # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
-    width = 2 * shape.hidden_size + max(2 * shape.qkv_features, 3 * shape.intermediate_size)
-    logits = 2 * pool.max_num_seqs * shape.vocab_size
-    angles = pool.max_model_len * shape.head_dim
+    ranks = shares(shape, Layout.of(pool))
     return MemoryNeed(
-        weight_bytes=replicas * weights,
-        kv_cache_bytes=replicas * kv_cache,
-        activation_bytes=replicas * 4 * (tokens * width + logits + ranks * angles),
-        process_bytes=replicas * ranks * _PROCESS_BYTES,
+        weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in ranks),
+        kv_cache_bytes=replicas * pool.num_kv_blocks * _block_bytes(shape, pool),
+        activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in ranks),
+        process_bytes=replicas * len(ranks) * _PROCESS_BYTES,
     )
 
 
@@ -52,6 +46,33 @@ def memory_table(need: MemoryNeed, available: int) -> str:
     parts = {name.removesuffix("_bytes").replace("_", " "): value for name, value in asdict(need).items()}
     rows = [*parts.items(), ("together", need.total_bytes), ("available", available)]
     return "\n".join(f"  {name:<12}{value / _GIB:8.2f} GiB" for name, value in rows)
+
+
+def rank_weight_bytes(shape: ModelShape, share: Share, weight_dtype: str) -> int:
+    """Bytes of the weights that one rank holds: the embedding on the first stage, the head on the last.
+
+    Norms are on every rank; the biases of o and down only on the first, because the ranks' products are added up.
+    """
+    held = held_shape(shape, share)
+    embedding = held.embedding_bytes(weight_dtype) if share.is_first else 0
+    held = held if share.is_last else replace(held, vocab_size=0)
+    biases = 0 if share.rank == 0 else held.hidden_size * (int(held.o_bias) + int(held.mlp_bias)) * held.num_layers
+    return held.weight_bytes(weight_dtype) + embedding - 4 * biases
+
+
+def _block_bytes(shape: ModelShape, pool: Pool) -> int:
+    """Bytes of one block of the KV cache, all ranks of a replica together."""
+    held = (held_shape(shape, share) for share in shares(shape, Layout.of(pool)))
+    return pool.block_size * sum(part.kv_bytes_per_token(pool.kv_cache_dtype) for part in held)
+
+
+def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
+    held = held_shape(shape, share)
+    # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
+    width = 2 * held.hidden_size + max(2 * held.qkv_features, 3 * held.intermediate_size)
+    logits = 2 * pool.max_num_seqs * held.vocab_size if share.is_last else 0
+    angles = pool.max_model_len * held.head_dim
+    return 4 * (pool.max_num_batched_tokens * width + logits + angles)
 
 
 def available_bytes() -> int:
@@ -89,7 +110,7 @@ def check_memory(shape: ModelShape, pool: Pool, *, available: int | None = None,
 def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int) -> str:
     """The smallest change that fits: a smaller KV cache, else smaller weights, else fewer replicas."""
     least_blocks = -(-pool.max_model_len // pool.block_size)
-    block_bytes = pool.block_size * shape.kv_bytes_per_token(pool.kv_cache_dtype)
+    block_bytes = _block_bytes(shape, pool)
     for count in range(replicas, 0, -1):
         for dtype in dict.fromkeys((pool.weight_dtype, "bf16", "int8")):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):

@@ -1,17 +1,19 @@
-"""Tensor parallelism: which rank computes what, and with which threads. No torch.
+"""Sharding: which rank of a replica computes what, and with which threads. No torch.
 
-The split is Megatron's (Shoeybi et al., arXiv:1909.08053): attention by KV heads, the MLP by intermediate channels, the
-head by vocabulary; o and down are then partial sums, added up over the ranks, two all-reduces a layer. The embedding is
-whole on every rank: that costs memory and saves a third all-reduce.
+The ranks stand in pipeline stages of consecutive layers; those of one stage share every layer by tensor parallelism,
+split as Megatron does (Shoeybi et al., arXiv:1909.08053): attention by KV heads, the MLP by intermediate channels, the
+embedding and the head by vocabulary; the embedding's rows, o and down are then partial sums, added up over the ranks:
+two all-reduces a layer and one more a step. Where there are more ranks than KV heads each head is held by several
+ranks, which share its query heads.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from .model_shape import ModelShape
 from .spec import Pool
@@ -23,27 +25,93 @@ class RankFailed(RuntimeError):
     exit_code: ClassVar[int] = 1
 
 
+class Place(NamedTuple):
+    """Where a rank stands: its pipeline stage, and its number among the ranks that share the layers of that stage."""
+
+    stage: int
+    shard: int
+
+
+class Layout(NamedTuple):
+    """How the ranks of a replica are arranged: stages x shards, the shards of one stage in a row. Rank 0 leads."""
+
+    stages: int
+    shards: int
+
+    @classmethod
+    def of(cls, pool: Pool) -> Layout:
+        return cls(pool.pipeline_parallel_size, pool.tensor_parallel_size)
+
+    @property
+    def size(self) -> int:
+        return self.stages * self.shards
+
+    def place(self, rank: int) -> Place:
+        return Place(*divmod(rank, self.shards))
+
+    def rank(self, place: Place) -> int:
+        return place.stage * self.shards + place.shard
+
+    def stage(self, stage: int) -> tuple[int, ...]:
+        """The ranks of a stage."""
+        return tuple(self.rank(Place(stage, shard)) for shard in range(self.shards))
+
+
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of the model: ranges of heads, KV heads, intermediate channels and vocabulary."""
+    """One rank's part of the model: ranges of layers, heads, KV heads, intermediate channels and vocabulary.
+
+    rank, size  among the ranks that share these layers
+    """
 
     rank: int
     size: int
+    layers: range
+    is_first: bool
+    is_last: bool
     heads: range
     kv_heads: range
     intermediate: range
     vocab: range
 
 
-def share_of(shape: ModelShape, rank: int, size: int) -> Share:
-    """The part of rank `rank` of `size`, which divides the KV heads (`runnable.check_runnable`)."""
+def share_of(shape: ModelShape, rank: int, size: int, stage: int = 0, stages: int = 1) -> Share:
+    """The part of rank `rank` of `size`, which is one of `tensor_parallel_sizes`, in a pipeline stage."""
+    copies = max(1, size // shape.num_kv_heads)
     return Share(
         rank=rank,
         size=size,
+        layers=_part(shape.num_layers, stage, stages),
+        is_first=stage == 0,
+        is_last=stage == stages - 1,
         heads=_part(shape.num_heads, rank, size),
-        kv_heads=_part(shape.num_kv_heads, rank, size),
+        kv_heads=_part(shape.num_kv_heads, rank // copies, size // copies),
         intermediate=_part(shape.intermediate_size, rank, size),
         vocab=_part(shape.vocab_size, rank, size),
+    )
+
+
+def shares(shape: ModelShape, layout: Layout) -> tuple[Share, ...]:
+    """The parts of all ranks of a replica."""
+    places = map(layout.place, range(layout.size))
+    return tuple(share_of(shape, place.shard, layout.shards, place.stage, layout.stages) for place in places)
+
+
+def tensor_parallel_sizes(shape: ModelShape) -> tuple[int, ...]:
+    """How many ranks can share a layer: a divisor of the KV heads, or a multiple of them that divides the heads."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    return tuple(n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0))
+
+
+def held_shape(shape: ModelShape, share: Share) -> ModelShape:
+    """The model that one rank holds: fewer layers, heads, channels and rows of the vocabulary."""
+    return replace(
+        shape,
+        num_layers=len(share.layers),
+        num_heads=len(share.heads),
+        num_kv_heads=len(share.kv_heads),
+        intermediate_size=len(share.intermediate),
+        vocab_size=len(share.vocab),
     )
 
 
@@ -72,7 +140,7 @@ def thread_environment(pool: Pool, replicas: int | None = None) -> Mapping[str, 
     Args:
         replicas: that share this machine; left out: those of the pool.
     """
-    threads = pool.num_threads * pool.tensor_parallel_size * (pool.replicas if replicas is None else replicas)
+    threads = pool.num_threads * Layout.of(pool).size * (pool.replicas if replicas is None else replicas)
     wanted = {"OMP_NUM_THREADS": str(pool.num_threads)}
     if threads > usable_cores():
         wanted |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}

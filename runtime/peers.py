@@ -1,9 +1,10 @@
-"""How the ranks of one replica talk: processes that meet through a file in a folder of ours, over gloo on loopback."""
+"""How the ranks of one replica talk: torch.distributed over gloo, in groups of their own."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from .batch import HEADER, used_places
+from .parallel import Layout
 
 _distributed: Any = torch.distributed  # its annotations leave out much that its documentation has
 
@@ -18,57 +20,138 @@ COLLECTIVE_TIMEOUT_S = 120.0  # a rank that lets the others wait longer within o
 _FOREVER = timedelta(days=3650)  # an idle server gives its ranks nothing to do, and that is no error
 _DIRECT_BYTES = 64 << 10
 _FIRST_PART = 1024  # int32 places of the wire sent at once: a decode step in one message
+_ACTIVATIONS = 0  # tags of what goes from one rank to another
+_RESULT = 1
 
 
 class Peers:
-    """The ranks of one replica, seen from one of them. Every method is a collective: all ranks call it, in one order.
+    """The ranks of one replica, seen from one of them. The ranks concerned call a method all, in one order.
 
-    Two groups: waiting for the next step has no time limit, and answering within a step has. They are this object's
-    own, not torch's global default: several engines may live in one process.
+    Waiting for the next step has no time limit, and answering within a step has: two kinds of groups. They are this
+    object's own, not torch's global default: several engines may live in one process.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int) -> None:
+    def __init__(self, store: Any, rank: int, layout: Layout, address: str = "127.0.0.1") -> None:
+        """
+        Args:
+            store: torch.distributed's, where the ranks find each other.
+            address: of this machine, at which the other ranks reach it.
+        """
         self.rank = rank
-        self.size = size
-        store = _distributed.FileStore(str(folder / "store"), size)
-        # in this order: meeting has a time limit, too
-        self._step = _gloo(_distributed.PrefixStore("step", store), rank, size, timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-        self._idle = _gloo(_distributed.PrefixStore("idle", store), rank, size, _FOREVER)
+        self.layout = layout
+        self.place = layout.place(rank)
+        self._store, self._address = store, address
+        self._groups: dict[tuple[str, tuple[int, ...]], Any] = {}
+        # every rank goes through all groups in this order, so that nobody waits for one who waits for another
+        for stage in range(layout.stages):
+            with_rank_0 = tuple(sorted({0, *layout.stage(stage)}))
+            # in this order: meeting has a time limit, too
+            for kind, ranks in (("step", with_rank_0), ("idle", with_rank_0), ("step", layout.stage(stage))):
+                self._meet(kind, ranks)
+        if layout.stages > 1:
+            self._meet("step", tuple(range(layout.size)))
+        self._shards = self._group("step", layout.stage(self.place.stage))
+        self._all = self._group("step", tuple(range(layout.size))) if layout.stages > 1 else None
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._wires: deque[list[Any]] = deque()
+
+    def _meet(self, kind: str, ranks: tuple[int, ...]) -> None:
+        if self.rank in ranks and (kind, ranks) not in self._groups:
+            timeout = _FOREVER if kind == "idle" else timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+            store = _distributed.PrefixStore(f"{kind} {ranks}", self._store)
+            options = _distributed.ProcessGroupGloo._Options()
+            options._devices = [_distributed.ProcessGroupGloo.create_device(hostname=self._address)]
+            options._timeout = timeout
+            group = _distributed.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), options)
+            self._groups[kind, ranks] = group
+
+    def _group(self, kind: str, ranks: Sequence[int]) -> Any:
+        return self._groups[kind, tuple(ranks)]
 
     def all_reduce(self, x: Tensor) -> None:
-        """x becomes the sum of all ranks' x, the same bits on every rank.
+        """x becomes the sum of the x of all ranks that share this layer, the same bits on each of them.
 
         Two ranks with little to say tell each other directly: 92 us where gloo's all-reduce takes 214 (8 rows of 256,
         least of 300 on two busy cores).
         """
-        if self.size > 2 or x.nbytes > _DIRECT_BYTES:
-            self._step.allreduce([x]).wait()
+        if self.layout.shards > 2 or x.nbytes > _DIRECT_BYTES:
+            self._shards.allreduce([x]).wait()
             return
         other = torch.empty_like(x)
-        incoming = self._step.recv([other], 1 - self.rank, 0)
-        outgoing = self._step.send([x], 1 - self.rank, 0)
+        incoming = self._shards.recv([other], 1 - self.place.shard, 0)
+        outgoing = self._shards.send([x], 1 - self.place.shard, 0)
         incoming.wait()
         outgoing.wait()
         x.add_(other)
 
-    def broadcast_wire(self, wire: Tensor, used: int) -> None:
-        """Rank 0's wire on every rank; `used` counts on rank 0 only, and one message carries most steps.
+    def send_wire(self, wire: Tensor, used: int) -> None:
+        """Rank 0: a step for everybody. The first stage has it on return; the others take it when they come to it.
 
-        The first place past a short wire's end is never read, and the length of a long one follows from its header.
+        The wire must stay as it is until as many more are sent as there are stages. One message carries most steps:
+        the first place past a short wire's end is never read, and the length of a long one follows from its header.
         """
+        if len(self._wires) == self.layout.stages:
+            for work in self._wires.popleft():
+                work.wait()
         first = min(_FIRST_PART, wire.shape[0])
-        self._idle.broadcast([wire[:first]], _from_rank_0()).wait()
-        if self.rank != 0:
-            used = used_places(wire[:HEADER].tolist())
+        pending = []
+        for stage in reversed(range(self.layout.stages)):
+            ranks = tuple(sorted({0, *self.layout.stage(stage)}))
+            if len(ranks) > 1:
+                pending.append(self._group("idle", ranks).broadcast([wire[:first]], _from_rank_0()))
+                if used > first:
+                    pending.append(self._group("step", ranks).broadcast([wire[first:used]], _from_rank_0()))
+        if self.layout.stages == 1:
+            for work in pending:
+                work.wait()
+        else:
+            self._wires.append(pending)
+
+    def receive_wire(self, wire: Tensor) -> None:
+        """Another rank: wait for the next step."""
+        ranks = tuple(sorted({0, *self.layout.stage(self.place.stage)}))
+        first = min(_FIRST_PART, wire.shape[0])
+        self._group("idle", ranks).broadcast([wire[:first]], _from_rank_0()).wait()
+        used = used_places(wire[:HEADER].tolist())
         if used > first:
-            self._step.broadcast([wire[first:used]], _from_rank_0()).wait()
+            self._group("step", ranks).broadcast([wire[first:used]], _from_rank_0()).wait()
+
+    def pass_on(self, hidden: Tensor) -> None:
+        """Activations for this rank's counterpart on the next stage; returns before it has taken them."""
+        self._send(hidden, self.rank + self.layout.shards, _ACTIVATIONS)
+
+    def take_over(self, shape: tuple[int, ...]) -> Tensor:
+        """fp32 activations from this rank's counterpart on the stage before."""
+        return self._received(torch.empty(shape), self.rank - self.layout.shards, _ACTIVATIONS)
+
+    def send_result(self, result: Tensor) -> None:
+        """From the first rank of the last stage to rank 0."""
+        self._send(result, 0, _RESULT)
+
+    def receive_result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On rank 0: what `send_result` sends."""
+        first_of_the_last = self.layout.stage(self.layout.stages - 1)[0]
+        return self._received(torch.empty(shape, dtype=dtype), first_of_the_last, _RESULT)
+
+    def _send(self, x: Tensor, rank: int, tag: int) -> None:
+        assert self._all is not None
+        # every stage may have a step, so that waiting for more than one before would be waiting for nothing
+        while len(self._sent) > self.layout.stages:
+            self._sent.popleft()[0].wait()
+        self._sent.append((self._all.send([x], rank, tag), x))
+
+    def _received(self, into: Tensor, rank: int, tag: int) -> Tensor:
+        assert self._all is not None
+        self._all.recv([into], rank, tag).wait()
+        return into
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's x (of one shape) on rank 0; nothing elsewhere."""
+        """The x (of one shape) of all ranks that share this layer, on the first of them; nothing elsewhere."""
         options = _distributed.GatherOptions()
         options.rootRank = 0
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
-        self._step.gather([parts] if self.rank == 0 else [], [x], options).wait()
+        first = self.place.shard == 0
+        parts = [torch.empty_like(x) for _ in range(self.layout.shards)] if first else []
+        self._shards.gather([parts] if first else [], [x], options).wait()
         return parts
 
 
@@ -76,10 +159,3 @@ def _from_rank_0() -> Any:
     options = _distributed.BroadcastOptions()
     options.rootRank = 0
     return options
-
-
-def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    options = _distributed.ProcessGroupGloo._Options()
-    options._devices = [_distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    options._timeout = timeout
-    return _distributed.ProcessGroupGloo(store, rank, size, options)

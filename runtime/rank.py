@@ -15,14 +15,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from ..kernels.tiles import TileTable
 from .batch import ARGMAX, Batch
 from .model_shape import ModelShape
-from .parallel import RankFailed, share_of, thread_environment
+from .parallel import Layout, RankFailed, shares, thread_environment
 from .peers import Peers
 from .spec import Pool
 from .transformer import Transformer
@@ -35,15 +37,21 @@ TASK_FILE = "task.json"
 
 
 class Rank:
-    """The model of one rank and the buffers of its steps. `batch.wire` is where a step comes in."""
+    """The model of one rank and the buffers of its steps.
+
+    batches  one for each step that may be in flight; rank 0 writes a step into the `wire` of one that is free
+    """
 
     def __init__(self, pool: Pool, shape: ModelShape, model_dir: Path, peers: Peers | None) -> None:
         torch.set_num_threads(pool.num_threads)
         self._peers = peers
-        self._share = share_of(shape, peers.rank if peers else 0, pool.tensor_parallel_size)
-        self._vocab_width = -(-shape.vocab_size // pool.tensor_parallel_size)
-        self._vocab_sizes = [len(share_of(shape, r, self._share.size).vocab) for r in range(self._share.size)]
-        self.batch = Batch(pool)
+        layout = Layout.of(pool)
+        ranks = shares(shape, layout)
+        self._share = ranks[peers.rank if peers else 0]
+        self._shape = shape
+        self._vocab_sizes = [len(share.vocab) for share in ranks[: layout.shards]]
+        self.batches = tuple(Batch(pool) for _ in range(layout.stages))
+        self._results: list[Tensor | None] = [None] * layout.stages
         self._transformer = Transformer(
             shape,
             load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles),
@@ -53,24 +61,59 @@ class Rank:
             kv_cache_dtype=pool.kv_cache_dtype,
             max_model_len=pool.max_model_len,
             tiles=pool.tiles,
-            reduce=peers.all_reduce if peers else None,
+            reduce=peers.all_reduce if peers and layout.shards > 1 else None,
         )
 
-    def run(self, used: int = 0) -> Tensor | None:
-        """Compute the step in `batch.wire` (rank 0: its first `used` places) together with the other ranks.
+    def begin(self, index: int, used: int) -> None:
+        """Rank 0: compute its part of the step in the first `used` places of `batches[index].wire`.
 
-        Returns: on rank 0 (head rows,) int64 tokens for ARGMAX, else (head rows, vocab_size) fp32 logits; else None.
+        Later pipeline stages may still be at it on return; the ranks of one stage compute together.
         """
         with torch.inference_mode():
+            batch = self.batches[index]
             if self._peers is not None:
-                self._peers.broadcast_wire(self.batch.wire_tensor, used)
-            self.batch.read()
-            logits = self._transformer.forward(self.batch)
-            if self._peers is None:
-                return logits.argmax(dim=1) if self.batch.head == ARGMAX else logits
-            if self.batch.head == ARGMAX:
-                return self._merged_argmax(logits, self._peers)
-            return self._gathered(logits, self._peers)
+                self._peers.send_wire(batch.wire_tensor, used)
+            batch.read()
+            self._results[index] = self._computed(batch)
+
+    def result(self, index: int) -> Tensor:
+        """Rank 0: of a step that has begun (head rows,) int64 tokens for ARGMAX, else (head rows, vocab_size) logits.
+
+        Steps end in the order in which they began.
+        """
+        with torch.inference_mode():
+            result, batch = self._results[index], self.batches[index]
+            if result is None:
+                assert self._peers is not None
+                rows = batch.head_rows.shape[0]
+                shape = (rows,) if batch.head == ARGMAX else (rows, self._shape.vocab_size)
+                dtype = torch.int64 if batch.head == ARGMAX else torch.float32
+                result = self._peers.receive_result(shape, dtype) if rows else torch.empty(shape, dtype=dtype)
+            return result
+
+    def follow(self) -> None:
+        """Another rank: wait for a step and compute this rank's part of it."""
+        assert self._peers is not None
+        with torch.inference_mode():
+            batch = self.batches[0]
+            self._peers.receive_wire(batch.wire_tensor)
+            batch.read()
+            result = self._computed(batch)
+            if result is not None and self._peers.layout.stages > 1 and result.shape[0] > 0:
+                self._peers.send_result(result)
+
+    def _computed(self, batch: Batch) -> Tensor | None:
+        """The step's result on the first rank of the last stage, None elsewhere."""
+        peers, hidden = self._peers, None
+        if peers is not None and not self._share.is_first:
+            hidden = peers.take_over((batch.token_ids.shape[0], self._shape.hidden_size))
+        logits = self._transformer.forward(batch, hidden)
+        if peers is not None and not self._share.is_last:
+            peers.pass_on(logits)
+            return None
+        if peers is None or self._share.size == 1:
+            return logits.argmax(dim=1) if batch.head == ARGMAX else logits
+        return self._merged_argmax(logits, peers) if batch.head == ARGMAX else self._gathered(logits, peers)
 
     def use_tiles(self, tiles: TileTable) -> None:
         """Compute with other tiles from the next step on. Raises: BadTile, and nothing changed."""
@@ -87,11 +130,16 @@ class Rank:
         return pairs[:, 1].gather(0, winner[None])[0].long()
 
     def _gathered(self, logits: Tensor, peers: Peers) -> Tensor | None:
-        padded = torch.nn.functional.pad(logits, (0, self._vocab_width - logits.shape[1]))
+        padded = torch.nn.functional.pad(logits, (0, max(self._vocab_sizes) - logits.shape[1]))
         parts = peers.gather(padded.contiguous())
         if not parts:
             return None
         return torch.cat([part[:, :size] for part, size in zip(parts, self._vocab_sizes)], dim=1)
+
+
+def file_store(folder: Path, pool: Pool) -> Any:
+    """Where the ranks of one machine find each other: a file in a folder of ours."""
+    return torch.distributed.FileStore(str(folder / "store"), Layout.of(pool).size)  # type: ignore[attr-defined]
 
 
 class OtherRanks:
@@ -107,7 +155,7 @@ class OtherRanks:
         (self.folder / TASK_FILE).write_text(json.dumps(task))
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
-            for rank in range(1, pool.tensor_parallel_size):
+            for rank in range(1, Layout.of(pool).size):
                 self._processes.append(self._start(pool, rank))
             self._wait_for("started", START_LIMIT_S)
         except BaseException:
@@ -135,7 +183,7 @@ class OtherRanks:
             while not (self.folder / f"{rank}.{event}").exists():
                 self.check()
                 if time.monotonic() > deadline:
-                    raise RankFailed(f"tensor parallel rank {rank} has not {event} within {limit_s:.0f} s")
+                    raise RankFailed(f"rank {rank} has not {event} within {limit_s:.0f} s")
                 time.sleep(0.01)
 
     def check(self) -> None:
@@ -153,13 +201,13 @@ class OtherRanks:
             except RankFailed as failed:
                 return failed
             time.sleep(0.01)
-        return RankFailed(f"a tensor parallel rank does not answer: {error}; start the engine again")
+        return RankFailed(f"a rank does not answer: {error}; start the engine again")
 
     def _obituary(self, rank: int, code: int) -> str:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         lines = (self.folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
         said = f": {lines[-1][:300]}" if lines else ""
-        return f"tensor parallel rank {rank} {how}{said}; start the engine again"
+        return f"rank {rank} {how}{said}; start the engine again"
 
     def close(self) -> None:
         """End the ranks: they leave when their input closes, and are killed if they do not."""
@@ -185,11 +233,11 @@ def main() -> None:
     threading.Thread(target=_leave_with_rank_0, daemon=True).start()
     pool, model_dir = Pool.model_validate(task["pool"]), Path(task["model_dir"])
     (folder / f"{number}.started").touch()
-    peers = Peers(folder, number, pool.tensor_parallel_size)
+    peers = Peers(file_store(folder, pool), number, Layout.of(pool))
     rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers)
     (folder / f"{number}.loaded").touch()
     while True:
-        rank.run()
+        rank.follow()
 
 
 def _leave_with_rank_0() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .model_shape import BadModel, ModelShape
+from .parallel import tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
 
 # the arrays of a batch are as large as the limits that the engine was built with
@@ -40,11 +41,13 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         found = f"{shape.sliding_window} tokens, below max_model_len {pool.max_model_len}"
         todo = f"set max_model_len to at most {shape.sliding_window}: up to there the window changes nothing"
         raise BadModel("config.json: sliding_window", found, "no window that is active", todo)
-    if shape.num_kv_heads % pool.tensor_parallel_size:
-        divisors = ", ".join(str(n) for n in range(1, shape.num_kv_heads + 1) if shape.num_kv_heads % n == 0)
-        raise BadSpec(
-            "pools.0.tensor_parallel_size", pool.tensor_parallel_size, f"{divisors}, which divide the KV heads"
-        )
+    if pool.pipeline_parallel_size > shape.num_layers:
+        most = f"at most {shape.num_layers}, the model's layers"
+        raise BadSpec("pools.0.pipeline_parallel_size", pool.pipeline_parallel_size, most)
+    sizes = tensor_parallel_sizes(shape)
+    if pool.tensor_parallel_size not in sizes:
+        fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
+        raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
 
 
 def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:
@@ -61,5 +64,5 @@ def _changes_while_running(name: str, built: Pool, pool: Pool) -> bool:
         return bool(getattr(pool, name) <= getattr(built, name))
     # the ranks of a sharded replica are not told of tiles
     if name == "tiles":
-        return pool.tensor_parallel_size == 1
+        return pool.tensor_parallel_size * pool.pipeline_parallel_size == 1
     return name == "max_queued_requests"

@@ -31,6 +31,7 @@ BLOCK_SIZE = 2
 CHUNKED_PREFILL = 3
 PREFIX_CACHING = 4
 BLOCKS_PER_HASH = 5
+PLANS_IN_FLIGHT = 6
 
 # places in State.counts
 NUM_RUNNING = 0
@@ -53,7 +54,7 @@ PLAN_ADMITTED = 4
 class State(NamedTuple):
     """All live requests of one replica, one slot each; slots are used again after a request ends.
 
-    limits                 (6,) int64   what the spec allows, in the places named above
+    limits                 (7,) int64   what the spec allows, in the places named above
     counts                 (8,) int64   running totals, in the places named above
     request_id             (slots,) int64  the caller's name for the request
     num_prompt_tokens      (slots,) int64
@@ -144,6 +145,7 @@ def new_state(
         int(pool.enable_chunked_prefill),
         int(pool.enable_prefix_caching),
         blocks_per_hash,
+        pool.pipeline_parallel_size,
     ]
     counts = np.zeros(8, np.int64)
     counts[NUM_FREE_SLOTS] = slots
@@ -356,12 +358,17 @@ def _last_idle(state: State, first: int) -> int:
 
 @njit
 def _schedule_running(state: State, plan: Plan, budget: int) -> int:
-    """Let running requests catch up, in order of admission; returns the tokens left of the budget."""
+    """Let running requests catch up, in order of admission; returns the tokens left of the budget.
+
+    Where several plans are in flight (one for each pipeline stage) each takes its share of the requests.
+    """
+    plans = state.limits[PLANS_IN_FLIGHT]
+    most_rows = (state.counts[NUM_RUNNING] + plans - 1) // plans
     index = 0
-    while index < state.counts[NUM_RUNNING] and budget > 0:
+    while index < state.counts[NUM_RUNNING] and budget > 0 and plan.counts[PLAN_SIZE] < most_rows:
         slot = state.running[index]
         num_tokens = min(state.num_tokens[slot] - state.num_computed_tokens[slot], budget)
-        if num_tokens <= 0:
+        if num_tokens <= 0 or state.aborted[slot]:
             index += 1
             continue
         if _hold_blocks(state, slot, state.num_computed_tokens[slot] + num_tokens):

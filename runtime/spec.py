@@ -75,8 +75,14 @@ class Pool(_Part):
         "mixed", description="which half of a request the pool computes"
     )
     replicas: int = Field(1, ge=1, le=65536, description="copies of the model, each with its own queue and KV cache")
+    router: Literal["round_robin", "least_outstanding_tokens", "prefix_affinity"] = Field(
+        "round_robin", description="which replica a request goes to"
+    )
     accelerator: str = Field(CPU, min_length=1, description="name in the accelerator catalog; 'cpu' is this machine")
     tensor_parallel_size: int = Field(1, ge=1, le=1024, description="ranks that share every layer's weights")
+    pipeline_parallel_size: int = Field(
+        1, ge=1, le=1024, description="stages of consecutive layers, each on ranks of its own, that work on other steps"
+    )
     num_threads: int = Field(
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
     )
@@ -127,7 +133,8 @@ class Pool(_Part):
     @property
     def devices_per_replica(self) -> int:
         """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
-        return self.tensor_parallel_size * (self.num_threads if self.accelerator == CPU else 1)
+        ranks = self.tensor_parallel_size * self.pipeline_parallel_size
+        return ranks * (self.num_threads if self.accelerator == CPU else 1)
 
 
 class Prediction(_Part):

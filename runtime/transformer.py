@@ -83,10 +83,11 @@ class Transformer:
         self._shape = shape
         self._weights = weights
         self._reduce = reduce
+        self._vocab = share.vocab
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
-        cache = (shape.num_layers, 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
+        cache = (len(share.layers), 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
         self._cache = [tuple(layer) for layer in zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])]
         self._kv_cache_dtype = kv_cache_dtype
         self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
@@ -99,22 +100,37 @@ class Transformer:
         self._weights = retiled(self._weights, tiles)
         self._decode_tiles, self._prefill_tiles = decode, prefill
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32."""
+    def forward(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32.
+
+        Args:
+            hidden: (T, hidden) fp32, what the pipeline stage before gave; None on the first stage. Overwritten.
+        Returns: the logits on the last stage, on the others what the next one takes as `hidden`.
+        """
         weights, eps = self._weights, self._shape.rms_norm_eps
-        residual = weights.embedding[batch.token_ids].float()
+        residual = self._embedded(batch.token_ids) if hidden is None else hidden
         x = rms_norm(residual, weights.layers[0].input_norm, eps)
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             x = self._attention(x, layer, index, batch)
-            if index == last:  # of the last layer's output only the head's rows are ever read
+            if index == last and weights.head is not None:  # of the last layer only the head's rows are ever read
                 x, residual = x[batch.head_rows], residual[batch.head_rows]
             x = self._summed(linear(x, layer.o))
             x = add_rms_norm(x, residual, layer.post_norm, eps)
             x = self._summed(linear(swiglu(linear(x, layer.gate_up)), layer.down))
             norm = weights.norm if index == last else weights.layers[index + 1].input_norm
             x = add_rms_norm(x, residual, norm, eps)
-        return linear(x, weights.head)
+        return residual if weights.head is None else linear(x, weights.head)
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """(T,) -> (T, hidden) fp32, summed over the ranks, of which one has the row of a token and the others add 0."""
+        embedding = self._weights.embedding
+        assert embedding is not None, "only the first stage embeds"
+        if self._reduce is None:
+            return embedding[token_ids].float()
+        own = (token_ids >= self._vocab.start) & (token_ids < self._vocab.stop)
+        rows = embedding[(token_ids - self._vocab.start).where(own, 0)].float()
+        return self._summed(rows.masked_fill_(~own[:, None], 0.0))
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch) -> Tensor:
         """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""

@@ -108,6 +108,10 @@ class Checkpoint:
             return torch.as_tensor(stored[:, columns.start : columns.stop])
         return torch.as_tensor(stored[:])
 
+    def leave_to_others(self, *beginnings: str) -> None:
+        """Tensors whose names begin so need not be read here: other pipeline stages do."""
+        self._unread = {name for name in self._unread if not name.startswith(beginnings)}
+
     def check_all_read(self, *, ignored: tuple[str, ...]) -> None:
         """Refuse tensors that the model has and nothing read: they would silently be left out of every answer."""
         for name in sorted(self._unread):
@@ -138,12 +142,17 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A whole model, one rank's share. embedding (vocab, hidden) fp32 or bf16 on every rank; head: this rank's rows."""
+    """One rank's share of a model.
 
-    embedding: Tensor
+    embedding  (vocab, hidden) fp32 or bf16, this rank's rows; None but on the first pipeline stage
+    norm       (hidden,) fp32, the last before the head
+    head       this rank's rows; None but on the last stage
+    """
+
+    embedding: Tensor | None
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: PackedLinear
+    head: PackedLinear | None
 
 
 def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype: str, tiles: TileTable) -> Weights:
@@ -155,20 +164,25 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     Raises: BadModel: a missing or truncated file, a missing, extra or wrongly shaped tensor.
     """
     checkpoint = Checkpoint(model_dir)
-    embedding = checkpoint.read("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size))
-    head_name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-    head = checkpoint.read(head_name, (shape.vocab_size, shape.hidden_size), rows=share.vocab)
+    table = (shape.vocab_size, shape.hidden_size)
+    embedding = head = None
+    if share.is_first:
+        embedding = checkpoint.read("model.embed_tokens.weight", table, rows=share.vocab)
+        embedding = embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16)
+    if share.is_last:
+        name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+        head = pack(checkpoint.read(name, table, rows=share.vocab), weight_dtype, tiles=tiles)
     weights = Weights(
-        embedding=embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16),
+        embedding=embedding,
         layers=tuple(
-            _layer(checkpoint, shape, f"model.layers.{index}", share, weight_dtype, tiles)
-            for index in range(shape.num_layers)
+            _layer(checkpoint, shape, f"model.layers.{index}", share, weight_dtype, tiles) for index in share.layers
         ),
         norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).float(),
-        head=pack(head, weight_dtype, tiles=tiles),
+        head=head,
     )
-    ignored = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if shape.tie_word_embeddings else ())
-    checkpoint.check_all_read(ignored=ignored)
+    elsewhere = [f"model.layers.{index}." for index in range(shape.num_layers) if index not in share.layers]
+    checkpoint.leave_to_others("model.embed_tokens.weight", "lm_head.weight", *elsewhere)
+    checkpoint.check_all_read(ignored=("rotary_emb.inv_freq",))
     return weights
 
 
@@ -184,7 +198,8 @@ def retiled(weights: Weights, tiles: TileTable) -> Weights:
         )
         for layer in weights.layers
     )
-    return replace(weights, layers=layers, head=retile(weights.head, tiles))
+    head = None if weights.head is None else retile(weights.head, tiles)
+    return replace(weights, layers=layers, head=head)
 
 
 def _layer(

@@ -15,7 +15,7 @@ import torch
 from paretune.runtime import peers, rank
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.model_shape import ModelShape
-from paretune.runtime.parallel import RankFailed, share_of, thread_environment, usable_cores
+from paretune.runtime.parallel import RankFailed, share_of, tensor_parallel_sizes, thread_environment, usable_cores
 from paretune.runtime.random_model import write_random_model
 from paretune.runtime.sampler import SamplingParams
 from paretune.runtime.spec import Deployment, Pool
@@ -134,12 +134,36 @@ def test_ranks_end_when_rank_0_is_killed(model_dir: Path, tmp_path: Path) -> Non
     assert alive == []
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+def test_stages_compute_other_steps_at_once_and_an_abort_between_them_leaves_nothing(model_dir: Path) -> None:
+    with Engine(deployment(tensor_parallel_size=1, pipeline_parallel_size=2), model_dir) as engine:
+        for request_id in range(4):
+            params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.0)
+            engine.add(Request(request_id, np.arange(20, dtype=np.int32), params))
+        seen = [{output.request_id for output in engine.step()} for _ in range(4)]
+        assert seen[1:] == [{0, 1}, {2, 3}, {0, 1}]  # two of four in each step, after the first
+        assert engine.abort(0)
+        assert engine.abort(2)
+        got: list[tuple[int, str | None]] = []
+        while engine.has_work:
+            got += [(output.request_id, output.finish_reason) for output in engine.step()]
+        assert [request_id for request_id, reason in got if reason == "abort"] == [0, 2]
+        assert {request_id for request_id, reason in got if reason is None} == {1, 3}
+        assert engine.stats().kv_blocks_used == 0
+        os.kill(children()[0].pid, signal.SIGKILL)
+        engine.add(Request(9, np.arange(20, dtype=np.int32), SamplingParams(max_tokens=9)))
+        with pytest.raises(RankFailed, match="rank 1 was killed by SIGKILL"):
+            got.extend((output.request_id, None) for _ in range(9) for output in engine.step())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_the_shares_of_all_ranks_are_the_whole_model(size: int, model_dir: Path) -> None:
     shape = ModelShape.load(model_dir)
+    assert size in tensor_parallel_sizes(shape)
     shares = [share_of(shape, rank_number, size) for rank_number in range(size)]
-    for part, total in (("heads", 8), ("kv_heads", 4), ("intermediate", 48), ("vocab", VOCAB)):
+    for part, total in (("heads", 8), ("intermediate", 48), ("vocab", VOCAB)):
         assert [i for share in shares for i in getattr(share, part)] == list(range(total))
+    copies = max(1, size // 4)
+    assert [i for share in shares for i in share.kv_heads] == sorted([*range(4)] * copies)
     for share in shares:  # each rank has the KV heads that its query heads read
         assert {head // 2 for head in share.heads} == set(share.kv_heads)
 

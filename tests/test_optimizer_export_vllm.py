@@ -56,8 +56,10 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
     """Every field either changes the command or its environment, or is refused, or is named."""
     changes = {
         "replicas": 2,
+        "router": "prefix_affinity",
         "accelerator": "H100 SXM",
         "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
         "num_threads": 2,
         "weight_dtype": "fp16",
         "kv_cache_dtype": "fp8",

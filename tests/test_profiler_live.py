@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import bound_tables, step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.random_model import write_random_model
+from paretune.runtime.small_model import MODEL_DIR
 from paretune.runtime.spec import Deployment, Pool
 from paretune.traces import read
 from paretune.traces.trace import Trace
@@ -83,7 +85,8 @@ def test_tables_of_a_real_profile_never_beat_its_peaks(profile: Profile, model_d
 def test_every_split_of_the_cores_is_a_configuration() -> None:
     found = {key[:3] for key in possible_configurations(2, weight_dtypes=("bf16",))}
     assert found == {(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2)}
-    assert {key.tensor_parallel_size for key in possible_configurations(4, num_kv_heads=1)} == {1}
+    shape = replace(ModelShape.load(MODEL_DIR), num_heads=6, num_kv_heads=1)
+    assert {key.tensor_parallel_size for key in possible_configurations(4, shape=shape)} == {1, 2}
     assert len(possible_configurations(2)) == 3 * 4
     # where the cores are no power of two, replicas on all of them are measured too
     six = {key[:3] for key in possible_configurations(6, weight_dtypes=("bf16",))}

@@ -102,10 +102,12 @@ def run_step(state: State, plan: Plan) -> list[int]:
 class AnyTraffic(RuleBasedStateMachine):
     """Requests come, are aborted, run, share prefixes and run out of blocks, with up to two plans in flight."""
 
+    stages = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.rng = np.random.default_rng(7)
-        self.pool = pool(num_kv_blocks=16)
+        self.pool = pool(num_kv_blocks=16, pipeline_parallel_size=self.stages)
         # eight families of prefixes, sixteen blocks each
         self.state = new_state(self.pool, hashes=np.arange(1, 129, dtype=np.int64) * 7919)
         self.flying: list[Plan] = []
@@ -181,6 +183,30 @@ class AnyTraffic(RuleBasedStateMachine):
 
 AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestAnyTraffic = AnyTraffic.TestCase
+
+
+class PipelinedTraffic(AnyTraffic):
+    """The same with plans that leave their share of the requests to the other stage."""
+
+    stages = 2
+
+
+PipelinedTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestPipelinedTraffic = PipelinedTraffic.TestCase
+
+
+def test_the_plans_of_a_pipeline_share_the_running_requests() -> None:
+    limits = pool(pipeline_parallel_size=2, max_num_seqs=5)
+    state, plans = new_state(limits), [new_plan(limits), new_plan(limits)]
+    slots = [add_request(state, number, 5, 30, 0, 0) for number in range(5)]
+    run_step(state, plans[0])
+    for plan in plans:
+        schedule(state, plan)
+    found = [plan.slot[: plan.counts[PLAN_SIZE]].tolist() for plan in plans]
+    assert found == [slots[:3], slots[3:]]
+    third = new_plan(limits)
+    schedule(state, third)
+    assert third.counts[PLAN_SIZE] == 0
 
 
 def test_a_step_serves_running_requests_before_it_admits_waiting_ones() -> None:

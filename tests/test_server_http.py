@@ -155,15 +155,15 @@ def running(
     log: Path | None = None,
     api_keys: tuple[str, ...] = (),
     text: bool = True,
-    **limits: int,
+    **pool: Any,
 ) -> Iterator[Running]:
-    """A server in a thread of its own, each engine in another; limits: of the pool."""
+    """A server in a thread of its own, each engine in another; pool: fields of it."""
     listener = listen("127.0.0.1", 0)
     pairs = [socket.socketpair() for _ in engines]
     workers = [threading.Thread(target=drive, args=(engine, pair[1])) for engine, pair in zip(engines, pairs)]
     lost: list[int] = []
     replicas = [Replica(i, lambda one: lost.append(one.index) if one.lost else None) for i in range(len(engines))]
-    fleet = Fleet(replicas, Pool(replicas=len(engines), **limits))
+    fleet = Fleet(replicas, Pool(replicas=len(engines), **pool))
     tokenizer, template = (TOKENIZER, ChatTemplate.load(MODEL_DIR)) if text else (None, None)
     model = ServedModel(MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template)
     request_log = None if log is None else RequestLog(log, block_size=4)
@@ -627,3 +627,27 @@ def test_the_step_log_has_one_line_for_each_step_that_computed(tmp_path: Path) -
     started = [record["started_s"] for record in records]
     assert {record["replica"] for record in records} == {3}
     assert len(set(started)) == len(started) > 4
+
+
+def test_requests_go_to_the_replica_with_the_fewest_outstanding_tokens() -> None:
+    with running(Echo(step_s=0.05), Echo(), router="least_outstanding_tokens") as server:
+        busy, idle = server.engines
+        long = {"model": MODEL, "prompt": [5, 6], "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", server.url + "/v1/completions", json=long, timeout=30):
+            wait_until(lambda: len(busy.seen) == 1)
+            for _ in range(4):
+                server.complete([7, 8, 9], max_tokens=3)
+            assert (len(busy.seen), len(idle.seen)) == (1, 4)
+            assert server.fleet.replicas[0].outstanding_tokens == 402
+        wait_until(lambda: bool(busy.aborted))
+        assert [replica.outstanding_tokens for replica in server.fleet.replicas] == [0, 0]
+
+
+def test_a_conversation_stays_with_its_replica() -> None:
+    with running(Echo(), Echo(), router="prefix_affinity") as server:
+        first, second = [5] * 40, [6] * 40
+        for prompt in (first, second, [*first, 7, 7], [*second, 8, 8], [*first, 9], second):
+            server.complete(prompt, max_tokens=2)
+        for engine in server.engines:
+            assert len({int(request.prompt_token_ids[0]) for request in engine.seen}) == 1
+        assert [len(engine.seen) for engine in server.engines] == [3, 3]

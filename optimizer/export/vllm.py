@@ -128,6 +128,8 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     # "auto" is the weights' own type, the only way to a float32 cache
     flags.append(("kv-cache-dtype", _KV_DTYPE.get(pool.kv_cache_dtype, "auto")))
     flags.append(("tensor-parallel-size", pool.tensor_parallel_size))
+    if pool.pipeline_parallel_size > 1:
+        flags.append(("pipeline-parallel-size", pool.pipeline_parallel_size))
     if pool.replicas > 1:
         flags.append(("data-parallel-size", pool.replicas))
     if pool.max_queued_requests:
@@ -154,7 +156,7 @@ def _environment(pool: Pool) -> dict[str, str]:
     """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND wants them: ranks apart by "|"."""
     if pool.accelerator != CPU:
         return {}
-    ranks = pool.tensor_parallel_size * pool.replicas
+    ranks = pool.tensor_parallel_size * pool.pipeline_parallel_size * pool.replicas
     spans = [(rank * pool.num_threads, (rank + 1) * pool.num_threads - 1) for rank in range(ranks)]
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(
@@ -168,8 +170,8 @@ def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[s
     notes = ["predictions in the spec are of the bundled runtime and its scheduler, not of vLLM's"]
     if len(pool.tiles):
         notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
-    if pool.replicas > 1:
-        notes.append("replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours go round robin")
+    if pool.replicas > 1 or pool.router != "round_robin":
+        notes.append(f"replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours: {pool.router}")
     if pool.max_queued_requests:
         notes.append("max_queued_requests: vLLM answers 503 where ours answers 429")
     if pool.accelerator == CPU:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,8 +16,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ...traces.prefix import prefix_hashes
 from .. import worker
 from ..parallel import thread_environment
+from ..router import new_router, num_prefix_hashes, route
 from ..spec import Deployment, Pool
 from ..worker import ABORT, ADD, CHANGE, CHANGED, FAILED, READY, START, Frames, Queue, Stats, frame
 from .generation import Generation
@@ -40,6 +46,7 @@ class Replica(asyncio.Protocol):
     on_step called after each of its steps
     stats   what it reported last
     live    requests that it works on, by id
+    outstanding_tokens  that these may take, prompts and answers together
     """
 
     def __init__(self, index: int, on_change: Callable[[Replica], None]) -> None:
@@ -51,6 +58,7 @@ class Replica(asyncio.Protocol):
         self.failure: tuple[int, str] | None = None
         self.stats = Stats()
         self.live: dict[int, Generation] = {}
+        self.outstanding_tokens = 0
         self._on_change = on_change
         self.on_step: Callable[[Queue], None] = lambda queue: None
         self._sent = 0
@@ -71,6 +79,7 @@ class Replica(asyncio.Protocol):
             return
         self.live[request_id] = generation
         self._sent += 1
+        self.outstanding_tokens += most_tokens(generation)
         self._send((ADD, request_id, generation.prompt_token_ids.tobytes(), generation.sampling))
 
     @property
@@ -123,6 +132,7 @@ class Replica(asyncio.Protocol):
     def fail_live(self, error: ApiError) -> None:
         """Answer every request that it works on with an error."""
         live, self.live = self.live, {}
+        self.outstanding_tokens = 0
         for generation in live.values():
             generation.fail(error)
 
@@ -149,12 +159,15 @@ class Replica(asyncio.Protocol):
             if generation is not None:
                 if finish_reason is not None:
                     del self.live[request_id]
+                    self.outstanding_tokens -= most_tokens(generation)
                 generation.receive(ids, finish_reason, cached_tokens, its_logprobs, now_s)
         if stats is not None:
             self.stats = Stats(*stats)  # type: ignore[misc]
 
     def _abort(self, request_id: int) -> None:
-        if self.live.pop(request_id, None) is not None:
+        generation = self.live.pop(request_id, None)
+        if generation is not None:
+            self.outstanding_tokens -= most_tokens(generation)
             self._send((ABORT, request_id))
 
     def _send(self, message: tuple[object, ...]) -> None:
@@ -190,8 +203,13 @@ class DrainRate:
         return min(_MOST_RETRY_S, max(_LEAST_RETRY_S, math.ceil(seconds)))
 
 
+def most_tokens(generation: Generation) -> int:
+    """Tokens that a request may take, prompt and answer together."""
+    return len(generation.prompt_token_ids) + int(generation.sampling["max_tokens"])
+
+
 class Fleet:
-    """All replicas of a deployment. Requests go to them in turn, in order of arrival, as the simulator assumes.
+    """All replicas of a deployment, and the router before them, which is the simulator's, too.
 
     pool      what the replicas run as now
     replicas  those that get new requests
@@ -205,6 +223,7 @@ class Fleet:
         self._retired: list[Replica] = []
         self._past = Stats()
         self._ids = itertools.count()
+        self._salt = secrets.token_bytes(32)  # nobody can make prompts that all go to one replica
 
     @property
     def ready(self) -> bool:
@@ -219,8 +238,16 @@ class Fleet:
         return [*(replica.stats for replica in self.all()), self._past]
 
     def dispatch(self, generation: Generation) -> None:
-        request_id = next(self._ids)
-        self.replicas[request_id % len(self.replicas)].add(request_id, generation)
+        outstanding = np.array([replica.outstanding_tokens for replica in self.replicas], np.int64)
+        chosen = route(self._router, outstanding, most_tokens(generation), self._prefix(generation.prompt_token_ids))
+        self.replicas[chosen].add(next(self._ids), generation)
+
+    def _prefix(self, prompt_token_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        if self._router.policy != "prefix_affinity":
+            return np.zeros(0, np.int64)
+        block_size = self.pool.block_size
+        first = prompt_token_ids[: num_prefix_hashes(block_size) * block_size]
+        return prefix_hashes(first, block_size, self._salt)
 
     @property
     def queued(self) -> int:
@@ -251,6 +278,7 @@ class Fleet:
 
     def _take(self, replicas: Sequence[Replica], pool: Pool) -> None:
         self.replicas, self.pool = tuple(replicas), pool
+        self._router = new_router(pool)
         for replica in self.replicas:
             replica.on_step = self._stepped
 
