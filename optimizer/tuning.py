@@ -99,6 +99,8 @@ def _within_profile(space: SearchSpace, sources: Sources) -> SearchSpace:
     assert sources.profile is not None
     measured: dict[str, set[object]] = {
         "weight_dtype": {each.weight_dtype for each in sources.profile.configurations},
+        "pipeline_parallel_size": {each.pipeline_parallel_size for each in sources.profile.configurations},
+        "context_parallel_size": {each.context_parallel_size for each in sources.profile.configurations},
         "tensor_parallel_size": {each.tensor_parallel_size for each in sources.profile.configurations},
         "num_threads": {each.num_threads for each in sources.profile.configurations},
     }

@@ -48,7 +48,7 @@ def rank_weight_bytes(shape: ModelShape, share: Share, weight_dtype: str) -> int
     """
     held = held_shape(shape, share)
     embedding = held.embedding_bytes(weight_dtype) if share.is_first else 0
-    held = held if share.is_last else replace(held, vocab_size=0)
+    held = held if share.has_head else replace(held, vocab_size=0)
     biases = 0 if share.rank == 0 else held.hidden_size * (int(held.o_bias) + int(held.mlp_bias)) * held.num_layers
     return held.weight_bytes(weight_dtype) + embedding - 4 * biases
 
@@ -63,7 +63,7 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
     # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
     width = 2 * held.hidden_size + max(2 * held.qkv_features, 3 * held.intermediate_size)
-    logits = 2 * pool.max_num_seqs * held.vocab_size if share.is_last else 0
+    logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
     return 4 * (pool.max_num_batched_tokens * width + logits + angles)
 

@@ -22,6 +22,7 @@ import torch.distributed
 from torch import Tensor
 
 from .batch import ARGMAX, Batch
+from .context_part import ContextPart, context_part
 from .model_shape import ModelShape
 from .parallel import Layout, RankFailed, shares, thread_environment
 from .peers import Peers
@@ -61,6 +62,7 @@ class Rank:
             max_model_len=pool.max_model_len,
             tiles=pool.tiles,
             reduce=peers.all_reduce if peers and layout.shards > 1 else None,
+            parts=peers if layout.parts > 1 else None,
         )
 
     def begin(self, index: int, used: int) -> None:
@@ -104,11 +106,16 @@ class Rank:
     def _computed(self, batch: Batch) -> Tensor | None:
         """The step's result on the first rank of the last stage, None elsewhere."""
         peers, hidden = self._peers, None
+        work: Batch | ContextPart = batch
+        if peers is not None and peers.layout.parts > 1:
+            work = context_part(batch, peers.place.part, peers.layout.parts) or batch
         if peers is not None and not self._share.is_first:
-            hidden = peers.take_over((batch.token_ids.shape[0], self._shape.hidden_size))
-        logits = self._transformer.forward(batch, hidden)
+            hidden = peers.take_over((work.token_ids.shape[0], self._shape.hidden_size))
+        logits = self._transformer.forward(work, hidden)
         if peers is not None and not self._share.is_last:
             peers.pass_on(logits)
+            return None
+        if not self._share.has_head:
             return None
         if peers is None or self._share.size == 1:
             return logits.argmax(dim=1) if batch.head == ARGMAX else logits
