@@ -19,8 +19,10 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ...traces.whole_file import write_whole
+from ..launch import Launch
 from ..memory import check_memory
 from ..model_shape import BadModel, ModelShape, resolve_model
+from ..parallel import RankFailed
 from ..request_log import BadRequestLog, RequestLog
 from ..runnable import check_runnable
 from ..spec import BadSpec, Deployment, Pool
@@ -93,7 +95,12 @@ def run(
         model_dir = resolve_model(deployment.model)
         shape = ModelShape.load(model_dir)
         check_runnable(deployment, shape)
-        check_memory(shape, deployment.pool)
+        launch = Launch.from_environment()
+        if launch is not None:
+            launch.check(deployment.pool)
+        check_memory(shape, deployment.pool, ranks=None if launch is None else launch.local)
+        if launch is not None and launch.rank > 0:
+            return _follow(deployment, model_dir, launch)
         model = _served_model(deployment, shape, model_dir, served_model_name)
         listener = _listen(host, port)
         log = None if request_log is None else RequestLog(request_log, block_size=deployment.pool.block_size)
@@ -109,6 +116,17 @@ def run(
         processes.stop()
         if log is not None:
             log.close()
+
+
+def _follow(deployment: Deployment, model_dir: Path, launch: Launch) -> int:
+    """Be a rank of the replica that rank 0 serves, until that ends."""
+    from ..rank import follow_rank_0
+
+    try:
+        return follow_rank_0(deployment.pool, model_dir, launch)
+    except RankFailed as error:
+        _say(str(error))
+        return error.exit_code
 
 
 async def _serve(
