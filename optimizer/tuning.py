@@ -102,6 +102,8 @@ def _within_profile(space: SearchSpace, profile: Profile) -> SearchSpace:
     """The default space without values that the profile did not measure; in a space of the user's they are counted."""
     measured: dict[str, set[object]] = {
         "weight_dtype": {each.weight_dtype for each in profile.configurations},
+        "pipeline_parallel_size": {each.pipeline_parallel_size for each in profile.configurations},
+        "context_parallel_size": {each.context_parallel_size for each in profile.configurations},
         "tensor_parallel_size": {each.tensor_parallel_size for each in profile.configurations},
         "num_threads": {each.num_threads for each in profile.configurations},
     }

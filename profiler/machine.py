@@ -54,7 +54,7 @@ def profile_machine(
         command=command,
     )
     for number, key in enumerate(loads):
-        tell((len(keys) + _SERVING_JOBS * number) / whole, f"live server on {_cores(key)} cores")
+        tell((len(keys) + _SERVING_JOBS * number) / whole, f"live server on {key.cores} cores")
         pool = Pool(
             **key._asdict(),
             max_model_len=min(max_model_len, shape.max_position_embeddings),
@@ -65,14 +65,10 @@ def profile_machine(
     return profile
 
 
-def _cores(key: Key) -> int:
-    return key.tensor_parallel_size * key.num_threads * key.replicas
-
-
 def _loads(keys: Sequence[Key]) -> tuple[Key, ...]:
     """For each number of cores the configuration measured live: one replica, threads before ranks, bf16 first."""
     chosen = []
-    for cores in sorted({_cores(key) for key in keys if _cores(key) <= usable_cores()}):
-        same = [key for key in keys if _cores(key) == cores]
+    for cores in sorted({key.cores for key in keys if key.cores <= usable_cores()}):
+        same = [key for key in keys if key.cores == cores]
         chosen.append(min(same, key=lambda key: (key.weight_dtype != "bf16", key.replicas, key.tensor_parallel_size)))
     return tuple(chosen)

@@ -129,11 +129,7 @@ def measure(
     for key in keys:
         table = tiles(key) if tiles is not None else TileTable()
         pool = Pool(
-            tensor_parallel_size=key.tensor_parallel_size,
-            num_threads=key.num_threads,
-            replicas=key.replicas,
-            weight_dtype=key.weight_dtype,
-            kv_cache_dtype=key.kv_cache_dtype,
+            **key._asdict(),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,

@@ -73,7 +73,7 @@ class Driver:
         cpu_s, wall_s = time.thread_time(), time.perf_counter()
         self.engine.step()
         cpu_s, wall_s = time.thread_time() - cpu_s, time.perf_counter() - wall_s
-        self.undisturbed = self.pool.tensor_parallel_size > 1 or cpu_s > _UNDISTURBED * wall_s
+        self.undisturbed = self.pool.devices_per_replica > self.pool.num_threads or cpu_s > _UNDISTURBED * wall_s
         record = self.engine.last_step
         assert record is not None
         return record if self.undisturbed else replace(record, seconds=min(cpu_s, record.seconds))

@@ -62,11 +62,21 @@ class Key(NamedTuple):
     replicas: int
     weight_dtype: str
     kv_cache_dtype: str
+    pipeline_parallel_size: int = 1
+    context_parallel_size: int = 1
 
     def __str__(self) -> str:
         replicas = "" if self.replicas == 1 else f"{self.replicas} x "
+        stages = "" if self.pipeline_parallel_size == 1 else f"PP {self.pipeline_parallel_size} x "
+        parts = "" if self.context_parallel_size == 1 else f"CP {self.context_parallel_size} x "
         dtypes = f"{self.weight_dtype}/{self.kv_cache_dtype}"
-        return f"{replicas}TP {self.tensor_parallel_size} x {self.num_threads} threads {dtypes}"
+        return f"{replicas}{stages}{parts}TP {self.tensor_parallel_size} x {self.num_threads} threads {dtypes}"
+
+    @property
+    def cores(self) -> int:
+        """That it computes on, all replicas together."""
+        ranks = self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
+        return ranks * self.num_threads * self.replicas
 
 
 class Peaks(_Part):
@@ -145,6 +155,8 @@ class Configuration(_Part):
     replicas: int = Field(ge=1)
     weight_dtype: str
     kv_cache_dtype: str
+    pipeline_parallel_size: int = Field(1, ge=1)
+    context_parallel_size: int = Field(1, ge=1)
     tiles: Tiles
     steps: tuple[StepPoint, ...]
     disturbed: float = Field(
@@ -154,7 +166,7 @@ class Configuration(_Part):
 
     @property
     def key(self) -> Key:
-        return Key(self.tensor_parallel_size, self.num_threads, self.replicas, self.weight_dtype, self.kv_cache_dtype)
+        return Key(*(getattr(self, name) for name in Key._fields))
 
 
 class Serving(_Part):
@@ -271,7 +283,7 @@ class Profile(_Part):
         Raises: BadProfile: neither was measured.
         """
         beside = self.replicas_beside(pool)
-        wanted = Key(pool.tensor_parallel_size, pool.num_threads, beside, pool.weight_dtype, pool.kv_cache_dtype)
+        wanted = Key(*(getattr(pool, name) for name in Key._fields))._replace(replicas=beside)
         same = [each for each in self.configurations if each.key._replace(replicas=beside) == wanted]
         enough = [each for each in same if each.replicas >= beside]
         if enough:
@@ -281,7 +293,7 @@ class Profile(_Part):
 
     def replicas_beside(self, pool: Pool) -> int:
         """How many replicas of a pool share one machine like the measured one."""
-        return max(1, min(pool.replicas, self.machine.cores // (pool.tensor_parallel_size * pool.num_threads)))
+        return max(1, min(pool.replicas, self.machine.cores // pool.devices_per_replica))
 
     def peaks_of(self, num_threads: int) -> Peaks:
         """Raises: BadProfile: not measured with so many threads."""

@@ -51,6 +51,9 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     if pool.pipeline_parallel_size > 1:
         allowed = "1: how the steps of a pipeline's stages overlap is not modeled"
         raise BadHardware("pool.pipeline_parallel_size", pool.pipeline_parallel_size, allowed, "leave it out")
+    if pool.context_parallel_size > 1 and not isinstance(source, Profile):
+        allowed = "1: what it brings there is not modeled"
+        raise BadHardware("pool.context_parallel_size", pool.context_parallel_size, allowed, "leave it out")
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"
@@ -144,6 +147,7 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
     cache_rate = max(rate for _, rate in peaks.read_bytes)
     linear_rate = peaks.flops_per_s[pool.weight_dtype]
     attention_rate = max(peaks.flops_per_s.values())
+    parts = pool.context_parallel_size  # that long prompts are divided into; weights are read whole by each
 
     def linear_s(size: int, head: bool) -> Floats:
         rows = np.arange(size + 1, dtype=np.float64)
@@ -151,7 +155,7 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
         for layer in linears(shape, tp):
             elements = layer.out_features * layer.in_features
             weights_s = elements * DTYPE_BYTES[pool.weight_dtype] / weight_rate
-            total += linear_count(layer, head) * np.maximum(2.0 * elements * rows / linear_rate, weights_s)
+            total += linear_count(layer, head) * np.maximum(2.0 * elements * rows / (parts * linear_rate), weights_s)
         total[0] = 0.0
         return total
 
@@ -162,7 +166,7 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
         rows_s=np.zeros(pool.max_num_seqs + 1),
         samples_s=linear_s(pool.max_num_seqs, head=True),
         decode_attention_s=WORK_GRID * max(per_pair, per_token),
-        prefill_attention_s=WORK_GRID * per_pair,
+        prefill_attention_s=WORK_GRID * per_pair / parts,
         request_s=np.zeros(2),
     )
 

@@ -13,8 +13,11 @@ from ..runtime.spec import Deployment, Pool
 WORDS = {
     "role": "This pool computes the {after} part of requests.",
     "replicas": "Run {after} copies of the model, each with its own queue, instead of {before}.",
+    "router": "Send each request to a copy by {after} (was {before}).",
     "accelerator": "Run on {after} instead of {before}.",
     "tensor_parallel_size": "Share each copy's layers among {after} workers that compute together (was {before}).",
+    "pipeline_parallel_size": "Cut each copy's layers into {after} stages that work on other steps (was {before}).",
+    "context_parallel_size": "Divide long prompts among {after} workers (was {before}).",
     "num_threads": "Let each worker compute with {after} CPU threads instead of {before}.",
     "weight_dtype": "Store the model's weights in {after} instead of {before}.",
     "kv_cache_dtype": "Store the memory of past tokens in {after} instead of {before}.",
@@ -67,7 +70,9 @@ def diff(found: tuple[Change, ...]) -> tuple[str, ...]:
 def short(pool: Pool) -> str:
     """What tells the candidates of a study apart, such as "2 × 1 × 1, int8, 64 requests, 512 tokens, chunked"."""
     switches = [("chunked", pool.enable_chunked_prefill), ("prefix", pool.enable_prefix_caching)]
-    shards = f"{pool.replicas} × {pool.tensor_parallel_size} × {pool.num_threads}"
+    sizes = (pool.pipeline_parallel_size, pool.context_parallel_size)
+    ranks = "".join(f"{name} {size} × " for name, size in zip(("PP", "CP"), sizes) if size > 1)
+    shards = f"{pool.replicas} × {ranks}{pool.tensor_parallel_size} × {pool.num_threads}"
     limits = f"{pool.max_num_seqs} requests, {pool.max_num_batched_tokens} tokens"
     return ", ".join([shards, pool.weight_dtype, limits, *(name for name, on in switches if on)])
 

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from . import kv_cache
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
+from .launch import Launch
 from .memory import check_memory
 from .model_shape import ModelShape
 from .parallel import Layout, RankFailed
 from .peers import Peers
-from .rank import OtherRanks, Rank, file_store
+from .rank import OtherRanks, Rank, RanksOfOthers, file_store
 from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
 from .scheduler import (
@@ -162,24 +163,32 @@ class Engine:
     Args:
         deployment: one mixed pool on the CPU; `replicas` is the business of whoever starts engines.
         model_dir: what `resolve_model(deployment.model)` gives.
+        launch: the ranks that were started from outside, of which this is rank 0; left out: the engine starts its own.
         keep_logits: put the logits of every computed token into `kept_logits`, for tests and for perplexity.
 
     Raises: BadSpec: a field that this engine cannot honor, or more memory than there is; BadModel; BadTile; RankFailed.
     """
 
-    def __init__(self, deployment: Deployment, model_dir: Path, *, keep_logits: bool = False) -> None:
+    def __init__(
+        self, deployment: Deployment, model_dir: Path, *, launch: Launch | None = None, keep_logits: bool = False
+    ) -> None:
         self.shape = ModelShape.load(model_dir)
         check_runnable(deployment, self.shape)
         self.pool = self._built = deployment.pool
-        check_memory(self.shape, self.pool, replicas=1)
+        if launch is not None:
+            launch.check(self.pool)
+        check_memory(self.shape, self.pool, replicas=1, ranks=None if launch is None else launch.local)
         self.kept_logits: list[KeptLogits] = []
         self._keep_logits = keep_logits
-        self._others: OtherRanks | None = None
+        self._others: OtherRanks | RanksOfOthers | None = None
         self._failed: RankFailed | None = None
         peers = None
         try:
             layout = Layout.of(self.pool)
-            if layout.size > 1:
+            if launch is not None and layout.size > 1:
+                self._others = RanksOfOthers(launch)
+                peers = Peers(self._others.store, 0, layout, launch.address())
+            elif layout.size > 1:
                 self._others = OtherRanks(self.pool, model_dir, self.shape)
                 peers = Peers(file_store(self._others.folder, self.pool), 0, layout)
             self._rank = Rank(self.pool, self.shape, model_dir, peers)

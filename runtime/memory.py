@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,15 +30,21 @@ class MemoryNeed:
         return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.process_bytes
 
 
-def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> MemoryNeed:
-    """What `replicas` of a pool take on the CPU; left out: all replicas of the pool."""
+def memory_need(
+    shape: ModelShape, pool: Pool, replicas: int | None = None, ranks: Sequence[int] | None = None
+) -> MemoryNeed:
+    """What `replicas` of a pool take on the CPU; left out: all replicas of the pool.
+
+    Args:
+        ranks: of each replica, by number, that are on this machine; left out: all.
+    """
     replicas = pool.replicas if replicas is None else replicas
-    ranks = shares(shape, Layout.of(pool))
+    here = _shares(shape, pool, ranks)
     return MemoryNeed(
-        weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in ranks),
-        kv_cache_bytes=replicas * pool.num_kv_blocks * _block_bytes(shape, pool),
-        activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in ranks),
-        process_bytes=replicas * len(ranks) * _PROCESS_BYTES,
+        weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in here),
+        kv_cache_bytes=replicas * pool.num_kv_blocks * _block_bytes(shape, pool, ranks),
+        activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in here),
+        process_bytes=replicas * len(here) * _PROCESS_BYTES,
     )
 
 
@@ -55,14 +62,19 @@ def rank_weight_bytes(shape: ModelShape, share: Share, weight_dtype: str) -> int
     """
     held = held_shape(shape, share)
     embedding = held.embedding_bytes(weight_dtype) if share.is_first else 0
-    held = held if share.is_last else replace(held, vocab_size=0)
+    held = held if share.has_head else replace(held, vocab_size=0)
     biases = 0 if share.rank == 0 else held.hidden_size * (int(held.o_bias) + int(held.mlp_bias)) * held.num_layers
     return held.weight_bytes(weight_dtype) + embedding - 4 * biases
 
 
-def _block_bytes(shape: ModelShape, pool: Pool) -> int:
-    """Bytes of one block of the KV cache, all ranks of a replica together."""
-    held = (held_shape(shape, share) for share in shares(shape, Layout.of(pool)))
+def _shares(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> tuple[Share, ...]:
+    found = shares(shape, Layout.of(pool))
+    return found if ranks is None else tuple(found[rank] for rank in ranks)
+
+
+def _block_bytes(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> int:
+    """Bytes of one block of the KV cache, these ranks of a replica together."""
+    held = (held_shape(shape, share) for share in _shares(shape, pool, ranks))
     return pool.block_size * sum(part.kv_bytes_per_token(pool.kv_cache_dtype) for part in held)
 
 
@@ -70,7 +82,7 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
     # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
     width = 2 * held.hidden_size + max(2 * held.qkv_features, 3 * held.intermediate_size)
-    logits = 2 * pool.max_num_seqs * held.vocab_size if share.is_last else 0
+    logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
     return 4 * (pool.max_num_batched_tokens * width + logits + angles)
 
@@ -87,36 +99,46 @@ def available_bytes() -> int:
     return max(0, available)
 
 
-def check_memory(shape: ModelShape, pool: Pool, *, available: int | None = None, replicas: int | None = None) -> None:
+def check_memory(
+    shape: ModelShape,
+    pool: Pool,
+    *,
+    available: int | None = None,
+    replicas: int | None = None,
+    ranks: Sequence[int] | None = None,
+) -> None:
     """Refuse a pool that does not fit, before a minute of loading ends in a killed process.
 
     Args:
         available: bytes; left out: what this machine has now.
         replicas: to start; left out: all of the pool.
+        ranks: as in memory_need.
     Raises: BadSpec, with the nearest setting that fits.
     """
     available = available_bytes() if available is None else available
     replicas = pool.replicas if replicas is None else replicas
-    need = memory_need(shape, pool, replicas)
+    need = memory_need(shape, pool, replicas, ranks)
     if need.total_bytes <= available:
         return
     parts = f"weights {need.weight_bytes / _GIB:.2f}, KV {need.kv_cache_bytes / _GIB:.2f}"
     parts += f", activations {need.activation_bytes / _GIB:.2f}"
     found = f"{need.total_bytes / _GIB:.2f} GiB ({parts})"
     allowed = f"{available / _GIB:.2f} GiB, the memory available here"
-    raise BadSpec("num_kv_blocks, weight_dtype, replicas", found, allowed, _nearest(shape, pool, available, replicas))
+    raise BadSpec(
+        "num_kv_blocks, weight_dtype, replicas", found, allowed, _nearest(shape, pool, available, replicas, ranks)
+    )
 
 
-def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int) -> str:
+def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int, ranks: Sequence[int] | None) -> str:
     """The smallest change that fits: a smaller KV cache, else smaller weights, else fewer replicas."""
     least_blocks = -(-pool.max_model_len // pool.block_size)
-    block_bytes = _block_bytes(shape, pool)
+    block_bytes = _block_bytes(shape, pool, ranks)
     for count in range(replicas, 0, -1):
         for dtype in dict.fromkeys((pool.weight_dtype, "bf16", "int8")):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):
                 continue
             smaller = pool.model_copy(update={"weight_dtype": dtype, "num_kv_blocks": 0})
-            blocks = (available - memory_need(shape, smaller, count).total_bytes) // (count * block_bytes)
+            blocks = (available - memory_need(shape, smaller, count, ranks).total_bytes) // (count * block_bytes)
             if blocks >= least_blocks:
                 changes = [f"num_kv_blocks: {min(blocks, pool.num_kv_blocks)}"]
                 changes += [f"weight_dtype: {dtype}"] if dtype != pool.weight_dtype else []

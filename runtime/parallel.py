@@ -1,6 +1,7 @@
 """Sharding: which rank of a replica computes what, and with which threads. No torch.
 
-The ranks stand in pipeline stages of consecutive layers; those of one stage share every layer by tensor parallelism,
+The ranks stand in pipeline stages of consecutive layers; those of one stage divide the tokens of long prompts among
+them by context parallelism (context_part.py), and share every layer by tensor parallelism,
 split as Megatron does (Shoeybi et al., arXiv:1909.08053): attention by KV heads, the MLP by intermediate channels, the
 embedding and the head by vocabulary; the embedding's rows, o and down are then partial sums, added up over the ranks:
 two all-reduces a layer and one more a step. Where there are more ranks than KV heads each head is held by several
@@ -26,42 +27,57 @@ class RankFailed(RuntimeError):
 
 
 class Place(NamedTuple):
-    """Where a rank stands: its pipeline stage, and its number among the ranks that share the layers of that stage."""
+    """Where a rank stands: its pipeline stage, its part of a long prompt, and its share of every layer of the stage."""
 
     stage: int
+    part: int
     shard: int
 
 
 class Layout(NamedTuple):
-    """How the ranks of a replica are arranged: stages x shards, the shards of one stage in a row. Rank 0 leads."""
+    """How the ranks of a replica are arranged: stages x parts x shards, the shards in a row. Rank 0 leads."""
 
-    stages: int
-    shards: int
+    stages: int = 1
+    parts: int = 1
+    shards: int = 1
 
     @classmethod
     def of(cls, pool: Pool) -> Layout:
-        return cls(pool.pipeline_parallel_size, pool.tensor_parallel_size)
+        return cls(pool.pipeline_parallel_size, pool.context_parallel_size, pool.tensor_parallel_size)
 
     @property
     def size(self) -> int:
-        return self.stages * self.shards
+        return self.stages * self.parts * self.shards
 
     def place(self, rank: int) -> Place:
-        return Place(*divmod(rank, self.shards))
+        stage, rest = divmod(rank, self.parts * self.shards)
+        return Place(stage, *divmod(rest, self.shards))
 
     def rank(self, place: Place) -> int:
-        return place.stage * self.shards + place.shard
+        return (place.stage * self.parts + place.part) * self.shards + place.shard
 
     def stage(self, stage: int) -> tuple[int, ...]:
         """The ranks of a stage."""
-        return tuple(self.rank(Place(stage, shard)) for shard in range(self.shards))
+        first = stage * self.parts * self.shards
+        return tuple(range(first, first + self.parts * self.shards))
+
+    def shards_of(self, place: Place) -> tuple[int, ...]:
+        """The ranks that share a layer on the same tokens."""
+        return tuple(self.rank(place._replace(shard=shard)) for shard in range(self.shards))
+
+    def parts_of(self, place: Place) -> tuple[int, ...]:
+        """The ranks that hold the same weights and divide the tokens of long prompts."""
+        return tuple(self.rank(place._replace(part=part)) for part in range(self.parts))
 
 
 @dataclass(frozen=True)
 class Share:
     """One rank's part of the model: ranges of layers, heads, KV heads, intermediate channels and vocabulary.
 
-    rank, size  among the ranks that share these layers
+    rank, size   among the ranks that share these layers
+    is_first     of the pipeline's stages: it embeds
+    is_last      of the pipeline's stages
+    has_head     it computes logits; of the last stage's ranks those of the first part do
     """
 
     rank: int
@@ -69,21 +85,25 @@ class Share:
     layers: range
     is_first: bool
     is_last: bool
+    has_head: bool
     heads: range
     kv_heads: range
     intermediate: range
     vocab: range
 
 
-def share_of(shape: ModelShape, rank: int, size: int, stage: int = 0, stages: int = 1) -> Share:
-    """The part of rank `rank` of `size`, which is one of `tensor_parallel_sizes`, in a pipeline stage."""
+def share_of(shape: ModelShape, layout: Layout, number: int) -> Share:
+    """The share of rank `number`; the layout's shards are one of `tensor_parallel_sizes`."""
+    stage, part, rank = layout.place(number)
+    size = layout.shards
     copies = max(1, size // shape.num_kv_heads)
     return Share(
         rank=rank,
         size=size,
-        layers=_part(shape.num_layers, stage, stages),
+        layers=_part(shape.num_layers, stage, layout.stages),
         is_first=stage == 0,
-        is_last=stage == stages - 1,
+        is_last=stage == layout.stages - 1,
+        has_head=stage == layout.stages - 1 and part == 0,
         heads=_part(shape.num_heads, rank, size),
         kv_heads=_part(shape.num_kv_heads, rank // copies, size // copies),
         intermediate=_part(shape.intermediate_size, rank, size),
@@ -92,9 +112,8 @@ def share_of(shape: ModelShape, rank: int, size: int, stage: int = 0, stages: in
 
 
 def shares(shape: ModelShape, layout: Layout) -> tuple[Share, ...]:
-    """The parts of all ranks of a replica."""
-    places = map(layout.place, range(layout.size))
-    return tuple(share_of(shape, place.shard, layout.shards, place.stage, layout.stages) for place in places)
+    """Those of all ranks of a replica."""
+    return tuple(share_of(shape, layout, number) for number in range(layout.size))
 
 
 def tensor_parallel_sizes(shape: ModelShape) -> tuple[int, ...]:

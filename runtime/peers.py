@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -46,12 +45,16 @@ class Peers:
         for stage in range(layout.stages):
             with_rank_0 = tuple(sorted({0, *layout.stage(stage)}))
             # in this order: meeting has a time limit, too
-            for kind, ranks in (("step", with_rank_0), ("idle", with_rank_0), ("step", layout.stage(stage))):
+            for kind, ranks in (("step", with_rank_0), ("idle", with_rank_0)):
                 self._meet(kind, ranks)
+            for place in map(layout.place, layout.stage(stage)):
+                self._meet("step", layout.shards_of(place))
+                self._meet("step", layout.parts_of(place))
         if layout.stages > 1:
             self._meet("step", tuple(range(layout.size)))
-        self._shards = self._group("step", layout.stage(self.place.stage))
-        self._all = self._group("step", tuple(range(layout.size))) if layout.stages > 1 else None
+        self._shards = self._groups["step", layout.shards_of(self.place)]
+        self._parts = self._groups["step", layout.parts_of(self.place)]
+        self._all = self._groups["step", tuple(range(layout.size))] if layout.stages > 1 else None
         self._sent: deque[tuple[Any, Tensor]] = deque()
         self._wires: deque[list[Any]] = deque()
 
@@ -64,9 +67,6 @@ class Peers:
             options._timeout = timeout
             group = _distributed.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), options)
             self._groups[kind, ranks] = group
-
-    def _group(self, kind: str, ranks: Sequence[int]) -> Any:
-        return self._groups[kind, tuple(ranks)]
 
     def all_reduce(self, x: Tensor) -> None:
         """x becomes the sum of the x of all ranks that share this layer, the same bits on each of them.
@@ -98,9 +98,9 @@ class Peers:
         for stage in reversed(range(self.layout.stages)):
             ranks = tuple(sorted({0, *self.layout.stage(stage)}))
             if len(ranks) > 1:
-                pending.append(self._group("idle", ranks).broadcast([wire[:first]], _from_rank_0()))
+                pending.append(self._groups["idle", ranks].broadcast([wire[:first]], _from_rank_0()))
                 if used > first:
-                    pending.append(self._group("step", ranks).broadcast([wire[first:used]], _from_rank_0()))
+                    pending.append(self._groups["step", ranks].broadcast([wire[first:used]], _from_rank_0()))
         if self.layout.stages == 1:
             for work in pending:
                 work.wait()
@@ -111,18 +111,21 @@ class Peers:
         """Another rank: wait for the next step."""
         ranks = tuple(sorted({0, *self.layout.stage(self.place.stage)}))
         first = min(_FIRST_PART, wire.shape[0])
-        self._group("idle", ranks).broadcast([wire[:first]], _from_rank_0()).wait()
+        self._groups["idle", ranks].broadcast([wire[:first]], _from_rank_0()).wait()
         used = used_places(wire[:HEADER].tolist())
         if used > first:
-            self._group("step", ranks).broadcast([wire[first:used]], _from_rank_0()).wait()
+            self._groups["step", ranks].broadcast([wire[first:used]], _from_rank_0()).wait()
 
     def pass_on(self, hidden: Tensor) -> None:
         """Activations for this rank's counterpart on the next stage; returns before it has taken them."""
-        self._send(hidden, self.rank + self.layout.shards, _ACTIVATIONS)
+        self._send(hidden, self._counterpart(+1), _ACTIVATIONS)
 
     def take_over(self, shape: tuple[int, ...]) -> Tensor:
         """fp32 activations from this rank's counterpart on the stage before."""
-        return self._received(torch.empty(shape), self.rank - self.layout.shards, _ACTIVATIONS)
+        return self._received(torch.empty(shape), self._counterpart(-1), _ACTIVATIONS)
+
+    def _counterpart(self, stages: int) -> int:
+        return self.layout.rank(self.place._replace(stage=self.place.stage + stages))
 
     def send_result(self, result: Tensor) -> None:
         """From the first rank of the last stage to rank 0."""
@@ -144,6 +147,16 @@ class Peers:
         assert self._all is not None
         self._all.recv([into], rank, tag).wait()
         return into
+
+    def gather_parts(self, x: Tensor) -> list[Tensor]:
+        """The x (of one shape) of all ranks that divide the step's tokens, in order of their parts, on each of them."""
+        found = [torch.empty_like(x) for _ in range(self.layout.parts)]
+        self._parts.allgather([found], [x]).wait()
+        return found
+
+    def reduce_parts(self, x: Tensor) -> None:
+        """x becomes the sum of the x of all ranks that divide the step's tokens."""
+        self._parts.allreduce([x]).wait()
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The x (of one shape) of all ranks that share this layer, on the first of them; nothing elsewhere."""

@@ -1,7 +1,8 @@
 """One rank of a replica: its share of the model, and what it does with the wire of a step.
 
 Rank 0 lives in the engine's process. The others are started by `OtherRanks` as processes that run this file; each waits
-for wires, computes, and ends when its standard input closes, which it does when rank 0 closes it or dies.
+for wires, computes, and ends when its standard input closes, which it does when rank 0 closes it or dies. Ranks that
+torchrun started, here or on other machines, do the same in `follow_rank_0`, and end when rank 0's connection does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from ..kernels.tiles import TileTable
 from .batch import ARGMAX, Batch
+from .context_part import ContextPart, context_part
+from .launch import Launch
 from .model_shape import ModelShape
 from .parallel import Layout, RankFailed, shares, thread_environment
 from .peers import Peers
@@ -62,6 +66,7 @@ class Rank:
             max_model_len=pool.max_model_len,
             tiles=pool.tiles,
             reduce=peers.all_reduce if peers and layout.shards > 1 else None,
+            parts=peers if layout.parts > 1 else None,
         )
 
     def begin(self, index: int, used: int) -> None:
@@ -91,25 +96,34 @@ class Rank:
                 result = self._peers.receive_result(shape, dtype) if rows else torch.empty(shape, dtype=dtype)
             return result
 
-    def follow(self) -> None:
-        """Another rank: wait for a step and compute this rank's part of it."""
+    def follow(self) -> bool:
+        """Another rank: wait for a step and compute this rank's part of it. False: rank 0 has left."""
         assert self._peers is not None
         with torch.inference_mode():
             batch = self.batches[0]
-            self._peers.receive_wire(batch.wire_tensor)
+            try:
+                self._peers.receive_wire(batch.wire_tensor)
+            except RuntimeError:  # its connection is closed
+                return False
             batch.read()
             result = self._computed(batch)
             if result is not None and self._peers.layout.stages > 1 and result.shape[0] > 0:
                 self._peers.send_result(result)
+        return True
 
     def _computed(self, batch: Batch) -> Tensor | None:
         """The step's result on the first rank of the last stage, None elsewhere."""
         peers, hidden = self._peers, None
+        work: Batch | ContextPart = batch
+        if peers is not None and peers.layout.parts > 1:
+            work = context_part(batch, peers.place.part, peers.layout.parts) or batch
         if peers is not None and not self._share.is_first:
-            hidden = peers.take_over((batch.token_ids.shape[0], self._shape.hidden_size))
-        logits = self._transformer.forward(batch, hidden)
+            hidden = peers.take_over((work.token_ids.shape[0], self._shape.hidden_size))
+        logits = self._transformer.forward(work, hidden)
         if peers is not None and not self._share.is_last:
             peers.pass_on(logits)
+            return None
+        if not self._share.has_head:
             return None
         if peers is None or self._share.size == 1:
             return logits.argmax(dim=1) if batch.head == ARGMAX else logits
@@ -223,6 +237,55 @@ class OtherRanks:
         self._folder.cleanup()
 
 
+class RanksOfOthers:
+    """Ranks 1 and up of a replica, started from outside: who started them sees to their end."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.store = launch.store()
+        self._size = launch.size
+
+    def wait_until_loaded(self) -> None:
+        """Return when every rank is ready for its first step. Raises: RankFailed."""
+        try:
+            self.store.wait([_loaded(rank) for rank in range(1, self._size)], timedelta(seconds=LOAD_LIMIT_S))
+        except RuntimeError as error:
+            raise RankFailed(f"not every rank has loaded within {LOAD_LIMIT_S:.0f} s: {error}") from None
+
+    def check(self) -> None:
+        """A rank that has ended shows in the next collective."""
+
+    def explain(self, error: RuntimeError) -> RankFailed:
+        """What a failed collective means."""
+        return RankFailed(f"a rank has ended, or does not answer: {error}; start all ranks again")
+
+    def close(self) -> None:
+        """They leave when rank 0 does."""
+
+
+def _loaded(rank: int) -> str:
+    return f"loaded {rank}"
+
+
+def follow_rank_0(pool: Pool, model_dir: Path, launch: Launch) -> int:
+    """A rank that was started from outside, until rank 0 leaves; returns the exit code.
+
+    Raises: BadModel; RankFailed: another rank is gone in the middle of a step.
+    """
+    store = launch.store()
+    try:
+        peers = Peers(store, launch.rank, Layout.of(pool), launch.address())
+        # from here on rank 0 decides what Ctrl-C and SIGTERM mean, which reach all processes
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers)
+        store.set(_loaded(launch.rank), "")
+        while rank.follow():
+            pass
+    except RuntimeError as error:
+        raise RankFailed(f"rank {launch.rank}: another rank has ended, or does not answer: {error}") from None
+    return 0
+
+
 def main() -> None:
     """A rank process; the end of its standard input is its own end."""
     # Ctrl-C and a service manager's SIGTERM reach all processes; rank 0 decides what they mean
@@ -236,8 +299,9 @@ def main() -> None:
     peers = Peers(file_store(folder, pool), number, Layout.of(pool))
     rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers)
     (folder / f"{number}.loaded").touch()
-    while True:
-        rank.follow()
+    while rank.follow():
+        pass
+    sys.exit("rank 0 has left")
 
 
 def _leave_with_rank_0() -> None:

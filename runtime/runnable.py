@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .model_shape import BadModel, ModelShape
-from .parallel import tensor_parallel_sizes
+from .parallel import Layout, tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
 
 # the arrays of a batch are as large as the limits that the engine was built with
@@ -64,5 +64,5 @@ def _changes_while_running(name: str, built: Pool, pool: Pool) -> bool:
         return bool(getattr(pool, name) <= getattr(built, name))
     # the ranks of a sharded replica are not told of tiles
     if name == "tiles":
-        return pool.tensor_parallel_size * pool.pipeline_parallel_size == 1
+        return Layout.of(pool).size == 1
     return name == "max_queued_requests"

@@ -83,6 +83,9 @@ class Pool(_Part):
     pipeline_parallel_size: int = Field(
         1, ge=1, le=1024, description="stages of consecutive layers, each on ranks of its own, that work on other steps"
     )
+    context_parallel_size: int = Field(
+        1, ge=1, le=1024, description="ranks that divide the tokens of a long prompt; each holds all weights and KV"
+    )
     num_threads: int = Field(
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
     )
@@ -133,7 +136,7 @@ class Pool(_Part):
     @property
     def devices_per_replica(self) -> int:
         """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
-        ranks = self.tensor_parallel_size * self.pipeline_parallel_size
+        ranks = self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
         return ranks * (self.num_threads if self.accelerator == CPU else 1)
 
 

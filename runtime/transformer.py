@@ -10,6 +10,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..kernels.linear import linear
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.tiles import BadTile, Tile, TileTable
 from .batch import Batch
+from .context_part import ContextPart
 from .model_shape import ModelShape, Rope
 from .parallel import Share
 from .weights import LayerWeights, Weights, retiled
@@ -64,6 +66,13 @@ def zeros_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+class ContextPeers(Protocol):
+    """The ranks that hold the same weights and divide the tokens of long prompts."""
+
+    def gather_parts(self, x: Tensor) -> list[Tensor]: ...
+    def reduce_parts(self, x: Tensor) -> None: ...
+
+
 class Transformer:
     """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one."""
 
@@ -79,7 +88,10 @@ class Transformer:
         max_model_len: int,
         tiles: TileTable,
         reduce: Callable[[Tensor], None] | None,
+        parts: ContextPeers | None = None,
     ) -> None:
+        self._is_last = share.is_last
+        self._parts = parts
         self._shape = shape
         self._weights = weights
         self._reduce = reduce
@@ -100,12 +112,12 @@ class Transformer:
         self._weights = retiled(self._weights, tiles)
         self._decode_tiles, self._prefill_tiles = decode, prefill
 
-    def forward(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch | ContextPart, hidden: Tensor | None = None) -> Tensor:
         """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32.
 
         Args:
             hidden: (T, hidden) fp32, what the pipeline stage before gave; None on the first stage. Overwritten.
-        Returns: the logits on the last stage, on the others what the next one takes as `hidden`.
+        Returns: the logits where this rank has the head; before the last stage what the next one takes as `hidden`.
         """
         weights, eps = self._weights, self._shape.rms_norm_eps
         residual = self._embedded(batch.token_ids) if hidden is None else hidden
@@ -113,14 +125,18 @@ class Transformer:
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             x = self._attention(x, layer, index, batch)
-            if index == last and weights.head is not None:  # of the last layer only the head's rows are ever read
+            if index == last and self._is_last:  # of the last layer only the head's rows are ever read
                 x, residual = x[batch.head_rows], residual[batch.head_rows]
             x = self._summed(linear(x, layer.o))
             x = add_rms_norm(x, residual, layer.post_norm, eps)
             x = self._summed(linear(swiglu(linear(x, layer.gate_up)), layer.down))
             norm = weights.norm if index == last else weights.layers[index + 1].input_norm
             x = add_rms_norm(x, residual, norm, eps)
-        return residual if weights.head is None else linear(x, weights.head)
+        if not self._is_last:
+            return residual
+        if isinstance(batch, ContextPart):
+            x = self._whole_head_rows(x, batch)
+        return x if weights.head is None else linear(x, weights.head)
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """(T,) -> (T, hidden) fp32, summed over the ranks, of which one has the row of a token and the others add 0."""
@@ -132,7 +148,7 @@ class Transformer:
         rows = embedding[(token_ids - self._vocab.start).where(own, 0)].float()
         return self._summed(rows.masked_fill_(~own[:, None], 0.0))
 
-    def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch) -> Tensor:
+    def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch | ContextPart) -> Tensor:
         """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""
         tokens, heads, kv_heads, head_dim = x.shape[0], self._heads, self._kv_heads, self._shape.head_dim
         qkv = linear(x, layer.qkv).view(tokens, heads + 2 * kv_heads, head_dim)
@@ -143,6 +159,8 @@ class Transformer:
             k = rms_norm(k.reshape(-1, head_dim), layer.k_norm, eps).view(tokens, kv_heads, head_dim)
         k_cache, v_cache = self._cache[index]
         rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, k_cache, v_cache, batch.slot_mapping)
+        if isinstance(batch, ContextPart):
+            self._exchange(index, batch)
         exponent = (tokens - 1).bit_length()
         if batch.decode_only:
             tile = self._decode_tiles[exponent]
@@ -154,10 +172,36 @@ class Transformer:
             )
         return out.view(tokens, heads * head_dim)
 
+    def _exchange(self, index: int, batch: ContextPart) -> None:
+        """The keys and values of the other parts' tokens into this rank's cache, as they lie in theirs."""
+        assert self._parts is not None
+        planes = [plane.view(-1, *plane.shape[2:]) for plane in self._cache[index]]
+        own = torch.cat([_bytes_of(plane[batch.slot_mapping]) for plane in planes], 1)
+        most = max(slots.shape[0] for slots in batch.part_slots)
+        padded = torch.nn.functional.pad(own, (0, 0, 0, most - own.shape[0])).contiguous()
+        for slots, part in zip(batch.part_slots, self._parts.gather_parts(padded)):
+            widths = [math.prod(plane.shape[1:]) * plane.dtype.itemsize for plane in planes]
+            for plane, stored in zip(planes, torch.split(part[: slots.shape[0]], widths, 1)):
+                plane[slots] = stored.contiguous().view(plane.dtype).view(-1, *plane.shape[1:])
+
+    def _whole_head_rows(self, x: Tensor, batch: ContextPart) -> Tensor:
+        """All head rows of the step, (num_heads, hidden), of which each part has computed some."""
+        assert self._parts is not None
+        rows = torch.zeros(batch.num_heads, x.shape[1])
+        rows[batch.head_places] = x
+        if batch.num_heads > 0:
+            self._parts.reduce_parts(rows)
+        return rows
+
     def _summed(self, x: Tensor) -> Tensor:
         if self._reduce is not None and x.shape[0] > 0:
             self._reduce(x)
         return x
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    """(n, ...) -> (n, bytes of a row) uint8."""
+    return rows.reshape(rows.shape[0], -1).view(torch.uint8)
 
 
 def _by_bucket(tiles: TileTable, operator: str, precision: str) -> tuple[Tile | None, ...]:

@@ -146,7 +146,7 @@ class Weights:
 
     embedding  (vocab, hidden) fp32 or bf16, this rank's rows; None but on the first pipeline stage
     norm       (hidden,) fp32, the last before the head
-    head       this rank's rows; None but on the last stage
+    head       this rank's rows; None but on the last stage, and there on ranks that leave the logits to others
     """
 
     embedding: Tensor | None
@@ -169,7 +169,7 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     if share.is_first:
         embedding = checkpoint.read("model.embed_tokens.weight", table, rows=share.vocab)
         embedding = embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16)
-    if share.is_last:
+    if share.has_head:
         name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
         head = pack(checkpoint.read(name, table, rows=share.vocab), weight_dtype, tiles=tiles)
     weights = Weights(

@@ -202,8 +202,9 @@ def main() -> None:
 
 def load_engine(deployment: Deployment, model_dir: Path) -> AnyEngine:
     from .engine import Engine
+    from .launch import Launch
 
-    return Engine(deployment, model_dir)
+    return Engine(deployment, model_dir, launch=Launch.from_environment())
 
 
 def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: StepLog | None = None) -> None:

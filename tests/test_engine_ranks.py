@@ -13,9 +13,18 @@ import pytest
 import torch
 
 from paretune.runtime import peers, rank
+from paretune.runtime.batch import Batch
+from paretune.runtime.context_part import ContextPart, context_part
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.model_shape import ModelShape
-from paretune.runtime.parallel import RankFailed, share_of, tensor_parallel_sizes, thread_environment, usable_cores
+from paretune.runtime.parallel import (
+    Layout,
+    RankFailed,
+    shares,
+    tensor_parallel_sizes,
+    thread_environment,
+    usable_cores,
+)
 from paretune.runtime.random_model import write_random_model
 from paretune.runtime.sampler import SamplingParams
 from paretune.runtime.spec import Deployment, Pool
@@ -155,16 +164,35 @@ def test_stages_compute_other_steps_at_once_and_an_abort_between_them_leaves_not
             got.extend((output.request_id, None) for _ in range(9) for output in engine.step())
 
 
+def test_each_rank_computes_its_part_of_a_long_prompt_and_all_of_a_short_one(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def spy(batch: Batch, part: int, parts: int) -> ContextPart | None:
+        found = context_part(batch, part, parts)
+        computed.append((batch.token_ids.shape[0], (found or batch).token_ids.shape[0]))
+        return found
+
+    with Engine(deployment(tensor_parallel_size=1, context_parallel_size=2), model_dir) as engine:
+        monkeypatch.setattr(rank, "context_part", spy)
+        for request_id, length in enumerate((1000, 9)):
+            engine.add(Request(request_id, np.zeros(length, np.int32), SamplingParams(max_tokens=2, ignore_eos=True)))
+            while engine.has_work:
+                engine.step()
+    assert computed == [(1000, 500), (1, 1), (9, 9), (1, 1)]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_the_shares_of_all_ranks_are_the_whole_model(size: int, model_dir: Path) -> None:
     shape = ModelShape.load(model_dir)
     assert size in tensor_parallel_sizes(shape)
-    shares = [share_of(shape, rank_number, size) for rank_number in range(size)]
+    found = shares(shape, Layout(shards=size))
     for part, total in (("heads", 8), ("intermediate", 48), ("vocab", VOCAB)):
-        assert [i for share in shares for i in getattr(share, part)] == list(range(total))
+        assert [i for share in found for i in getattr(share, part)] == list(range(total))
     copies = max(1, size // 4)
-    assert [i for share in shares for i in share.kv_heads] == sorted([*range(4)] * copies)
-    for share in shares:  # each rank has the KV heads that its query heads read
+    assert [i for share in found for i in share.kv_heads] == sorted([*range(4)] * copies)
+    for share in found:  # each rank has the KV heads that its query heads read
         assert {head // 2 for head in share.heads} == set(share.kv_heads)
 
 

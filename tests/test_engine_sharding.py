@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from paretune.kernels.tiles import TileTable
+from paretune.runtime.context_part import divided
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.memory import memory_need, rank_weight_bytes
 from paretune.runtime.model_shape import ModelShape
@@ -107,6 +110,9 @@ LAYOUTS: list[dict[str, object]] = [
     {"tensor_parallel_size": 2},
     {"pipeline_parallel_size": 3},
     {"pipeline_parallel_size": 2, "tensor_parallel_size": 2},
+    {"context_parallel_size": 2},
+    {"context_parallel_size": 2, "pipeline_parallel_size": 2},
+    {"context_parallel_size": 2, "tensor_parallel_size": 2, "max_num_batched_tokens": 100, "num_kv_blocks": 60},
 ]
 
 
@@ -126,10 +132,10 @@ def test_a_sharded_replica_answers_like_transformers(
         assert tokens[request_id] == expected[len(prompt) - 1 : -1].argmax(dim=1).tolist()
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (1, 4), (1, 8), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 4), (1, 1, 8), (3, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "int8"])
 def test_a_rank_holds_the_bytes_that_were_reckoned(
-    layout: tuple[int, int], weight_dtype: str, round_model_dir: Path
+    layout: tuple[int, int, int], weight_dtype: str, round_model_dir: Path
 ) -> None:
     shape = ModelShape.load(round_model_dir)
     for share in shares(shape, Layout(*layout)):
@@ -142,7 +148,7 @@ def test_a_rank_holds_the_bytes_that_were_reckoned(
 
 def test_the_stages_of_a_pipeline_are_the_whole_model_once(round_model_dir: Path) -> None:
     shape = ModelShape.load(round_model_dir)
-    stages = shares(shape, Layout(3, 1))
+    stages = shares(shape, Layout(stages=3))
     assert [layer for share in stages for layer in share.layers] == list(range(shape.num_layers))
     whole = memory_need(shape, Pool(**POOL))
     cut = memory_need(shape, Pool(**POOL, pipeline_parallel_size=3))
@@ -164,3 +170,16 @@ def test_a_layout_that_the_model_does_not_allow_is_refused_by_its_field(
     with pytest.raises(BadSpec) as refused:
         check_runnable(deployment(**changes), ModelShape.load(model[0]))
     assert refused.value.where == f"pools.0.{field}"
+
+
+@given(counts=st.lists(st.integers(1, 300), min_size=1, max_size=12), parts=st.integers(1, 5))
+def test_every_token_is_in_one_part_and_the_parts_of_a_long_prompt_cost_the_same(counts: list[int], parts: int) -> None:
+    found = divided(np.array(counts), parts)
+    places = [(row, token) for own in found for row, first, last in own for token in range(first, last)]
+    assert sorted(places) == [(row, token) for row, count in enumerate(counts) for token in range(count)]
+    assert all(first < last for own in found for _, first, last in own)
+    for row, count in enumerate(counts):
+        if count >= 2 * parts:
+            pairs = [sum(t + 1 for r, a, b in own if r == row for t in range(a, b)) for own in found]
+            # pieces whose lengths differ by one token move at most one row of the triangle each
+            assert max(pairs) - min(pairs) <= 2 * count

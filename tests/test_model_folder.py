@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from paretune.kernels.tiles import TileTable
 from paretune.runtime.model_shape import BadModel, ModelShape, resolve_model
-from paretune.runtime.parallel import share_of
+from paretune.runtime.parallel import Layout, share_of
 from paretune.runtime.random_model import write_random_model
 from paretune.runtime.small_model import MODEL_DIR
 from paretune.runtime.spec import SMALL_MODEL
@@ -43,7 +43,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load(folder: Path, weight_dtype: str = "bf16", rank: int = 0, size: int = 1) -> Any:
     shape = ModelShape.load(folder)
-    return load_weights(shape, folder, share_of(shape, rank, size), weight_dtype, TileTable())
+    return load_weights(shape, folder, share_of(shape, Layout(shards=size), rank), weight_dtype, TileTable())
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:

@@ -60,6 +60,7 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
         "accelerator": "H100 SXM",
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 2,
+        "context_parallel_size": 2,
         "num_threads": 2,
         "weight_dtype": "fp16",
         "kv_cache_dtype": "fp8",

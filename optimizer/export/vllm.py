@@ -130,6 +130,8 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     flags.append(("tensor-parallel-size", pool.tensor_parallel_size))
     if pool.pipeline_parallel_size > 1:
         flags.append(("pipeline-parallel-size", pool.pipeline_parallel_size))
+    if pool.context_parallel_size > 1:
+        flags.append(("prefill-context-parallel-size", pool.context_parallel_size))
     if pool.replicas > 1:
         flags.append(("data-parallel-size", pool.replicas))
     if pool.max_queued_requests:
@@ -156,7 +158,7 @@ def _environment(pool: Pool) -> dict[str, str]:
     """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND wants them: ranks apart by "|"."""
     if pool.accelerator != CPU:
         return {}
-    ranks = pool.tensor_parallel_size * pool.pipeline_parallel_size * pool.replicas
+    ranks = pool.devices_per_replica // pool.num_threads * pool.replicas
     spans = [(rank * pool.num_threads, (rank + 1) * pool.num_threads - 1) for rank in range(ranks)]
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(

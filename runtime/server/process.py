@@ -19,8 +19,10 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ...traces.whole_file import write_whole
+from ..launch import Launch
 from ..memory import available_bytes, check_memory, memory_need, memory_table
 from ..model_shape import BadModel, ModelShape, resolve_model
+from ..parallel import RankFailed
 from ..request_log import BadRequestLog, RequestLog
 from ..runnable import check_runnable
 from ..spec import BadSpec, Deployment
@@ -94,15 +96,20 @@ def run(
         model_dir = resolve_model(deployment.model)
         shape = ModelShape.load(model_dir)
         check_runnable(deployment, shape)
-        available = available_bytes()
-        check_memory(shape, deployment.pool, available=available)
+        launch = Launch.from_environment()
+        if launch is not None:
+            launch.check(deployment.pool)
+        available, ranks = available_bytes(), None if launch is None else launch.local
+        check_memory(shape, deployment.pool, available=available, ranks=ranks)
+        if launch is not None and launch.rank > 0:
+            return _follow(deployment, model_dir, launch)
         model = _served_model(deployment, shape, model_dir, served_model_name)
         listener = listen(host, port)
         log = None if request_log is None else RequestLog(request_log, block_size=deployment.pool.block_size)
     except (BadOption, BadSpec, BadModel, BadTokenizer, BadRequestLog, CannotListen, CannotWrite) as error:
         _say(str(error))
         return error.exit_code
-    _say(f"loading {deployment.model}\n{memory_table(memory_need(shape, deployment.pool), available)}")
+    _say(f"loading {deployment.model}\n{memory_table(memory_need(shape, deployment.pool, ranks=ranks), available)}")
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     process = _Process(deployment, model, model_dir, step_log, ready_file)
@@ -112,6 +119,17 @@ def run(
         process.stop()
         if log is not None:
             log.close()
+
+
+def _follow(deployment: Deployment, model_dir: Path, launch: Launch) -> int:
+    """Be a rank of the replica that rank 0 serves, until that ends."""
+    from ..rank import follow_rank_0
+
+    try:
+        return follow_rank_0(deployment.pool, model_dir, launch)
+    except RankFailed as error:
+        _say(str(error))
+        return error.exit_code
 
 
 class _Process:

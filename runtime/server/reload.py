@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from ..launch import Launch
 from ..memory import check_memory
 from ..model_shape import BadModel, ModelShape
 from ..runnable import check_runnable, fields_that_need_new_replicas
@@ -93,6 +94,9 @@ class Reloader:
         reasons += fields_that_need_new_replicas(built.pool, deployment.pool)
         if not reasons:
             reasons = await self._change(deployment)
+        if reasons and Launch.from_environment() is not None:
+            todo = "start the ranks again with this spec"
+            raise BadSpec(reasons[0], "needs new ranks", "what changes while ranks started from outside run", todo)
         if reasons:
             await self._replace(deployment)
         self._running = deployment

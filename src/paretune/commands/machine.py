@@ -97,8 +97,7 @@ def _profile_text(found: object) -> str:
         fit = fit_steps(each.steps)
         rows.append(
             [
-                f"TP {each.tensor_parallel_size} x {each.num_threads} threads x {each.replicas} replicas, "
-                f"{each.weight_dtype}",
+                str(each.key),
                 str(len(each.steps)),
                 f"{fit.step_s * 1e3:.2f} ms",
                 f"{fit.relative_error:.0%}",

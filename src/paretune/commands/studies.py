@@ -129,8 +129,10 @@ def deployment_words(evaluation: Evaluation) -> str:
     flags = ("" if pool.enable_chunked_prefill else ", whole prompts") + (
         "" if pool.enable_prefix_caching else ", no prefix cache"
     )
+    sizes = (pool.pipeline_parallel_size, pool.context_parallel_size)
+    ranks = "".join(f"{name} {size} x " for name, size in zip(("PP", "CP"), sizes) if size > 1)
     return (
-        f"{pool.replicas} x TP {pool.tensor_parallel_size}{threads}, {pool.weight_dtype}, "
+        f"{pool.replicas} x {ranks}TP {pool.tensor_parallel_size}{threads}, {pool.weight_dtype}, "
         f"seqs {pool.max_num_seqs}, tokens {pool.max_num_batched_tokens}{flags}"
     )
 
