@@ -11,6 +11,7 @@ from .model_shape import ModelShape
 from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
+_SMALLER = ("bf16", "int8", "int4")  # weights to suggest, the least loss of quality first
 _PROCESS_BYTES = 300 << 20  # Python, torch and Numba of one rank, resident: measured with torch 2.13 CPU, 2026-11
 
 
@@ -83,7 +84,7 @@ def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int) -> st
     least_blocks = -(-pool.max_model_len // pool.block_size)
     block_bytes = pool.block_size * shape.kv_bytes_per_token(pool.kv_cache_dtype)
     for count in range(replicas, 0, -1):
-        for dtype in dict.fromkeys((pool.weight_dtype, "bf16", "int8")):
+        for dtype in dict.fromkeys((pool.weight_dtype, *_SMALLER)):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):
                 continue
             smaller = pool.model_copy(update={"weight_dtype": dtype, "num_kv_blocks": 0})

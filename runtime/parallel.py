@@ -35,14 +35,18 @@ class Share:
     vocab: range
 
 
-def share_of(shape: ModelShape, rank: int, size: int) -> Share:
-    """The part of rank `rank` of `size`, which divides the KV heads (`runnable.check_runnable`)."""
+def share_of(shape: ModelShape, rank: int, size: int, group: int = 1) -> Share:
+    """The part of rank `rank` of `size`, which divides the KV heads (`runnable.check_runnable`).
+
+    Args:
+        group: intermediate channels that stay together, as one scale of the weights belongs to all of them.
+    """
     return Share(
         rank=rank,
         size=size,
         heads=_part(shape.num_heads, rank, size),
         kv_heads=_part(shape.num_kv_heads, rank, size),
-        intermediate=_part(shape.intermediate_size, rank, size),
+        intermediate=_grouped_part(shape.intermediate_size, rank, size, group),
         vocab=_part(shape.vocab_size, rank, size),
     )
 
@@ -50,6 +54,11 @@ def share_of(shape: ModelShape, rank: int, size: int) -> Share:
 def _part(total: int, rank: int, size: int) -> range:
     """Part `rank` of range(total) cut into `size` parts whose lengths differ by at most one."""
     return range(total * rank // size, total * (rank + 1) // size)
+
+
+def _grouped_part(total: int, rank: int, size: int, group: int) -> range:
+    part = _part(-(-total // group), rank, size)
+    return range(part.start * group, min(part.stop * group, total))
 
 
 def usable_cores() -> int:

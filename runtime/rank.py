@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .batch import ARGMAX, Batch
 from .model_shape import ModelShape
 from .parallel import RankFailed, share_of, thread_environment
@@ -39,7 +40,8 @@ class Rank:
     def __init__(self, pool: Pool, shape: ModelShape, model_dir: Path, peers: Peers | None) -> None:
         torch.set_num_threads(pool.num_threads)
         self._peers = peers
-        self._share = share_of(shape, peers.rank if peers else 0, pool.tensor_parallel_size)
+        group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
+        self._share = share_of(shape, peers.rank if peers else 0, pool.tensor_parallel_size, group)
         self._vocab_width = -(-shape.vocab_size // pool.tensor_parallel_size)
         self._vocab_sizes = [len(share_of(shape, r, self._share.size).vocab) for r in range(self._share.size)]
         self.batch = Batch(pool)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import BadModel, ModelShape
 from .spec import CPU, BadSpec, Deployment
 
-WEIGHT_DTYPES = ("fp32", "bf16", "int8")
+WEIGHT_DTYPES = tuple(WEIGHT_FORMATS)
+USUAL_WEIGHT_DTYPES = ("fp32", "bf16", "int8")  # profiled and searched where nobody says otherwise
 KV_CACHE_DTYPES = ("fp32", "bf16")
 
 
@@ -38,8 +40,20 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         found = f"{shape.sliding_window} tokens, below max_model_len {pool.max_model_len}"
         todo = f"set max_model_len to at most {shape.sliding_window}: up to there the window changes nothing"
         raise BadModel("config.json: sliding_window", found, "no window that is active", todo)
+    if pool.weight_dtype == "ternary" and shape.ternary is None:
+        others = "another precision, as this model was not trained ternary (bitnet in its config.json)"
+        raise BadSpec("pools.0.weight_dtype", pool.weight_dtype, others)
     if shape.num_kv_heads % pool.tensor_parallel_size:
         divisors = ", ".join(str(n) for n in range(1, shape.num_kv_heads + 1) if shape.num_kv_heads % n == 0)
         raise BadSpec(
             "pools.0.tensor_parallel_size", pool.tensor_parallel_size, f"{divisors}, which divide the KV heads"
         )
+    group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
+    columns = shape.num_heads // pool.tensor_parallel_size * shape.head_dim
+    most = -(-shape.intermediate_size // group)
+    if pool.tensor_parallel_size > 1 and (columns % group or pool.tensor_parallel_size > most):
+        found = (
+            f"{pool.tensor_parallel_size}, which cuts o_proj or down_proj within {group} input channels of one scale"
+        )
+        allowed_sizes = f"ranks with a multiple of {group} such channels each, with {pool.weight_dtype} weights"
+        raise BadSpec("pools.0.tensor_parallel_size", found, allowed_sizes)
