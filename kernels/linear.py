@@ -1,11 +1,12 @@
-"""Linear layers: y = x @ weight.T + bias, with weights in fp32, bf16 or int8.
+"""Linear layers: y = x @ weight.T + bias, with weights in any of `weight_formats`.
 
-Activations may be fp32 or bf16 whatever the weights are; sums are fp32 (int32 for int8) and the result has the dtype of
-x. On the CPU keep activations fp32 between operators: the C++ kernel rounds a panel of rows to bf16 while it packs it,
-which costs less than a pass of its own.
+Activations may be fp32 or bf16 whatever the weights are; sums are fp32 (int32 under int8) and the result has the dtype
+of x. On the CPU keep activations fp32 between operators: the C++ kernel rounds a panel of rows to bf16 while it packs
+it, which costs less than a pass of its own.
 
-int8 is w8a8, symmetric: one scale per output channel, fixed when packed, and one per row of x, found at run time
-(dynamic quantization; Dettmers et al., "LLM.int8()", arXiv:2208.07339, without its outlier split).
+Beside int8, int4 and ternary weights each row of x is rounded to int8 at run time, symmetric, with one scale (dynamic
+quantization; Dettmers et al., "LLM.int8()", arXiv:2208.07339, without its outlier split). fp16, fp8, nvfp4 and mxfp4
+stay in memory as they are stored and are expanded to fp32 (fp16) or bf16, exactly, a panel at a time.
 """
 
 from __future__ import annotations
@@ -21,25 +22,21 @@ from torch.nn import functional
 
 from .cpu.build import Library, load
 from .cpu.workspace import WORKSPACE
+from .stored_weight import StoredWeight, quantize_int8, store
 from .tiles import PRECISIONS, BadTile, Tile, TileTable
+from .weight_formats import WEIGHT_FORMATS
+from .weight_layout import panels_of, rows_of, stored_rows
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 MAX_IN_FEATURES_INT8 = 65536  # int32 sums of 255 * 127 products stay below 2**31
 _BUCKETS = 33
+_EXPANDED_ROWS = 512  # of the torch layout, expanded at a time
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, in) @ weight (out, in).T + bias in float64: the oracle."""
     return functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-
-
-def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows rounded to int8 in [-127, 127], and the scale of each row: values ~ int8 * scale[:, None]."""
-    values = values.float()
-    scale = values.abs().amax(dim=1) / 127
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    return (values * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class _Weight(ctypes.Structure):
@@ -60,13 +57,15 @@ class _Weight(ctypes.Structure):
 class PackedLinear:
     """A weight in the layout its tiles want; immutable. `pack` makes it.
 
-    precision          "fp32", "bf16" or "int8"
+    precision      a key of WEIGHT_FORMATS
     out_features, in_features
-    tiles              Tile for each power-of-two bucket of M, index = exponent
-    panels             C++ layout (out/P, in/g, P, g), P = 2 vector registers of channels, g = 1 (fp32), 2 (bf16), 4
-    (int8) weight             torch layout (out, in), for the backend "torch"
-    channel_scale      (out,) fp32, int8 only
-    bias               (out,) fp32 or None
+    tiles          Tile for each power-of-two bucket of M, index = exponent
+    panels         C++ layout: (out/P, steps, bytes of a step), P = 2 vector registers of channels, group scales among
+                   the weights; kernels/cpu/gemm_tile.h, low_bit.h and expand.h say what a step is
+    weight         torch layout (out, in), for the backend "torch"; below eight bits (out, bytes), low bits first
+    group_scale    of `weight`, as StoredWeight has it
+    channel_scale  (out,) fp32, where the format has one
+    bias           (out,) fp32 or None
     """
 
     precision: str
@@ -75,6 +74,7 @@ class PackedLinear:
     tiles: tuple[Tile, ...]
     panels: Tensor | None
     weight: Tensor | None
+    group_scale: Tensor | None
     channel_scale: Tensor | None
     bias: Tensor | None
     _zero_sum: Tensor | None = field(repr=False)
@@ -84,35 +84,34 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         """Bytes in memory, of all layouts it holds."""
-        held = (self.panels, self.weight, self.channel_scale, self.bias, self._zero_sum)
+        held = (self.panels, self.weight, self.group_scale, self.channel_scale, self.bias, self._zero_sum)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def pack(
-    weight: Tensor,
-    precision: str,
+    weight: Tensor | StoredWeight,
+    precision: str | None = None,
     *,
     bias: Tensor | None = None,
     tiles: TileTable | None = None,
     backends: tuple[str, ...] | None = None,
 ) -> PackedLinear:
-    """Lay out a weight (out, in) of any float dtype for the CPU, rounding it to `precision`.
+    """Lay out a weight for the CPU.
 
-    The layouts kept in memory are those of `backends`; left out: what `tiles` names for this precision, and C++ (torch
-    where there is no compiler) if it names nothing.
-
+    Args:
+        weight: stored, or (out, in) of any float dtype and then rounded to `precision`.
+        backends: whose layouts are kept in memory; left out: what `tiles` names for this precision, and C++ (torch
+            where there is no compiler) if it names nothing.
     Raises BadTile: unknown precision or backend, a backend that this machine lacks, a shape that cannot be packed.
     """
-    if precision not in PRECISIONS:
-        raise BadTile("linear: precision", precision, ", ".join(PRECISIONS), "correct the precision")
-    if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
-        found = f"{tuple(weight.shape)} {weight.dtype}"
-        raise BadTile("linear: weight", found, "a non-empty (out, in) float tensor", "pass the weight matrix")
-    out_features, in_features = weight.shape
+    stored = weight if isinstance(weight, StoredWeight) else store(weight, precision or "")
+    precision = stored.precision
+    out_features, in_features = stored.values.shape
     if bias is not None and bias.shape != (out_features,):
         raise BadTile("linear: bias", tuple(bias.shape), f"({out_features},)", "pass one number per output channel")
-    if precision == "int8" and in_features > MAX_IN_FEATURES_INT8:
-        raise BadTile("linear: in_features", in_features, f"<= {MAX_IN_FEATURES_INT8} for int8", "use bf16")
+    if stored.format.arithmetic == "int8" and in_features > MAX_IN_FEATURES_INT8:
+        allowed = f"<= {MAX_IN_FEATURES_INT8} for {precision}"
+        raise BadTile("linear: in_features", in_features, allowed, "use bf16")
     library = load()
     default = Tile("linear", "cpp" if library is not None else "torch")
     table = tiles or TileTable.default()
@@ -127,26 +126,24 @@ def pack(
     for tile in chosen:
         _check_tile(tile, backends, library)
 
-    channel_scale = None
-    if precision == "int8":
-        stored, channel_scale = quantize_int8(weight)
-    else:
-        stored = weight.detach().to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    channel_scale = None if stored.channel_scale is None else stored.channel_scale.contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
     panels = zero_sum = descriptor = None
     address = 0
     if "cpp" in backends and library is not None:
-        panels = _panels(stored, library.panel, {"fp32": 1, "bf16": 2, "int8": 4}[precision])
+        panels = _on_huge_pages(panels_of(stored, library.panel))
         if precision == "int8":
-            zero_sum = (stored.to(torch.int32).sum(dim=1, dtype=torch.int32) * 128).contiguous()
+            zero_sum = (stored.values.sum(dim=1, dtype=torch.int32) * 128).contiguous()
         descriptor = _Weight(
             panels.data_ptr(), _address(channel_scale), _address(zero_sum), _address(bias), out_features, in_features,
             PRECISIONS.index(precision),
         )  # fmt: skip
         address = ctypes.addressof(descriptor)
+    held = rows_of(stored) if "torch" in backends else None
+    group_scale = stored.group_scale if "torch" in backends else None
     return PackedLinear(
-        precision, out_features, in_features, chosen, panels, stored.contiguous() if "torch" in backends else None,
-        channel_scale, bias, zero_sum, descriptor, address,
+        precision, out_features, in_features, chosen, panels, held, group_scale, channel_scale, bias, zero_sum,
+        descriptor, address,
     )  # fmt: skip
 
 
@@ -204,37 +201,44 @@ def _linear_torch(x: Tensor, packed: PackedLinear, tile: Tile) -> Tensor:
     if tile.backend != "torch" or packed.weight is None:
         held = [name for name, layout in (("cpp", packed.panels), ("torch", packed.weight)) if layout is not None]
         raise BadTile("linear: backend", tile.backend, ", ".join(held), "pack the weight with this backend")
+    arithmetic = WEIGHT_FORMATS[packed.precision].arithmetic
+    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    if packed.weight.dtype is dtype:
+        bias = None if packed.bias is None else packed.bias.to(dtype)
+        return functional.linear(x.to(dtype), packed.weight, bias).to(x.dtype)
+    scale, multiplied = packed.channel_scale, x
+    if arithmetic == "int8":
+        multiplied, row_scale = quantize_int8(x)
+        scale = row_scale[:, None] if scale is None else row_scale[:, None] * scale
     if packed.precision == "int8":
-        assert packed.channel_scale is not None
-        quantized, row_scale = quantize_int8(x)
-        total = torch._int_mm(quantized, packed.weight.t()).float()
-        out = total * row_scale[:, None] * packed.channel_scale
-        return (out if packed.bias is None else out + packed.bias).to(x.dtype)
-    bias = None if packed.bias is None else packed.bias.to(packed.weight.dtype)
-    return functional.linear(x.to(packed.weight.dtype), packed.weight, bias).to(x.dtype)
+        out = torch._int_mm(multiplied, packed.weight.t()).float()
+    else:
+        out = _through_expanded(multiplied.to(dtype), packed).float()
+    out = out if scale is None else out * scale
+    return (out if packed.bias is None else out + packed.bias).to(x.dtype)
 
 
-def _panels(stored: Tensor, panel: int, group: int) -> Tensor:
-    """(out, in) -> (out/panel, in/group, panel, group), padded with zeros."""
-    out_features, in_features = stored.shape
-    shape = (-(-out_features // panel), panel, -(-in_features // group), group)
-    padded = torch.zeros((shape[0] * panel, shape[2] * group), dtype=stored.dtype)
-    padded[:out_features, :in_features] = stored
-    panels = _empty_on_huge_pages(padded.nbytes).view(stored.dtype)
-    ordered = panels.view(shape[0], shape[2], panel, group)
-    ordered.copy_(padded.view(shape).permute(0, 2, 1, 3))
-    return ordered
+def _through_expanded(x: Tensor, packed: PackedLinear) -> Tensor:
+    """x @ the weight without its channel scales, which is never expanded whole."""
+    assert packed.weight is not None
+    parts = []
+    for at in range(0, packed.out_features, _EXPANDED_ROWS):
+        cut = slice(at, at + _EXPANDED_ROWS)
+        scale = None if packed.group_scale is None else packed.group_scale[cut]
+        stored = stored_rows(packed.precision, packed.weight[cut], scale, packed.in_features)
+        parts.append(functional.linear(x, stored.expanded(torch.float32).to(x.dtype)))
+    return torch.cat(parts, dim=1)
 
 
-def _empty_on_huge_pages(nbytes: int) -> Tensor:
-    """Bytes on 2 MB pages where Linux gives them: decoding reads all weights per token, and the page walks cost 10-30 %
-    of it (201 M parameters, batch 1, Zen 4)."""
-    if nbytes < 2 * _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _on_huge_pages(panels: Tensor) -> Tensor:
+    """The same on 2 MB pages where Linux gives them: decoding reads all weights per token, and the page walks cost
+    10-30 % of it (201 M parameters, batch 1, Zen 4)."""
+    if panels.nbytes < 2 * _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return panels
+    memory = mmap.mmap(-1, panels.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(panels.shape).copy_(panels)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-PRECISIONS = ("fp32", "bf16", "int8")
+from .weight_formats import WEIGHT_FORMATS
+
+PRECISIONS = tuple(WEIGHT_FORMATS)
 
 
 class BadTile(ValueError):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 
 from ..kernels.tiles import TileTable
+from ..runtime.runnable import USUAL_WEIGHT_DTYPES
 from ..runtime.safe_yaml import load_yaml
 from ..runtime.spec import CPU, Deployment, Pool, parse_deployment
 from ..traces.trace import Trace
@@ -228,7 +229,7 @@ def default_space(
         ("tensor_parallel_size", powers),
         *([("num_threads", powers)] if on_cpu else []),
         ("replicas", powers if on_cpu else (1,)),
-        ("weight_dtype", ("fp32", "bf16", "int8") if on_cpu else (pool.weight_dtype,)),
+        ("weight_dtype", USUAL_WEIGHT_DTYPES if on_cpu else (pool.weight_dtype,)),
         ("max_num_seqs", MAX_NUM_SEQS),
         ("max_num_batched_tokens", tuple(sorted({*MAX_NUM_BATCHED_TOKENS, pool.max_model_len}))),
         ("enable_chunked_prefill", (True, False)),

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..kernels.cpu.build import load, why_missing
 from ..kernels.jit import cache_dir
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .hardware import PriceBook
 from .profile import BadProfile, Profile, this_machine
 
@@ -31,7 +32,17 @@ class Finding:
 
 def examine(profile_path: str | os.PathLike[str] | None = None) -> tuple[Finding, ...]:
     """Look at the processor, compiler, caches, packages, disk, prices, and the profile where one is named."""
-    findings = [_processor(), _compiler(), _cache(), _triton(), _cuda(), _postgres(), _disk(), _prices()]
+    findings = [
+        _processor(),
+        _compiler(),
+        _weight_formats(),
+        _cache(),
+        _triton(),
+        _cuda(),
+        _postgres(),
+        _disk(),
+        _prices(),
+    ]
     if profile_path is not None:
         findings.append(_profile(Path(profile_path)))
     return tuple(findings)
@@ -54,6 +65,20 @@ def _compiler() -> Finding:
         return Finding("CPU operators", "ok", "the C++ library is compiled and loaded")
     text = f"torch computes all operators ({reason}); decode takes about twice as long"
     return Finding("CPU operators", "limited", text, "install a C++ compiler (Debian: apt install g++)")
+
+
+def _weight_formats() -> Finding:
+    """Which precisions of weights gain speed here, and which only memory."""
+    library = load()
+    having = "" if library is None else library.instructions
+    fast = ["fp32"]
+    if library is not None:
+        fast += ["int4", "ternary"]
+        fast += ["bf16"] if "bf16" in having else []
+        fast += ["int8"] if "vnni" in having else []
+    slow = [name for name in WEIGHT_FORMATS if name not in fast]
+    text = f"multiplied as stored: {', '.join(fast)}; right, but expanded or emulated: {', '.join(slow)}"
+    return Finding("weight precisions", "ok", text, "profile before you choose one of the latter")
 
 
 def _cache() -> Finding:

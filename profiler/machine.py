@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.parallel import usable_cores
+from ..runtime.runnable import USUAL_WEIGHT_DTYPES
 from ..runtime.spec import Deployment, Pool
 from .calibration import calibrate_serving
 from .measure import measure, possible_configurations
@@ -21,7 +22,7 @@ _SERVING_JOBS = 3
 def profile_machine(
     model: str,
     *,
-    weight_dtypes: Sequence[str] = ("fp32", "bf16", "int8"),
+    weight_dtypes: Sequence[str] = USUAL_WEIGHT_DTYPES,
     seconds_per_configuration: float = 8.0,
     tiles: TileFile | None = None,
     max_model_len: int = 2048,

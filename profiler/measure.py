@@ -23,10 +23,11 @@ import psutil
 
 from ..kernels.cpu.build import load
 from ..kernels.tiles import Tile, TileTable
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.memory import check_memory
-from ..runtime.model_shape import ModelShape, resolve_model
+from ..runtime.model_shape import ModelShape, matrix_dtype, resolve_model
 from ..runtime.parallel import tensor_parallel_sizes, thread_environment, usable_cores
-from ..runtime.runnable import WEIGHT_DTYPES, check_runnable
+from ..runtime.runnable import USUAL_WEIGHT_DTYPES, check_runnable
 from ..runtime.spec import Deployment, Pool
 from .operators import linears
 from .profile import (
@@ -62,7 +63,7 @@ class MeasureFailed(RuntimeError):
 def possible_configurations(
     cores: int | None = None,
     *,
-    weight_dtypes: Sequence[str] = WEIGHT_DTYPES,
+    weight_dtypes: Sequence[str] = USUAL_WEIGHT_DTYPES,
     kv_cache_dtypes: Sequence[str] = ("bf16",),
     shape: ModelShape | None = None,
 ) -> tuple[Key, ...]:
@@ -186,7 +187,13 @@ def _operators(shape: ModelShape, pool: Pool) -> tuple[OperatorPoint, ...]:
     task = {
         "kind": "operators",
         "layers": [
-            {"name": x.name, "out_features": x.out_features, "in_features": x.in_features, "tensor_parallel_size": tp}
+            {
+                "name": x.name,
+                "out_features": x.out_features,
+                "in_features": x.in_features,
+                "tensor_parallel_size": tp,
+                "stored_as": matrix_dtype(x.name, precision),
+            }
             for x in linears(shape, tp)
         ],
         "precision": precision,
@@ -212,7 +219,6 @@ def _raised(peaks: Peaks, configurations: Sequence[Configuration], shape: ModelS
             continue
         tp = configuration.tensor_parallel_size
         sizes = {x.name: x.out_features * x.in_features for x in linears(shape, tp)}
-        item = {"fp32": 4, "bf16": 2, "int8": 1}[configuration.weight_dtype]
         for point in configuration.operators:
             if point.operator != "linear":
                 continue
@@ -220,7 +226,8 @@ def _raised(peaks: Peaks, configurations: Sequence[Configuration], shape: ModelS
             rate = 2 * point.rows * sizes[point.name] / fastest_s
             flops[point.precision] = max(flops.get(point.precision, 0.0), rate)
             if point.rows == 1:
-                read = sizes[point.name] * item
+                stored_as = WEIGHT_FORMATS[matrix_dtype(point.name, point.precision)]
+                read = int(sizes[point.name] * stored_as.bytes_per_weight())
                 reads[read] = max(reads.get(read, 0.0), read / fastest_s)
     return Peaks(num_threads=peaks.num_threads, flops_per_s=flops, read_bytes=tuple(sorted(reads.items())))
 

@@ -245,7 +245,7 @@ def peak_flops(num_threads: int) -> dict[str, float]:
 
     torch.set_num_threads(num_threads)
     rates = {}
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in ("fp32", "bf16", "int8"):  # the kinds of arithmetic
         best = 0.0
         for out in (1024, 4096):
             packed, x = pack(torch.randn((out, 1024)), precision), torch.randn((512, 1024))
@@ -274,7 +274,7 @@ def linear_points(
         weight = torch.randn((layer["out_features"], layer["in_features"]))
         for tile in tiles:
             chosen = Tile("linear", tile["backend"], tuple(tile["parameters"].items()))
-            packed = pack(weight, precision, backends=(chosen.backend,))
+            packed = pack(weight, layer["stored_as"], backends=(chosen.backend,))
             for m in rows:
                 x = torch.randn((m, layer["in_features"]))
                 low, median, high, count = _quartiles(partial(linear, x, packed, chosen))

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..runtime.model_shape import DTYPE_BYTES, ModelShape
+from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..runtime.model_shape import DTYPE_BYTES, ModelShape, matrix_dtype
 
 
 class Composition(NamedTuple):
@@ -86,9 +87,16 @@ def kv_bytes_per_token(shape: ModelShape, tensor_parallel_size: int, kv_dtype: s
 
 def rank_weight_bytes(shape: ModelShape, tensor_parallel_size: int, weight_dtype: str) -> float:
     """Memory that the weights of one rank take: matrices, and its part of an embedding table that is not tied."""
-    matrices = sum(x.count * x.out_features * x.in_features for x in linears(shape, tensor_parallel_size))
+    matrices = sum(
+        x.count * x.out_features * x.in_features * _bytes_per_weight(x.name, weight_dtype)
+        for x in linears(shape, tensor_parallel_size)
+    )
     table = 0.0 if shape.tie_word_embeddings else shape.embedding_bytes(weight_dtype) / tensor_parallel_size
-    return matrices * DTYPE_BYTES[weight_dtype] + table
+    return matrices + table
+
+
+def _bytes_per_weight(matrix: str, weight_dtype: str) -> float:
+    return WEIGHT_FORMATS[matrix_dtype(matrix, weight_dtype)].bytes_per_weight()
 
 
 def step_work(
@@ -123,7 +131,7 @@ def step_work(
             OperatorWork(
                 layer.name,
                 flops=2.0 * rows * elements * count,
-                weight_bytes=float(elements * DTYPE_BYTES[weight_dtype] * count),
+                weight_bytes=float(elements * _bytes_per_weight(layer.name, weight_dtype) * count),
                 activation_bytes=float(rows * (layer.out_features + layer.in_features) * act * count),
             )
         )

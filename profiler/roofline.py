@@ -32,7 +32,17 @@ MEMORY_SHARE = 0.92
 
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
 # int8 models compute in bf16.
-_ARITHMETIC = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8"}
+_ARITHMETIC = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "fp16": "bf16",
+    "fp8": "fp8",
+    "int8": "int8",
+    "int4": "bf16",  # expanded in the kernel (W4A16)
+    "nvfp4": "fp4",
+    "mxfp4": "fp4",
+    "ternary": "int8",
+}
 
 
 def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str, tensor_parallel_size: int) -> float:

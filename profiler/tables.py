@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.tiles import Tile, TileTable, bucket
-from ..runtime.model_shape import DTYPE_BYTES, ModelShape
+from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
 from .operators import Linear, kv_bytes_per_token, linears, rank_weight_bytes
@@ -145,7 +146,6 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
     tp = pool.tensor_parallel_size
     weight_rate = peaks.bytes_per_s(rank_weight_bytes(shape, tp, pool.weight_dtype))
     cache_rate = max(rate for _, rate in peaks.read_bytes)
-    linear_rate = peaks.flops_per_s[pool.weight_dtype]
     attention_rate = max(peaks.flops_per_s.values())
     parts = pool.context_parallel_size  # that long prompts are divided into; weights are read whole by each
 
@@ -154,7 +154,9 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
         total = np.zeros(size + 1)
         for layer in linears(shape, tp):
             elements = layer.out_features * layer.in_features
-            weights_s = elements * DTYPE_BYTES[pool.weight_dtype] / weight_rate
+            stored_as = matrix_dtype(layer.name, pool.weight_dtype)
+            linear_rate = _linear_rate(peaks, stored_as)
+            weights_s = elements * WEIGHT_FORMATS[stored_as].bytes_per_weight() / weight_rate
             total += linear_count(layer, head) * np.maximum(2.0 * elements * rows / (parts * linear_rate), weights_s)
         total[0] = 0.0
         return total
@@ -169,6 +171,12 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
         prefill_attention_s=WORK_GRID * per_pair / parts,
         request_s=np.zeros(2),
     )
+
+
+def _linear_rate(peaks: Peaks, weight_dtype: str) -> float:
+    """The best rate of the arithmetic that these weights are multiplied in, or of themselves where it was higher."""
+    arithmetic = peaks.flops_per_s[WEIGHT_FORMATS[weight_dtype].arithmetic]
+    return max(arithmetic, peaks.flops_per_s.get(weight_dtype, 0.0))
 
 
 def linear_count(layer: Linear, sampled: bool) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.tiles import BadTile, TileGain, TileTable
-from ..runtime.model_shape import ModelShape, resolve_model
+from ..runtime.model_shape import ModelShape, matrix_dtype, resolve_model
 from ..traces.whole_file import write_whole
 from .operators import linears
 from .profile import Machine, now, this_machine
@@ -98,7 +98,7 @@ def tune_tiles(
 
     Args:
         model: directory, or "paretune/small".
-        precisions: of the weights: "fp32", "bf16", "int8".
+        precisions: of the weights.
         num_threads: thread counts of a rank to search for, each by itself.
         buckets: powers of two of the rows of a step.
         seconds: for all of it.
@@ -111,7 +111,12 @@ def tune_tiles(
 
     shape = ModelShape.load(resolve_model(model))
     layers = linears(shape, 1)
-    shapes = [("linear", precision, each.out_features, each.in_features) for precision in precisions for each in layers]
+    shapes = [
+        ("linear", precision, each.out_features, each.in_features)
+        for precision in precisions
+        for each in layers
+        if matrix_dtype(each.name, precision) == precision
+    ]
     before = torch.get_num_threads()
     found = []
     try:

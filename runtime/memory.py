@@ -8,11 +8,13 @@ from pathlib import Path
 
 import psutil
 
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import ModelShape
 from .parallel import Layout, Share, held_shape, shares
 from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
+_SMALLER = ("bf16", "int8", "int4")  # weights to suggest, the least loss of quality first
 _PROCESS_BYTES = 300 << 20  # Python, torch and Numba of one rank, resident: measured with torch 2.13 CPU, 2026-11
 
 
@@ -68,7 +70,7 @@ def rank_weight_bytes(shape: ModelShape, share: Share, weight_dtype: str) -> int
 
 
 def _shares(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> tuple[Share, ...]:
-    found = shares(shape, Layout.of(pool))
+    found = shares(shape, Layout.of(pool), WEIGHT_FORMATS[pool.weight_dtype].sharded_by)
     return found if ranks is None else tuple(found[rank] for rank in ranks)
 
 
@@ -134,7 +136,7 @@ def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int, ranks
     least_blocks = -(-pool.max_model_len // pool.block_size)
     block_bytes = _block_bytes(shape, pool, ranks)
     for count in range(replicas, 0, -1):
-        for dtype in dict.fromkeys((pool.weight_dtype, "bf16", "int8")):
+        for dtype in dict.fromkeys((pool.weight_dtype, *_SMALLER)):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):
                 continue
             smaller = pool.model_copy(update={"weight_dtype": dtype, "num_kv_blocks": 0})

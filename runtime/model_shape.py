@@ -1,7 +1,8 @@
 """What a model is made of, read from a Hugging Face `config.json`: sizes, rotary embedding, biases, bytes. No tensors.
 
-Dense decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3. What this code does not compute (another
-activation, another rotary scaling, experts, quantized checkpoints) is refused by name rather than left out.
+Dense decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3, also those trained ternary. What this code does not
+compute (another activation, another rotary scaling, experts, other quantized checkpoints) is refused by name rather
+than left out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .small_model import MODEL_DIR
-from .spec import SMALL_MODEL
+from ..kernels.weight_formats import WEIGHT_FORMATS
+from .small_model import MODEL_DIR, TERNARY_MODEL_DIR
+from .spec import SMALL_MODEL, SMALL_TERNARY_MODEL
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
@@ -61,6 +63,9 @@ class ModelShape:
 
     sliding_window  tokens of context a layer sees, None = all of them; contexts up to it are computed exactly
     eos_token_ids   tokens that end an answer
+    ternary         how a checkpoint that was trained ternary keeps the matrices of its layers, in the words of
+                    transformers' BitNetConfig: "bitlinear" (packed, with the reciprocal of the scale), "autobitlinear"
+                    (packed, with the scale) or "online" (floats, to be rounded); None: it was not
     """
 
     family: str
@@ -81,6 +86,7 @@ class ModelShape:
     qk_norm: bool = False
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    ternary: Literal["bitlinear", "autobitlinear", "online"] | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
@@ -88,11 +94,6 @@ class ModelShape:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise BadModel(f"{name}: model_type", family, ", ".join(FAMILIES), "serve a dense model of these families")
-        if config.get("quantization_config"):
-            found = dict(config["quantization_config"]).get("quant_method", "quantized weights")
-            raise BadModel(
-                f"{name}: quantization_config", found, "fp32, bf16 or fp16 weights", "use the original model"
-            )
         if config.get("hidden_act", "silu") != "silu":
             raise BadModel(f"{name}: hidden_act", config["hidden_act"], "silu", "serve a model with this activation")
         if config.get("partial_rotary_factor", 1.0) != 1.0:
@@ -130,6 +131,7 @@ class ModelShape:
             qk_norm=family == "qwen3",
             sliding_window=_sliding_window(config, family, positions),
             eos_token_ids=_token_ids(config.get("eos_token_id"), f"{name}: eos_token_id"),
+            ternary=_ternary(config.get("quantization_config"), f"{name}: quantization_config"),
         )
 
     @classmethod
@@ -179,11 +181,11 @@ class ModelShape:
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of the weights that a step reads, the head with them and the embedding table without.
 
-        int8 has a scale and a sum per output channel; norms and biases are fp32.
+        Scales are counted, the padding of the last panel of output channels is not; norms and biases are fp32.
         """
-        per_channel = 8 if dtype == "int8" else 0
         matrices = sum(
-            count * out * (into * DTYPE_BYTES[dtype] + per_channel) for _, out, into, count in self.matrices()
+            count * WEIGHT_FORMATS[matrix_dtype(name, dtype)].nbytes(out, into)
+            for name, out, into, count in self.matrices()
         )
         return matrices + 4 * self._vector_parameters()
 
@@ -196,15 +198,22 @@ class ModelShape:
         return self.num_layers * per_layer + self.hidden_size
 
 
+def matrix_dtype(name: str, weight_dtype: str) -> str:
+    """How a matrix of `ModelShape.matrices` is stored: as the weights, but the head of a ternary model is bf16."""
+    return "bf16" if weight_dtype == "ternary" and name == "head" else weight_dtype
+
+
 def resolve_model(model: str) -> Path:
-    """The directory of a deployment's model: "paretune/small" is the one that ships with the package.
+    """The directory of a deployment's model: "paretune/small" and its ternary twin ship with the package.
 
     Raises: BadModel: no such directory, or one without config.json.
     """
-    folder = MODEL_DIR if model == SMALL_MODEL else Path(model)
+    folder = {SMALL_MODEL: MODEL_DIR, SMALL_TERNARY_MODEL: TERNARY_MODEL_DIR}.get(model) or Path(model)
     if not folder.is_dir():
         todo = "download the model first and give the path of its directory"
-        raise BadModel(f"model {model!r}", "no such directory", f"a directory, or {SMALL_MODEL!r}", todo)
+        raise BadModel(
+            f"model {model!r}", "no such directory", f"a directory, {SMALL_MODEL!r} or {SMALL_TERNARY_MODEL!r}", todo
+        )
     if not (folder / "config.json").is_file():
         todo = "give the directory that Hugging Face's save_pretrained wrote"
         raise BadModel(str(folder / "config.json"), "no such file", "config.json beside the safetensors", todo)
@@ -249,6 +258,26 @@ def _sliding_window(config: Mapping[str, Any], family: str, positions: int) -> i
     if family == "llama" or window is None or window >= positions:
         return None
     return int(window)
+
+
+def _ternary(given: Any, where: str) -> Literal["bitlinear", "autobitlinear", "online"] | None:
+    """Of `quantization_config`, what BitNet checkpoints have (transformers' BitNetConfig, version 5.23)."""
+    if not given:
+        return None
+    method = given.get("quant_method", "quantized weights") if isinstance(given, Mapping) else given
+    if method != "bitnet":
+        allowed = "fp32, bf16 or fp16 weights, or bitnet (trained ternary)"
+        raise BadModel(where, method, allowed, "use the original model")
+    if given.get("use_rms_norm"):
+        raise BadModel(f"{where}.use_rms_norm", True, "false", "serve a model without norms within its linear layers")
+    if given.get("modules_to_not_convert") not in (None, [], ["lm_head"]):
+        allowed = "null, or lm_head: all matrices of the layers are ternary"
+        raise BadModel(
+            f"{where}.modules_to_not_convert", given["modules_to_not_convert"], allowed, "serve another model"
+        )
+    if given.get("linear_class", "bitlinear") == "bitlinear":
+        return "bitlinear"
+    return "online" if given.get("quantization_mode", "offline") == "online" else "autobitlinear"
 
 
 def _rope(config: Mapping[str, Any], name: str) -> Rope:

@@ -92,8 +92,12 @@ class Share:
     vocab: range
 
 
-def share_of(shape: ModelShape, layout: Layout, number: int) -> Share:
-    """The share of rank `number`; the layout's shards are one of `tensor_parallel_sizes`."""
+def share_of(shape: ModelShape, layout: Layout, number: int, group: int = 1) -> Share:
+    """The share of rank `number`; the layout's shards are one of `tensor_parallel_sizes`.
+
+    Args:
+        group: intermediate channels that stay together, as one scale of the weights belongs to all of them.
+    """
     stage, part, rank = layout.place(number)
     size = layout.shards
     copies = max(1, size // shape.num_kv_heads)
@@ -106,14 +110,14 @@ def share_of(shape: ModelShape, layout: Layout, number: int) -> Share:
         has_head=stage == layout.stages - 1 and part == 0,
         heads=_part(shape.num_heads, rank, size),
         kv_heads=_part(shape.num_kv_heads, rank // copies, size // copies),
-        intermediate=_part(shape.intermediate_size, rank, size),
+        intermediate=_grouped_part(shape.intermediate_size, rank, size, group),
         vocab=_part(shape.vocab_size, rank, size),
     )
 
 
-def shares(shape: ModelShape, layout: Layout) -> tuple[Share, ...]:
-    """Those of all ranks of a replica."""
-    return tuple(share_of(shape, layout, number) for number in range(layout.size))
+def shares(shape: ModelShape, layout: Layout, group: int = 1) -> tuple[Share, ...]:
+    """Those of all ranks of a replica; `group` as in `share_of`."""
+    return tuple(share_of(shape, layout, number, group) for number in range(layout.size))
 
 
 def tensor_parallel_sizes(shape: ModelShape) -> tuple[int, ...]:
@@ -137,6 +141,11 @@ def held_shape(shape: ModelShape, share: Share) -> ModelShape:
 def _part(total: int, rank: int, size: int) -> range:
     """Part `rank` of range(total) cut into `size` parts whose lengths differ by at most one."""
     return range(total * rank // size, total * (rank + 1) // size)
+
+
+def _grouped_part(total: int, rank: int, size: int, group: int) -> range:
+    part = _part(-(-total // group), rank, size)
+    return range(part.start * group, min(part.stop * group, total))
 
 
 def usable_cores() -> int:

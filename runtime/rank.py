@@ -24,6 +24,7 @@ import torch.distributed
 from torch import Tensor
 
 from ..kernels.tiles import TileTable
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .batch import ARGMAX, Batch
 from .context_part import ContextPart, context_part
 from .launch import Launch
@@ -50,7 +51,7 @@ class Rank:
         torch.set_num_threads(pool.num_threads)
         self._peers = peers
         layout = Layout.of(pool)
-        ranks = shares(shape, layout)
+        ranks = shares(shape, layout, WEIGHT_FORMATS[pool.weight_dtype].sharded_by)
         self._share = ranks[peers.rank if peers else 0]
         self._shape = shape
         self._vocab_sizes = [len(share.vocab) for share in ranks[: layout.shards]]

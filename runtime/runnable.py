@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import BadModel, ModelShape
 from .parallel import Layout, tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
 
 # the arrays of a batch are as large as the limits that the engine was built with
 _LIMITS_CHANGED_WHILE_RUNNING = ("max_num_seqs", "max_num_batched_tokens")
-WEIGHT_DTYPES = ("fp32", "bf16", "int8")
+WEIGHT_DTYPES = tuple(WEIGHT_FORMATS)
+USUAL_WEIGHT_DTYPES = ("fp32", "bf16", "int8")  # profiled and searched where nobody says otherwise
 KV_CACHE_DTYPES = ("fp32", "bf16")
 
 
@@ -41,6 +43,9 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         found = f"{shape.sliding_window} tokens, below max_model_len {pool.max_model_len}"
         todo = f"set max_model_len to at most {shape.sliding_window}: up to there the window changes nothing"
         raise BadModel("config.json: sliding_window", found, "no window that is active", todo)
+    if pool.weight_dtype == "ternary" and shape.ternary is None:
+        others = "another precision, as this model was not trained ternary (bitnet in its config.json)"
+        raise BadSpec("pools.0.weight_dtype", pool.weight_dtype, others)
     if pool.pipeline_parallel_size > shape.num_layers:
         most = f"at most {shape.num_layers}, the model's layers"
         raise BadSpec("pools.0.pipeline_parallel_size", pool.pipeline_parallel_size, most)
@@ -48,6 +53,15 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
+    group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
+    columns = shape.num_heads // pool.tensor_parallel_size * shape.head_dim
+    groups = -(-shape.intermediate_size // group)
+    if pool.tensor_parallel_size > 1 and (columns % group or pool.tensor_parallel_size > groups):
+        found = (
+            f"{pool.tensor_parallel_size}, which cuts o_proj or down_proj within {group} input channels of one scale"
+        )
+        allowed_sizes = f"ranks with a multiple of {group} such channels each, with {pool.weight_dtype} weights"
+        raise BadSpec("pools.0.tensor_parallel_size", found, allowed_sizes)
 
 
 def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from .safe_yaml import load_yaml
 SCHEMA_VERSION = 1
 CPU = "cpu"
 SMALL_MODEL = "paretune/small"
+SMALL_TERNARY_MODEL = "paretune/small-ternary"
 
 
 class BadSpec(Exception):
@@ -89,7 +90,9 @@ class Pool(_Part):
     num_threads: int = Field(
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
     )
-    weight_dtype: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = Field("bf16", description="storage of the weights")
+    weight_dtype: Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4", "mxfp4", "ternary"] = Field(
+        "bf16", description="storage of the weights; ternary for models that were trained so"
+    )
     kv_cache_dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="storage of the KV cache")
     max_model_len: int = Field(2048, ge=2, description="most tokens, prompt and answer together, of one request")
     max_num_seqs: int = Field(128, ge=1, le=65536, description="most requests in one step")

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kernels.linear import PackedLinear, pack, retile
+from ..kernels.stored_weight import StoredWeight, stack, store, stored_ternary
 from ..kernels.tiles import TileTable
-from .model_shape import BadModel, ModelShape, read_json
+from ..kernels.weight_formats import WEIGHT_FORMATS
+from .model_shape import BadModel, ModelShape, matrix_dtype, read_json
 from .parallel import Share
 
 SINGLE_FILE = "model.safetensors"
@@ -87,7 +89,33 @@ class Checkpoint:
     def read(
         self, name: str, shape: tuple[int, ...], *, rows: range | None = None, columns: range | None = None
     ) -> Tensor:
-        """A tensor that must have this whole shape, or the given rows or columns of it, as stored."""
+        """A float tensor that must have this whole shape, or the given rows or columns of it, as stored."""
+        return self._read(name, shape, _FLOATS, "fp32, bf16 or fp16", rows=rows, columns=columns)
+
+    def read_ternary(self, name: str, shape: tuple[int, int], *, reciprocal: bool) -> StoredWeight:
+        """A matrix as transformers' BitLinear packs it: rows r, r + out / 4, ... in bits 0-1, 2-3, ... of one row of
+        bytes, as value + 1, and `name`_scale, of the whole tensor, or its reciprocal."""
+        out_features, in_features = shape
+        if out_features % 4:
+            raise BadModel(f"{self.model_dir}: {name}", f"{out_features} rows", "a multiple of 4", "use other weights")
+        packed = self._read(name, (out_features // 4, in_features), {"U8"}, "uint8, four ternary weights a byte")
+        scale = float(self.read(f"{name}_scale", (1,)))
+        codes = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
+        if int(codes.max()) > 2 or not 0 < scale < float("inf"):
+            found = f"code {int(codes.max())}, scale {scale}"
+            raise BadModel(f"{self.model_dir}: {name}", found, "codes 0, 1, 2 and a scale > 0", "copy the file again")
+        return stored_ternary(codes.to(torch.int8) - 1, 1 / scale if reciprocal else scale)
+
+    def _read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtypes: set[str],
+        allowed: str,
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor:
         if name not in self._file_of:
             where = f"{self.model_dir / (INDEX_FILE if len(self._open) > 1 else SINGLE_FILE)}: {name}"
             raise BadModel(where, "no such tensor", "every weight that config.json asks for", "copy the model again")
@@ -98,9 +126,9 @@ class Checkpoint:
             raise BadModel(
                 f"{path}: {name}", f"shape {found}", f"{shape} (from config.json)", "match config and weights"
             )
-        if stored.get_dtype() not in _FLOATS:
+        if stored.get_dtype() not in dtypes:
             todo = "use the model before it was quantized; weight_dtype in the spec quantizes it"
-            raise BadModel(f"{path}: {name}", stored.get_dtype(), "fp32, bf16 or fp16", todo)
+            raise BadModel(f"{path}: {name}", stored.get_dtype(), allowed, todo)
         self._unread.discard(name)
         if rows is not None:
             return torch.as_tensor(stored[rows.start : rows.stop])
@@ -159,7 +187,7 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     """Read, cut and pack the weights of one rank.
 
     Args:
-        weight_dtype: "fp32", "bf16" or "int8" for all matrices; the embedding stays bf16 beside int8.
+        weight_dtype: of the matrices (but see `matrix_dtype`); the embedding is fp32 beside fp32 and else bf16.
         tiles: of the deployment; a backend that it names and this machine lacks raises kernels.tiles.BadTile.
     Raises: BadModel: a missing or truncated file, a missing, extra or wrongly shaped tensor.
     """
@@ -171,7 +199,8 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
         embedding = embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16)
     if share.has_head:
         name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-        head = pack(checkpoint.read(name, table, rows=share.vocab), weight_dtype, tiles=tiles)
+        dtype = matrix_dtype("head", weight_dtype)
+        head = pack(_matrix(checkpoint, shape, name, table, dtype, rows=share.vocab), tiles=tiles)
     weights = Weights(
         embedding=embedding,
         layers=tuple(
@@ -210,22 +239,25 @@ def _layer(
     heads, kv_heads = _spread(share.heads, shape.head_dim), _spread(share.kv_heads, shape.head_dim)
 
     def stacked(parts: tuple[tuple[str, int, range], ...], has_bias: bool) -> PackedLinear:
-        weight = torch.cat(
-            [checkpoint.read(f"{layer}.{name}.weight", (out, hidden), rows=rows) for name, out, rows in parts]
+        weight = stack(
+            [
+                _matrix(checkpoint, shape, f"{layer}.{name}.weight", (out, hidden), weight_dtype, rows=rows)
+                for name, out, rows in parts
+            ]
         )
         bias = None
         if has_bias:
             bias = torch.cat([checkpoint.read(f"{layer}.{name}.bias", (out,), rows=rows) for name, out, rows in parts])
-        return pack(weight, weight_dtype, bias=bias, tiles=tiles)
+        return pack(weight, bias=bias, tiles=tiles)
 
     def summed(name: str, into: int, columns: range, has_bias: bool) -> PackedLinear:
-        weight = checkpoint.read(f"{layer}.{name}.weight", (hidden, into), columns=columns)
+        weight = _matrix(checkpoint, shape, f"{layer}.{name}.weight", (hidden, into), weight_dtype, columns=columns)
         bias = None
         if has_bias:
             bias = checkpoint.read(f"{layer}.{name}.bias", (hidden,))
             if share.rank != 0:  # the ranks' products are added up, and the bias belongs into the sum once
                 bias = None
-        return pack(weight, weight_dtype, bias=bias, tiles=tiles)
+        return pack(weight, bias=bias, tiles=tiles)
 
     def norm(name: str, width: int) -> Tensor:
         return checkpoint.read(f"{layer}.{name}.weight", (width,)).float()
@@ -249,6 +281,36 @@ def _layer(
         ),
         down=summed("mlp.down_proj", inter, share.intermediate, shape.mlp_bias),
     )
+
+
+def _matrix(
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    name: str,
+    size: tuple[int, int],
+    dtype: str,
+    *,
+    rows: range | None = None,
+    columns: range | None = None,
+) -> StoredWeight:
+    """Rows or columns of a matrix in `dtype`, scaled as the whole is; more is read only where that asks for it."""
+    wanted = WEIGHT_FORMATS[dtype]
+    packed_ternary = shape.ternary in ("bitlinear", "autobitlinear") and name.endswith("_proj.weight")
+    if packed_ternary or (shape.ternary == "online" and name.endswith("_proj.weight")):
+        if packed_ternary:
+            whole = checkpoint.read_ternary(name, size, reciprocal=shape.ternary == "bitlinear")
+        else:
+            whole = store(checkpoint.read(name, size), "ternary")
+        whole = whole if dtype == "ternary" else store(whole.expanded(torch.float32), dtype)
+    elif rows is not None and not wanted.tensor_scale:
+        return store(checkpoint.read(name, size, rows=rows), dtype)
+    elif columns is not None and not wanted.channel_bytes and not wanted.group_bytes:
+        return store(checkpoint.read(name, size, columns=columns), dtype)
+    else:
+        whole = store(checkpoint.read(name, size), dtype)
+    if rows is not None:
+        return whole.rows(rows)
+    return whole if columns is None else whole.columns(columns)
 
 
 def _spread(heads: range, head_dim: int) -> range:

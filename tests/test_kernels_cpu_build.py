@@ -21,7 +21,9 @@ if len(sys.argv) > 1:
     build._attempt = lambda: build._Attempt(library, None)
 from paretune.kernels import Tile, fused
 from paretune.kernels.decode_attention import decode_attention, reference as decode_reference
-from paretune.kernels.linear import linear, pack, quantize_int8, reference
+from paretune.kernels.linear import linear, pack, reference
+from paretune.kernels.stored_weight import quantize_int8, store
+from paretune.kernels.weight_formats import WEIGHT_FORMATS
 from paretune.kernels.prefill_attention import prefill_attention, reference as prefill_reference
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -34,12 +36,13 @@ for m, n, k in ((1, 1, 1), (3, 33, 17), (29, 70, 131), (300, 40, 64)):
     x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
     for k_block, serial in ((0, 0), (40, 0), (0, 1 << 20)):
         tile = Tile("linear", "cpp", (("k_block", k_block), ("serial_below_kmacs", serial)))
-        check(linear(x, pack(weight, "fp32", bias=bias), tile), reference(x, weight, bias))
-        check(linear(x, pack(weight, "bf16", bias=bias), tile), reference(x, weight.bfloat16(), bias), 2e-2)
         check(linear(x.bfloat16(), pack(weight, "bf16"), tile), reference(x.bfloat16(), weight.bfloat16()), 2e-2)
-        (q, s), (qx, sx) = quantize_int8(weight), quantize_int8(x)
-        exact = reference(qx.double() * sx[:, None].double(), q.double() * s[:, None].double(), bias)
-        check(linear(x, pack(weight, "int8", bias=bias), tile), exact)
+        quantized, scale = quantize_int8(x)
+        for precision, form in WEIGHT_FORMATS.items():
+            stored = store(weight, precision)
+            multiplied = quantized.double() * scale[:, None].double() if form.arithmetic == "int8" else x
+            tolerance = 2e-2 if form.arithmetic == "bf16" else 1e-4
+            check(linear(x, pack(stored, bias=bias), tile), reference(multiplied, stored.expanded(), bias), tolerance)
 for heads, kv_heads, head_dim in ((4, 1, 24), (3, 3, 7), (14, 2, 64)):
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         k_cache, v_cache = (torch.randn(12, 16, kv_heads, head_dim).to(dtype) for _ in range(2))

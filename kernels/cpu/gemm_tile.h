@@ -48,6 +48,7 @@ struct Fp32Dot {
     typedef Floats Sum;
     typedef float Out;
     static constexpr int X_WORDS = 1, GROUP = 1, BYTES = 4;
+    static constexpr int64_t STEP_BYTES = (int64_t)PANEL * GROUP * BYTES;
     template <int ROWS, class Index>
     static inline void step(Sum (*sums)[2], const void* x, const char* w, int64_t s) {
         Floats w0 = load_as<Floats>(w), w1 = load_as<Floats>(w + sizeof w0);
@@ -63,6 +64,7 @@ struct Bf16Dot {
     typedef Floats Sum;
     typedef float Out;
     static constexpr int X_WORDS = BF16_X_WORDS, GROUP = 2, BYTES = 2;
+    static constexpr int64_t STEP_BYTES = (int64_t)PANEL * GROUP * BYTES;
     template <int ROWS, class Index>
     static inline void step(Sum (*sums)[2], const void* x, const char* w, int64_t s) {
 #if defined(PARETUNE_BF16_DOT)
@@ -94,6 +96,7 @@ struct Int8Dot {
     typedef Ints Sum;
     typedef int32_t Out;
     static constexpr int X_WORDS = INT8_X_WORDS, GROUP = 4, BYTES = 1;
+    static constexpr int64_t STEP_BYTES = (int64_t)PANEL * GROUP * BYTES;
     template <int ROWS, class Index>
     static inline void step(Sum (*sums)[2], const void* x, const char* w, int64_t s) {
         const int32_t* words = (const int32_t*)x;
@@ -152,7 +155,7 @@ static inline void tile_body(int64_t steps, const void* x, const void* weights, 
     typedef typename Dot::Sum Sum;
     Sum sums[COPIES][ROWS][2] = {};
     const char* w = (const char*)weights;
-    constexpr int64_t STEP_BYTES = (int64_t)PANEL * Dot::GROUP * Dot::BYTES;
+    constexpr int64_t STEP_BYTES = Dot::STEP_BYTES;
     int64_t s = 0;
     for (; s + COPIES <= steps; s += COPIES) {
 #pragma GCC unroll 4

@@ -107,9 +107,9 @@ def _checked(deployment: Deployment) -> Pool:
             "pools", found, "one pool of role mixed", "export each pool on its own, or pick another point"
         )
     pool = deployment.pools[0]
-    if pool.weight_dtype == "int8":
+    if pool.weight_dtype in ("int8", "int4", "nvfp4", "mxfp4", "ternary"):
         todo = "quantize the checkpoint (vLLM then reads that from it) and set weight_dtype to its computing type"
-        raise CannotExport("pools.0.weight_dtype", "int8", "fp32, bf16, fp16, fp8", todo)
+        raise CannotExport("pools.0.weight_dtype", pool.weight_dtype, "fp32, bf16, fp16, fp8", todo)
     if pool.weight_dtype == "fp8" and pool.accelerator == CPU:
         raise CannotExport("pools.0.weight_dtype", "fp8", "fp32, bf16, fp16 on cpu", "pick another precision")
     if pool.kv_cache_dtype == "fp32" and pool.weight_dtype != "fp32":

@@ -14,18 +14,19 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from ...traces.whole_file import write_whole
-from .corpus import Document, documents, heldout_text, split
+from .corpus import Document, Share, documents, heldout_text, split
 from .folder import EOS_ID, SPECIAL_TOKENS, byte_level, json_bytes, text_files
 from .llama import Llama, Shape, mean_loss, rows
 
@@ -69,6 +70,31 @@ class Record:
     heldout_perplexity: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    @classmethod
+    def begin(
+        cls,
+        model: Llama,
+        schedule: Schedule,
+        seed: int,
+        shares: Mapping[Share, Sequence[Document]],
+        training: Sequence[Tensor],
+        validation: Tensor,
+    ) -> Record:
+        """The record of a run that has not made a step yet."""
+        return cls(
+            seed=seed,
+            shape=asdict(model.shape),
+            schedule=asdict(schedule),
+            corpus={
+                "sha256": hashlib.sha256("".join(item.text for item in shares["train"]).encode()).hexdigest(),
+                **{f"{name}_documents": len(share) for name, share in shares.items()},
+                "train_tokens": sum(len(item) for item in training),
+                "validation_tokens": validation.numel(),
+            },
+            machine=machine(),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` entries, learned from `texts`."""
@@ -101,31 +127,19 @@ def train(out: Path, *, shape: Shape, schedule: Schedule, seed: int, stdlib: Pat
         raise ValueError(f"validation text is shorter than one row of {schedule.length} tokens; give a smaller length")
     heldout = heldout_text(shares)
     model = Llama(shape)
-    record = Record(
-        seed=seed,
-        shape=asdict(shape),
-        schedule=asdict(schedule),
-        corpus={
-            "sha256": hashlib.sha256("".join(item.text for item in shares["train"]).encode()).hexdigest(),
-            **{f"{name}_documents": len(share) for name, share in shares.items()},
-            "train_tokens": sum(len(item) for item in training),
-            "validation_tokens": validation.numel(),
-        },
-        machine=_machine(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    record = Record.begin(model, schedule, seed, shares, training, validation)
     print(json.dumps({"parameters": record.parameters, **record.corpus, **record.machine}), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     _write_static(out, shape, tokenizer, heldout)
-    _fit(model, training, validation, schedule, record, out, started)
+    fit(model, training, validation, schedule, record, out, started, save_weights)
     record.heldout_perplexity = heldout_perplexity(model, out, rows(tokenizer.encode(heldout).ids, schedule.length))
     record.minutes = (time.monotonic() - started) / 60
-    _write_record(record, out)
+    write_record(record, out)
     print(json.dumps({"heldout_perplexity": record.heldout_perplexity, "minutes": record.minutes}), flush=True)
     return record
 
 
-def _fit(
+def fit(
     model: Llama,
     training: Sequence[Tensor],
     validation: Tensor,
@@ -133,8 +147,9 @@ def _fit(
     record: Record,
     out: Path,
     started: float,
+    save: Callable[[Llama, Path], None],
 ) -> None:
-    """The training loop; saves to `out` whenever the validation loss is the best so far, and ends with that best."""
+    """The training loop; calls `save` whenever the validation loss is the best so far, and ends with that best."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     optimizer = torch.optim.AdamW(
@@ -179,8 +194,8 @@ def _fit(
         if found < record.best_validation_loss:
             record.best_validation_loss = found
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            save_weights(model, out)
-        _write_record(record, out)
+            save(model, out)
+        write_record(record, out)
         evaluated = time.monotonic()
     model.load_state_dict(best)
 
@@ -215,7 +230,7 @@ def load(folder: Path) -> Llama:
 def save_weights(model: Llama, out: Path) -> None:
     """Write model.safetensors in bf16 (rounded to nearest even), whole."""
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_whole(out / "model.safetensors", save_tensors(tensors, metadata={"format": "pt"}))
 
 
 def _write_static(out: Path, shape: Shape, tokenizer: Tokenizer, heldout: str) -> None:
@@ -228,11 +243,11 @@ def _write_static(out: Path, shape: Shape, tokenizer: Tokenizer, heldout: str) -
         write_whole(out / name, content)
 
 
-def _write_record(record: Record, out: Path) -> None:
+def write_record(record: Record, out: Path) -> None:
     write_whole(out / "training.json", json_bytes(asdict(record)))
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Where a run happened, as far as it changes the numbers."""
     return {
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ import sys
 import click
 
 from ..default_paths import PROFILE
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..output import Speaker, speaks, table
 from .numbers import POSITIVE
 
@@ -47,7 +48,7 @@ def profile() -> None:
 @profile.command("run")
 @model_option
 @click.option("-o", "--output", type=OUTPUT, default=PROFILE, show_default=True)
-@click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
+@click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(list(WEIGHT_FORMATS)))
 @click.option("--seconds", type=POSITIVE, default=8.0, show_default=True, help="Per configuration, for whole steps.")
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
@@ -151,7 +152,7 @@ def kernels() -> None:
 @kernels.command("tune")
 @model_option
 @click.option("-o", "--output", type=OUTPUT, default=TILES_PATH, show_default=True)
-@click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
+@click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(list(WEIGHT_FORMATS)))
 @click.option("--threads", "threads", multiple=True, type=click.IntRange(min=1), help="Thread counts of a rank.")
 @click.option("--seconds", type=POSITIVE, default=60.0, show_default=True, help="For all of it.")
 @speaks
