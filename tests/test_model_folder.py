@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from paretune.kernels.linear import linear
 from paretune.kernels.tiles import TileTable
+from paretune.kernels.weight_formats import WEIGHT_FORMATS
 from paretune.runtime.model_shape import BadModel, ModelShape, resolve_model
 from paretune.runtime.parallel import Layout, share_of
 from paretune.runtime.random_model import write_random_model
+from paretune.runtime.runnable import check_runnable
 from paretune.runtime.small_model import MODEL_DIR
-from paretune.runtime.spec import SMALL_MODEL
+from paretune.runtime.small_model.ternary_linear import pack_rows, ternarize
+from paretune.runtime.spec import SMALL_MODEL, BadSpec, Deployment, Pool
 from paretune.runtime.transformer import rope_frequencies
 from paretune.runtime.weights import load_weights
 
@@ -85,6 +90,21 @@ def index_names_a_tensor_that_is_not_there(folder: Path) -> None:
     index = json.loads(path.read_text())
     index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = "model-00001-of-00003.safetensors"
     path.write_text(json.dumps(index))
+
+
+def make_ternary(folder: Path, linear_class: str = "bitlinear", mode: str = "offline") -> None:
+    """What a model trained ternary keeps instead of its matrices, as transformers lays it out."""
+    quantization = {"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": mode}
+
+    def pack_layers(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            values, scale = ternarize(tensors[name].float())
+            tensors[name] = pack_rows(values)
+            tensors[f"{name}_scale"] = (1 / scale if linear_class == "bitlinear" else scale).reshape(1)
+
+    edit_config(quantization_config=quantization)(folder)
+    if mode == "offline":
+        edit_weights(pack_layers)(folder)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -191,12 +211,14 @@ def test_shape_counts_the_parameters_that_the_files_have(pristine: dict[str, Pat
         assert ModelShape.load(folder).num_parameters() == stored
 
 
-@pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weight_dtype", WEIGHT_FORMATS)
 def test_shape_foresees_the_bytes_of_the_weights(weight_dtype: str, tmp_path: Path) -> None:
     folder = write_random_model(
         tmp_path / "m", family="qwen2", vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
+    if weight_dtype == "ternary":
+        make_ternary(folder)
     weights = load(folder, weight_dtype)
     packed = [weights.head] + [
         matrix for layer in weights.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
@@ -206,6 +228,86 @@ def test_shape_foresees_the_bytes_of_the_weights(weight_dtype: str, tmp_path: Pa
     shape = ModelShape.load(folder)
     assert shape.weight_bytes(weight_dtype) == held
     assert shape.embedding_bytes(weight_dtype) == weights.embedding.nbytes
+
+
+def test_every_layout_of_a_ternary_checkpoint_holds_the_same_model(pristine: dict[str, Path], tmp_path: Path) -> None:
+    products = []
+    for layout in (("bitlinear", "offline"), ("autobitlinear", "offline"), ("autobitlinear", "online")):
+        folder = tmp_path / "-".join(layout)
+        shutil.copytree(pristine["single"], folder)
+        make_ternary(folder, *layout)
+        weights = load(folder, "ternary")
+        assert weights.layers[0].qkv.precision == "ternary"
+        assert weights.head.precision == "bf16"
+        products.append(linear(torch.linspace(-1, 1, SIZES["hidden_size"])[None], weights.layers[1].gate_up))
+    for product in products[1:]:
+        torch.testing.assert_close(product, products[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_ternary_checkpoint_can_be_expanded_to_other_precisions(pristine: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(pristine["single"], folder)
+    values, scale = ternarize(load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].float())
+    make_ternary(folder)
+    x = torch.randn(2, SIZES["intermediate_size"])
+    torch.testing.assert_close(linear(x, load(folder, "fp32").layers[0].down), x @ (values * scale).t())
+
+
+def test_only_models_trained_ternary_are_served_ternary(pristine: dict[str, Path]) -> None:
+    deployment = Deployment(pools=(Pool(weight_dtype="ternary", max_model_len=64),))
+    with pytest.raises(BadSpec) as refused:
+        check_runnable(deployment, ModelShape.load(pristine["single"]))
+    assert refused.value.where == "pools.0.weight_dtype"
+    assert "trained ternary" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "size", "runs"),
+    [("int8", 4, True), ("int4", 2, True), ("int4", 4, False), ("mxfp4", 4, True), ("nvfp4", 4, True)],
+)
+def test_ranks_that_would_split_a_scale_group_are_refused(weight_dtype: str, size: int, runs: bool) -> None:
+    """The small model has 8 heads of 32 channels: four ranks cut o_proj at 64; with 4 KV heads that is the most."""
+    shape = replace(ModelShape.load(MODEL_DIR), num_heads=4)
+    deployment = Deployment(pools=(Pool(weight_dtype=weight_dtype, tensor_parallel_size=size),))
+    if runs:
+        return check_runnable(deployment, shape)
+    with pytest.raises(BadSpec) as refused:
+        check_runnable(deployment, shape)
+    assert refused.value.where == "pools.0.tensor_parallel_size"
+    assert "64" in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer whose o_proj and down_proj have several groups of 64 input channels, the latter's ten."""
+    return write_random_model(
+        tmp_path_factory.mktemp("wide") / "m", vocab_size=64, hidden_size=64, intermediate_size=640,
+        num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("weight_dtype", [name for name in WEIGHT_FORMATS if name != "ternary"])
+def test_ranks_hold_the_numbers_of_one_rank_in_every_precision(weight_dtype: str, size: int, wide: Path) -> None:
+    """Precision times sharding: the ranks' down_proj, whose input channels are cut, add up to that of one rank."""
+    shape = ModelShape.load(wide)
+    group = WEIGHT_FORMATS[weight_dtype].sharded_by
+    shares = [share_of(shape, rank, size, group) for rank in range(size)]
+    cuts = [slice(share.intermediate.start, share.intermediate.stop) for share in shares]
+    assert [cut.start for cut in cuts[1:]] == [cut.stop for cut in cuts[:-1]]
+    assert cuts[-1].stop == shape.intermediate_size
+    packed = []
+    for share in (share_of(shape, 0, 1), *shares):
+        # heads of 8 channels: o_proj keeps to one rank here
+        whole_heads = replace(share, heads=range(8), kv_heads=range(4))
+        packed.append(load_weights(shape, wide, whole_heads, weight_dtype, TileTable()).layers[0].down)
+    # each rank rounds its part of a row to int8 by itself: with the same largest number all do it alike
+    x = torch.randn(3, shape.intermediate_size).clamp(-1, 1)
+    x[:, [cut.start for cut in cuts]] = 1
+    total = sum(linear(x[:, cut], part) for cut, part in zip(cuts, packed[1:]))
+    expected = linear(x, packed[0])
+    tolerance = 1e-2 if WEIGHT_FORMATS[weight_dtype].arithmetic == "bf16" else 1e-5
+    assert (total - expected).abs().max() < tolerance * expected.abs().max()
 
 
 def test_the_ranks_shares_add_up_to_the_whole_weights(pristine: dict[str, Path]) -> None:

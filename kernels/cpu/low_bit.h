@@ -7,43 +7,56 @@
 namespace paretune {
 
 #if defined(PARETUNE_AVX512)
-constexpr int INT4_ROWS = 12, TERNARY_ROWS = 12;
+constexpr int INT4_ROWS = 8, TERNARY_ROWS = 8;  // of 6, 8 and 12 the fastest at 16 and 64 rows, within 10 % (Zen 4)
 #else
 constexpr int INT4_ROWS = 4, TERNARY_ROWS = 4;
 #endif
 
-// sum + the dot products of four unsigned weights (at most 15) with four int8 of x, in each lane. Without a dot instruction two
-// products are summed in int16, at most 2 * 15 * 127, which does not saturate.
-static inline Ints dot4(Ints sum, Ints weights, int32_t x) {
+// sums[row][half] += the products of a word of weights for each channel, [PANEL] at w, with x: [8 / BITS][ROWS] words of four int8.
+// The weights are at most 15: without a dot instruction all products of a word, at most 4 * 2 * 15 * 127 a lane, are summed
+// in int16 first, which does not saturate.
+template <int ROWS, int BITS>
+static inline void dot_word(Ints (*sums)[2], const char* w, const int32_t* x) {
+    constexpr int QUADS = 8 / BITS;
+    constexpr int32_t MASK = 0x01010101 * ((1 << BITS) - 1);
 #if defined(PARETUNE_INT8_DOT)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(x));
-#elif defined(PARETUNE_AVX512)
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)weights, _mm512_set1_epi32(x));
-    return sum + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    const Ints words[2] = {load_as<Ints>(w), load_as<Ints>(w + sizeof(Ints))};
+#pragma GCC unroll 4
+    for (int q = 0; q < QUADS; ++q) {
+        const Ints first = (words[0] >> (BITS * q)) & MASK, second = (words[1] >> (BITS * q)) & MASK;
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512i b = _mm512_set1_epi32(x[q * ROWS + r]);
+            sums[r][0] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[r][0], (__m512i)first, b);
+            sums[r][1] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[r][1], (__m512i)second, b);
+        }
+    }
+#else
+    for (int half = 0; half < 2; ++half) {
+        const Ints word = load_as<Ints>(w + half * sizeof(Ints));
+        Ints quads[QUADS];
+        for (int q = 0; q < QUADS; ++q) quads[q] = (word >> (BITS * q)) & MASK;
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+#if defined(PARETUNE_AVX512)
+            __m512i pairs = _mm512_setzero_si512();
+#pragma GCC unroll 4
+            for (int q = 0; q < QUADS; ++q)
+                pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16((__m512i)quads[q], _mm512_set1_epi32(x[q * ROWS + r])));
+            sums[r][half] += (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 #elif defined(__AVX2__)
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(x));
-    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            __m256i pairs = _mm256_maddubs_epi16((__m256i)quads[0], _mm256_set1_epi32(x[r]));
+#pragma GCC unroll 4
+            for (int q = 1; q < QUADS; ++q)
+                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)quads[q], _mm256_set1_epi32(x[q * ROWS + r])));
+            sums[r][half] += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
-    for (int byte = 0; byte < 4; ++byte) sum += (weights >> (8 * byte) & 0xff) * (int32_t)(int8_t)(x >> (8 * byte));
-    return sum;
+            for (int q = 0; q < QUADS; ++q)
+                for (int byte = 0; byte < 4; ++byte)
+                    sums[r][half] += (quads[q] >> (8 * byte) & 0xff) * (int32_t)(int8_t)(x[q * ROWS + r] >> (8 * byte));
 #endif
-}
-
-// The same for `QUADS` words of weights and x, which lie `stride` apart. AVX2 adds up to eight int16 pairs before it widens them:
-// 8 * 2 * 15 * 127 < 2**15.
-template <int QUADS>
-static inline Ints dot_quads(Ints sum, const Ints* weights, const int32_t* x, int64_t stride) {
-#if defined(__AVX2__) && !defined(PARETUNE_AVX512)
-    static_assert(QUADS <= 8, "int16 would overflow");
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)weights[0], _mm256_set1_epi32(x[0]));
-#pragma GCC unroll 8
-    for (int q = 1; q < QUADS; ++q)
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)weights[q], _mm256_set1_epi32(x[q * stride])));
-    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-#pragma GCC unroll 8
-    for (int q = 0; q < QUADS; ++q) sum = dot4(sum, weights[q], x[q * stride]);
-    return sum;
+        }
+    }
 #endif
 }
 
@@ -69,18 +82,11 @@ struct Int4Dot {
             Ints group[ROWS][2];
             for (int r = 0; r < ROWS; ++r) group[r][0] = group[r][1] = spread_int(words[r]);
             const int32_t* quads = words + ROWS;
-            for (int i = 0; i < GROUP / 8; i += 2, quads += 4 * ROWS, w += PANEL * 8) {
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP / 8; ++i, quads += 2 * ROWS, w += PANEL * 4) {
                 __builtin_prefetch(w + ahead);
-                __builtin_prefetch(w + ahead + 64);
-                if (PANEL * 8 > 128) __builtin_prefetch(w + ahead + 128), __builtin_prefetch(w + ahead + 192);
-                for (int half = 0; half < 2; ++half) {
-                    const Ints first = load_as<Ints>(w + half * sizeof(Ints));
-                    const Ints second = load_as<Ints>(w + PANEL * 4 + half * sizeof(Ints));
-                    const Ints four[4] = {first & 0x0f0f0f0f, (first >> 4) & 0x0f0f0f0f, second & 0x0f0f0f0f,
-                                          (second >> 4) & 0x0f0f0f0f};
-#pragma GCC unroll 12
-                    for (int r = 0; r < ROWS; ++r) group[r][half] = dot_quads<4>(group[r][half], four, quads + r, ROWS);
-                }
+                if (PANEL * 4 > 64) __builtin_prefetch(w + ahead + 64);
+                dot_word<ROWS, 4>(group, w, quads);
             }
             for (int half = 0; half < 2; ++half) {
                 const Floats scale = load((const uint16_t*)scales + half * LANES);
@@ -113,13 +119,7 @@ struct TernaryDot {
         for (int64_t s = 0; s < steps; ++s, words += X_WORDS * ROWS, w += STEP_BYTES) {
             __builtin_prefetch(w + ahead);
             if (STEP_BYTES > 64) __builtin_prefetch(w + ahead + 64);
-            for (int half = 0; half < 2; ++half) {
-                const Ints packed = load_as<Ints>(w + half * sizeof(Ints));
-                const Ints four[4] = {packed & 0x03030303, (packed >> 2) & 0x03030303, (packed >> 4) & 0x03030303,
-                                      (packed >> 6) & 0x03030303};
-#pragma GCC unroll 12
-                for (int r = 0; r < ROWS; ++r) sums[r][half] = dot_quads<4>(sums[r][half], four, words + r, ROWS);
-            }
+            dot_word<ROWS, 2>(sums, w, words);
         }
         for (int r = 0; r < ROWS; ++r) {
             for (int half = 0; half < 2; ++half) {
