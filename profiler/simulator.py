@@ -27,6 +27,7 @@ from ..runtime.scheduler import (
     Plan,
     State,
     add_request,
+    commit,
     commit_decode_run,
     decode_run_length,
     grow,
@@ -52,6 +53,7 @@ _ARRIVED = 0  # requests of its queue that the scheduler has seen
 _QUEUED = 1
 _STEPS = 2
 _ENDED = 3
+_BEGUN = 4  # steps, of a pipeline
 _FIRST_PLACES = 1024  # of a queue that grows
 
 _METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
@@ -145,6 +147,55 @@ def _steps_until(arrival_s: float, now_s: float, first_s: float, growth_s: float
 
 
 @njit
+def _admit(
+    state: State, requests: _Requests, queue: NDArray[np.int64], cursor: NDArray[np.int64], now_s: float
+) -> bool:
+    """Hand the requests that have arrived to the scheduler; False: it is out of slots."""
+    while cursor[_ARRIVED] < cursor[_QUEUED]:
+        request = queue[cursor[_ARRIVED]]
+        if requests.arrival_s[request] > now_s:
+            break
+        slot = add_request(
+            state,
+            request,
+            requests.input_tokens[request],
+            requests.max_num_tokens[request],
+            requests.hash_start[request],
+            requests.num_hashes[request],
+        )
+        if slot < 0:
+            return False
+        cursor[_ARRIVED] += 1
+    return True
+
+
+@njit
+def _note_ended(
+    state: State,
+    plan: Plan,
+    requests: _Requests,
+    times: _Times,
+    bounds: _Bounds,
+    k: int,
+    ended: NDArray[np.int64],
+    cursor: NDArray[np.int64],
+    end_s: float,
+) -> bool:
+    """Write down which requests ended with a committed plan; False: a target can no longer be met."""
+    going_on = True
+    for i in range(plan.counts[PLAN_FINISHED]):
+        request = state.request_id[plan.finished[i]]
+        times.end_s[request] = end_s
+        ended[cursor[_ENDED]] = request
+        cursor[_ENDED] += 1
+        for target in range(bounds.metric.shape[0]):
+            if bounds.governs[target, request] and _is_late(requests, times, bounds, target, request, k):
+                bounds.late[target] += 1
+                going_on = going_on and bounds.late[target] <= bounds.allowed_late[target]
+    return going_on
+
+
+@njit
 def _run(
     state: State,
     plan: Plan,
@@ -163,41 +214,26 @@ def _run(
     """The event loop of one replica; returns why it ended. No step begins at until_s or later.
 
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
-    many as the cursor says; cursor (4,) int64: in the places named above; clock (2,) float64: now, busy seconds. All
-    are read and written, so that a run that paused or was out of slots goes on where it stopped.
+    many as the cursor says; cursor (5,) int64: in the places named above; clock (2, or more,) float64: now, and busy
+    seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
-    number = cursor[_QUEUED]
-    upcoming = cursor[_ARRIVED]
     now_s = clock[0]
     client_s = tables.request_s[1]
-    status = _DRAINED
     while True:
-        coming_s = requests.arrival_s[queue[upcoming]] if upcoming < number else until_s
-        while upcoming < number and coming_s <= now_s:
-            request = queue[upcoming]
-            slot = add_request(
-                state,
-                request,
-                requests.input_tokens[request],
-                requests.max_num_tokens[request],
-                requests.hash_start[request],
-                requests.num_hashes[request],
-            )
-            if slot < 0:
-                break
-            upcoming += 1
-            coming_s = requests.arrival_s[queue[upcoming]] if upcoming < number else until_s
-        if upcoming < number and coming_s <= now_s:
+        if not _admit(state, requests, queue, cursor, now_s):
             status = _OUT_OF_SLOTS
             break
         if now_s >= until_s:
             status = _PAUSED
             break
+        waits = cursor[_ARRIVED] < cursor[_QUEUED]
+        coming_s = requests.arrival_s[queue[cursor[_ARRIVED]]] if waits else until_s
 
         schedule(state, plan)
         size = plan.counts[PLAN_SIZE]
         if size == 0:
-            if upcoming == number:
+            if not waits:
+                status = _DRAINED
                 break
             now_s = coming_s
             continue
@@ -234,19 +270,82 @@ def _run(
         clock[1] += run_s
         cursor[_STEPS] += steps
         commit_decode_run(state, plan, steps)
-        for i in range(plan.counts[PLAN_FINISHED]):
-            request = state.request_id[plan.finished[i]]
-            times.end_s[request] = now_s + client_s
-            ended[cursor[_ENDED]] = request
-            cursor[_ENDED] += 1
-            for target in range(bounds.metric.shape[0]):
-                if bounds.governs[target, request] and _is_late(requests, times, bounds, target, request, k):
-                    bounds.late[target] += 1
-                    if bounds.late[target] > bounds.allowed_late[target]:
-                        status = _GAVE_UP
-        if status == _GAVE_UP:
+        if not _note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
+            status = _GAVE_UP
             break
-    cursor[_ARRIVED] = upcoming
+    clock[0] = now_s
+    return status
+
+
+@njit
+def _run_pipeline(
+    state: State,
+    plans: tuple[Plan, ...],
+    tables: StepTables,
+    requests: _Requests,
+    times: _Times,
+    bounds: _Bounds,
+    k: int,
+    queue: NDArray[np.int64],
+    ended: NDArray[np.int64],
+    cursor: NDArray[np.int64],
+    clock: NDArray[np.float64],
+    until_s: float,
+) -> int:
+    """`_run` for a replica of several pipeline stages, which begins as many steps as it has stages before it ends one.
+
+    A step's time is what it takes through all stages, an equal part in each; rank 0 computes the first stage itself,
+    and a stage takes steps in order. clock (3 + stages,) float64: also when the step begun last leaves the last stage,
+    and when each step under way does.
+    """
+    stages = len(plans)
+    now_s = clock[0]
+    client_s = tables.request_s[1]
+    while True:
+        if not _admit(state, requests, queue, cursor, now_s):
+            status = _OUT_OF_SLOTS
+            break
+        if now_s >= until_s:
+            status = _PAUSED
+            break
+        began_s = now_s
+        while cursor[_BEGUN] - cursor[_STEPS] < stages:
+            number = cursor[_BEGUN] % stages
+            plan = plans[number]
+            schedule(state, plan)
+            size = plan.counts[PLAN_SIZE]
+            if size == 0:
+                break
+            samples, context, pairs = composition(plan)
+            step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
+            clock[2] = max(now_s + step_s, clock[2] + step_s / stages)
+            clock[3 + number] = clock[2]
+            now_s += step_s / stages
+            cursor[_BEGUN] += 1
+        if cursor[_BEGUN] == cursor[_STEPS]:
+            if cursor[_ARRIVED] == cursor[_QUEUED]:
+                status = _DRAINED
+                break
+            now_s = requests.arrival_s[queue[cursor[_ARRIVED]]]
+            continue
+        number = cursor[_STEPS] % stages
+        plan = plans[number]
+        now_s = max(now_s, clock[3 + number])
+        clock[1] += now_s - began_s
+        for row in range(plan.counts[PLAN_SIZE]):
+            if plan.samples[row]:
+                slot = plan.slot[row]
+                taken = state.num_tokens[slot] - state.num_prompt_tokens[slot] + 1
+                request = state.request_id[slot]
+                if taken == 1:
+                    times.first_s[request] = now_s + client_s
+                if taken == k:
+                    times.kth_s[request] = now_s + client_s
+        commit(state, plan)
+        cursor[_STEPS] += 1
+        if not _note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
+            status = _GAVE_UP
+            break
     clock[0] = now_s
     return status
 
@@ -313,11 +412,11 @@ class _Replica:
         self.state = new_state(pool, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash)
         self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
         self.ended = np.zeros_like(self.queue)
-        self.cursor = np.zeros(4, np.int64)
+        self.cursor = np.zeros(5, np.int64)
         self.cursor[_QUEUED] = 0 if queue is None else len(queue)
-        self.clock = np.zeros(2)
+        self.clock = np.zeros(3 + pool.pipeline_parallel_size)
         self.outstanding_tokens = 0
-        self._plan = new_plan(pool)
+        self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
         self._run = run
         self._gone = 0
 
@@ -331,9 +430,7 @@ class _Replica:
     def advance(self, until_s: float) -> int:
         """Compute every step that begins before until_s; returns why the loop ended."""
         if self.clock[0] < until_s and self.cursor[_ENDED] < self.cursor[_QUEUED]:
-            run, own = self._run, (self.queue, self.ended, self.cursor, self.clock)
-            shared = (run.tables, run.requests, run.times, run.bounds, run.k, run.jump)
-            while (status := _run(self.state, self._plan, *shared, *own, until_s)) == _OUT_OF_SLOTS:
+            while (status := self._loop(until_s)) == _OUT_OF_SLOTS:
                 self.state = grow(self.state)
         else:
             status = _DRAINED
@@ -346,6 +443,13 @@ class _Replica:
             self.outstanding_tokens -= int(requests.max_num_tokens[request])
             self._gone += 1
         return int(status)
+
+    def _loop(self, until_s: float) -> int:
+        run, own = self._run, (self.queue, self.ended, self.cursor, self.clock, until_s)
+        shared = (run.tables, run.requests, run.times, run.bounds, run.k)
+        if len(self._plans) > 1:
+            return _run_pipeline(self.state, self._plans, *shared, *own)
+        return _run(self.state, self._plans[0], *shared, run.jump, *own)
 
     def totals(self) -> _Totals:
         counts = self.state.counts

@@ -49,12 +49,6 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
         accelerator is another than the pool's, lacks a peak rate, or does not hold the model.
     """
-    if pool.pipeline_parallel_size > 1:
-        allowed = "1: how the steps of a pipeline's stages overlap is not modeled"
-        raise BadHardware("pool.pipeline_parallel_size", pool.pipeline_parallel_size, allowed, "leave it out")
-    if pool.context_parallel_size > 1 and not isinstance(source, Profile):
-        allowed = "1: what it brings there is not modeled"
-        raise BadHardware("pool.context_parallel_size", pool.context_parallel_size, allowed, "leave it out")
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"
@@ -62,6 +56,10 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
         return _measured(source, shape, pool)
     if pool.accelerator != source.name:
         raise BadHardware("pool.accelerator", pool.accelerator, source.name, "give the accelerator of the pool")
+    for field in ("pipeline_parallel_size", "context_parallel_size"):
+        if getattr(pool, field) > 1:
+            allowed = "1: what more of them bring on an accelerator is not modeled"
+            raise BadHardware(f"pool.{field}", getattr(pool, field), allowed, "leave it out")
     left_out = (
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
         "time outside the steps (HTTP, tokenizer), padding of batches, contention of replicas",

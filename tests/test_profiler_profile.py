@@ -94,6 +94,18 @@ def test_a_configuration_that_was_not_measured_names_those_that_were() -> None:
     assert "TP 1 x 1 threads bf16/bf16" in raised.value.allowed
 
 
+def test_stages_and_parts_of_a_replica_are_measured_like_ranks() -> None:
+    plain = profile().configurations[0]
+    staged = plain.model_copy(update={"pipeline_parallel_size": 2})
+    machine = this_machine("none").model_copy(update={"cores": 2})
+    two = profile(machine=machine, configurations=(plain, staged))
+    assert two.configuration(Pool(pipeline_parallel_size=2, replicas=3)) == staged
+    assert staged.key.cores == 2
+    with pytest.raises(BadProfile) as raised:
+        two.configuration(Pool(context_parallel_size=2))
+    assert raised.value.found == "no CP 2 x TP 1 x 1 threads bf16/bf16"
+
+
 def test_replicas_beyond_the_cores_stand_on_further_machines() -> None:
     two_cores = profile(machine=this_machine("none").model_copy(update={"cores": 2}))
     with pytest.raises(BadProfile) as raised:

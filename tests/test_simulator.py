@@ -79,9 +79,16 @@ def test_jumping_over_decode_steps_changes_nothing(
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), replicas=st.integers(1, 3), blocks=st.sampled_from([32, 100]))
-def test_every_request_that_fits_is_finished_with_all_its_tokens(seed: int, replicas: int, blocks: int) -> None:
-    limits = pool(replicas=replicas, num_kv_blocks=blocks, max_model_len=300)
+@given(
+    seed=st.integers(0, 10_000),
+    replicas=st.integers(1, 3),
+    stages=st.sampled_from([1, 1, 3]),
+    blocks=st.sampled_from([32, 100]),
+)
+def test_every_request_that_fits_is_finished_with_all_its_tokens(
+    seed: int, replicas: int, stages: int, blocks: int
+) -> None:
+    limits = pool(replicas=replicas, pipeline_parallel_size=stages, num_kv_blocks=blocks, max_model_len=300)
     requests = trace(80, 10.0, seed)
     result = simulate(requests, limits, tables(limits))
     fits = requests.input_tokens + requests.output_tokens <= 300
@@ -107,6 +114,30 @@ def test_one_request_takes_the_sum_of_its_steps() -> None:
     assert result.times.first_token_s[0] == pytest.approx(1.0 + 0.25 + first + second + 0.5)
     assert result.times.end_s[0] == pytest.approx(1.0 + 0.25 + first + second + third + fourth + 0.5)
     assert result.steps == 4
+
+
+def fixed_steps(limits: Pool, step_s: float) -> StepTables:
+    """Every step takes as long, whatever is in it."""
+    flat = {name: np.zeros_like(table) for name, table in tables(limits)._asdict().items()}
+    return StepTables(**{**flat, "tokens_s": np.full(limits.max_num_batched_tokens + 1, step_s)})
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_the_chunks_of_a_prompt_follow_each_other_through_a_pipeline(stages: int) -> None:
+    limits = pool(pipeline_parallel_size=stages, max_num_batched_tokens=50)
+    times = simulate(Trace([1.0], [400], [4]), limits, fixed_steps(limits, 0.6)).times
+    # eight chunks, one behind the other; then each token waits for the one before
+    first_s = 1.0 + 0.6 + 7 * 0.6 / stages
+    assert times.first_token_s[0] == pytest.approx(first_s)
+    assert times.end_s[0] == pytest.approx(first_s + 3 * 0.6)
+
+
+def test_the_stages_of_a_pipeline_work_on_other_requests() -> None:
+    limits = pool(pipeline_parallel_size=2)
+    result = simulate(Trace([0.0, 0.0], [10, 10], [6, 6]), limits, fixed_steps(limits, 0.6))
+    # both prompts in one step; then one token of each request every 0.6 s, half a step apart: 1 + 2 * 5 steps
+    assert result.steps == 11
+    assert sorted(result.times.end_s) == pytest.approx([0.6 + 5 * 0.6, 0.6 + 5 * 0.6 + 0.3])
 
 
 def test_one_slot_with_fixed_lengths_waits_like_an_md1_queue() -> None:
