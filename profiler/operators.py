@@ -81,7 +81,7 @@ def linears(shape: ModelShape, tensor_parallel_size: int) -> tuple[Linear, ...]:
 def kv_bytes_per_token(shape: ModelShape, tensor_parallel_size: int, kv_dtype: str) -> int:
     """Keys and values of one token, all layers, on one rank."""
     heads = max(1, shape.num_kv_heads // tensor_parallel_size)
-    return 2 * shape.num_layers * heads * shape.head_dim * DTYPE_BYTES[kv_dtype]
+    return shape.kv_bytes_per_token(kv_dtype) // shape.num_kv_heads * heads
 
 
 def rank_weight_bytes(shape: ModelShape, tensor_parallel_size: int, weight_dtype: str) -> float:

@@ -6,7 +6,7 @@ from .model_shape import BadModel, ModelShape
 from .spec import CPU, BadSpec, Deployment
 
 WEIGHT_DTYPES = ("fp32", "bf16", "int8")
-KV_CACHE_DTYPES = ("fp32", "bf16")
+KV_CACHE_DTYPES = ("fp32", "bf16", "fp8", "int8")
 
 
 def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> None:

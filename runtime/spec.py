@@ -81,7 +81,7 @@ class Pool(_Part):
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
     )
     weight_dtype: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = Field("bf16", description="storage of the weights")
-    kv_cache_dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="storage of the KV cache")
+    kv_cache_dtype: Literal["fp32", "bf16", "fp8", "int8"] = Field("bf16", description="storage of the KV cache")
     max_model_len: int = Field(2048, ge=2, description="most tokens, prompt and answer together, of one request")
     max_num_seqs: int = Field(128, ge=1, le=65536, description="most requests in one step")
     max_num_batched_tokens: int = Field(

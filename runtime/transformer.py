@@ -18,6 +18,7 @@ from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
 from ..kernels.linear import linear
+from ..kernels.paged_cache import PagedCache, block_bytes
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.tiles import BadTile, Tile, TileTable
 from .batch import Batch
@@ -26,7 +27,6 @@ from .parallel import Share
 from .weights import LayerWeights, Weights
 
 _BUCKETS = 33
-TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -65,7 +65,11 @@ def zeros_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Transformer:
-    """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one."""
+    """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one.
+
+    cache_blocks  (layers, num_kv_blocks, bytes) uint8: `cache_blocks[layer][block]` is all there is of a block in a
+                  layer, its scales with it (kernels/paged_cache.py)
+    """
 
     def __init__(
         self,
@@ -86,8 +90,9 @@ class Transformer:
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
-        cache = (shape.num_layers, 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
-        self._cache = [tuple(layer) for layer in zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])]
+        sizes = (kv_cache_dtype, block_size, self._kv_heads, shape.head_dim)
+        self.cache_blocks = zeros_on_huge_pages((shape.num_layers, num_kv_blocks, block_bytes(*sizes)), torch.uint8)
+        self._cache = [PagedCache(layer, *sizes) for layer in self.cache_blocks]
         self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
         self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype)
 
@@ -117,16 +122,16 @@ class Transformer:
             eps = self._shape.rms_norm_eps
             q = rms_norm(q.reshape(-1, head_dim), layer.q_norm, eps).view(tokens, heads, head_dim)
             k = rms_norm(k.reshape(-1, head_dim), layer.k_norm, eps).view(tokens, kv_heads, head_dim)
-        k_cache, v_cache = self._cache[index]
-        rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, k_cache, v_cache, batch.slot_mapping)
+        cache = self._cache[index]
+        rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, cache, batch.slot_mapping)
         exponent = (tokens - 1).bit_length()
         if batch.decode_only:
             tile = self._decode_tiles[exponent]
-            out = decode_attention(q, k_cache, v_cache, batch.block_tables, batch.length, self._scale, tile)
+            out = decode_attention(q, cache, batch.block_tables, batch.length, self._scale, tile)
         else:
             tile = self._prefill_tiles[exponent]
             out = prefill_attention(
-                q, k_cache, v_cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
+                q, cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
             )
         return out.view(tokens, heads * head_dim)
 
