@@ -14,26 +14,22 @@ from torch import Tensor
 from . import prefill_attention as general
 from .cpu.build import load
 from .cpu.workspace import WORKSPACE
+from .paged_cache import PagedCache
 from .tiles import BadTile, Tile
 
 
-def reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_len: Tensor, scale: float
-) -> Tensor:
+def reference(q: Tensor, cache: PagedCache, block_tables: Tensor, context_len: Tensor, scale: float) -> Tensor:
     """In float64: the oracle. Arguments as in `decode_attention`."""
     filled = context_len > 0
     starts = torch.arange(int(filled.sum()) + 1)
     out = torch.zeros(q.shape, dtype=torch.float64)
-    out[filled] = general.reference(
-        q[filled], k_cache, v_cache, block_tables[filled], starts, context_len[filled] - 1, scale
-    )
+    out[filled] = general.reference(q[filled], cache, block_tables[filled], starts, context_len[filled] - 1, scale)
     return out
 
 
 def decode_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     block_tables: Tensor,
     context_len: Tensor,
     scale: float,
@@ -43,16 +39,17 @@ def decode_attention(
 
     Args:
         q: (S, heads, head_dim) fp32 or bf16; sequences may be strided, heads and dims not.
-        k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim) fp32 or bf16, contiguous.
+        cache: one layer's blocks, in any format.
         block_tables: (S, max_blocks) int32, block ids in order of the context; entries past the last block are not
         read. context_len: (S,) int32, tokens in the cache WITH the new one; 0 gives a row of zeros.
         scale: usually head_dim ** -0.5.
         tile: left out: C++, or torch where there is no compiler.
-    Returns: (S, heads, head_dim), dtype of q, computed in fp32; within 1e-5 of reference() for N(0, 1) inputs in fp32.
+    Returns: (S, heads, head_dim), dtype of q, computed in fp32; within 1e-5 of reference() for N(0, 1) q and
+        cache: what the cache's format rounds is rounded when tokens are written, not here.
     Raises ValueError: shapes or dtypes that do not fit together.
-    Cost: bandwidth-bound; reads 2 * sum(context_len) * kv_heads * head_dim * itemsize bytes of cache.
+    Cost: bandwidth-bound; reads sum(context_len) / block_size * block_bytes bytes of cache.
     """
-    general.check_shapes(q, k_cache, v_cache, block_tables, context_len)
+    general.check_shapes(q, cache, block_tables, context_len)
     sequences, heads, head_dim = q.shape
     if sequences != context_len.shape[0]:
         raise ValueError(f"{sequences} rows of q for {context_len.shape[0]} sequences; decoding takes one row each")
@@ -60,7 +57,7 @@ def decode_attention(
     if tile is None:
         tile = Tile("decode_attention", "torch") if library is None else _DEFAULT
     if tile.backend == "torch":
-        return _torch(q, k_cache, v_cache, block_tables, context_len, scale)
+        return _torch(q, cache, block_tables, context_len, scale)
     if tile.backend != "cpp" or library is None:
         raise BadTile("decode_attention: backend", tile.backend, "what this machine has", "run `paretune doctor`")
     if q.stride(2) != 1 or q.stride(1) != head_dim:
@@ -68,9 +65,9 @@ def decode_attention(
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype)
     arguments = (
         q.data_ptr(), q.stride(0), q.dtype is torch.bfloat16,
-        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.dtype is torch.bfloat16, k_cache.shape[1],
+        cache.blocks.data_ptr(), cache.code, cache.block_size,
         block_tables.data_ptr(), block_tables.stride(0), context_len.data_ptr(), sequences,
-        heads, k_cache.shape[2], head_dim, scale, out.data_ptr(), *tile.arguments,
+        heads, cache.kv_heads, head_dim, scale, out.data_ptr(), *tile.arguments,
     )  # fmt: skip
     threads = torch.get_num_threads()
     needed = library.decode_attention(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
@@ -83,13 +80,11 @@ def decode_attention(
 _DEFAULT = Tile("decode_attention", "cpp")
 
 
-def _torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_len: Tensor, scale: float
-) -> Tensor:
+def _torch(q: Tensor, cache: PagedCache, block_tables: Tensor, context_len: Tensor, scale: float) -> Tensor:
     filled = context_len > 0
     starts = torch.arange(int(filled.sum()) + 1, dtype=torch.int32)
     out = torch.zeros(q.shape, dtype=q.dtype)
     out[filled] = general.torch_attention(
-        q[filled], k_cache, v_cache, block_tables[filled], starts, context_len[filled] - 1, scale
+        q[filled], cache, block_tables[filled], starts, context_len[filled] - 1, scale
     )
     return out

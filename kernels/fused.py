@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cpu.build import Library, load
+from .paged_cache import PagedCache
 
 BACKENDS = ("cpp", "torch")
 
@@ -98,20 +99,19 @@ def rope_and_cache(
     positions: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     slot_mapping: Tensor,
     *,
     backend: str | None = None,
 ) -> None:
-    """Rotate q IN PLACE and k, and write k and v into the cache.
+    """Rotate q IN PLACE and k, and write k and v into the cache, rounded to its format.
 
     Args:
         q: (T, heads, head_dim); k, v: (T, kv_heads, head_dim); same dtype; tokens may be strided (slices of one qkv
             matrix), heads and dims not. k is read and not changed.
         positions: (T,) int32 or int64, rows of cos and sin.
         cos, sin: (max_position, head_dim / 2) fp32, contiguous.
-        k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim) fp32 or bf16, contiguous.
+        cache: one layer's blocks, in any format.
         slot_mapping: (T,) int32 or int64, block * block_size + offset; a negative slot writes nothing.
     Raises ValueError: shapes or dtypes that do not fit together.
     """
@@ -121,23 +121,26 @@ def rope_and_cache(
         raise ValueError(f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}")
     if head_dim % 2 or cos.shape[1] != head_dim // 2 or sin.shape != cos.shape or cos.dtype != torch.float32:
         raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype}, not (positions, {head_dim // 2}) float32")
-    if k_cache.shape[2:] != k.shape[1:] or v_cache.shape != k_cache.shape or not k_cache.is_contiguous():
-        raise ValueError(f"the cache {tuple(k_cache.shape)} does not take keys {tuple(k.shape)}")
+    if (cache.kv_heads, cache.head_dim) != (kv_heads, head_dim):
+        raise ValueError(
+            f"a cache of {cache.kv_heads} KV heads of {cache.head_dim} numbers does not take keys {tuple(k.shape)}"
+        )
     library = _library(backend)
     if library is None:
-        _torch_rope_and_cache(q, k, v, positions, cos, sin, k_cache, v_cache, slot_mapping)
+        _torch_rope_and_cache(q, k, v, positions, cos, sin, cache, slot_mapping)
         return
     for tensor in (q, k, v):
         if tensor.stride(2) != 1 or tensor.stride(1) != head_dim:
             raise ValueError("the heads of q, k and v must lie side by side within a token")
     positions = positions.to(torch.int64)
     slot_mapping = slot_mapping.to(torch.int64)
-    library.rope_and_cache(
+    refused = library.rope_and_cache(
         q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), q.dtype is torch.bfloat16,
-        positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        k_cache.dtype is torch.bfloat16, slot_mapping.data_ptr(), tokens, heads, kv_heads, head_dim,
-        torch.get_num_threads(),
+        positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), cache.blocks.data_ptr(), cache.code,
+        cache.block_size, slot_mapping.data_ptr(), tokens, heads, kv_heads, head_dim, torch.get_num_threads(),
     )  # fmt: skip
+    if refused:
+        raise ValueError(f"heads of {head_dim} numbers: the C++ operator takes at most 1024")
 
 
 def _library(backend: str | None) -> Library | None:
@@ -159,7 +162,7 @@ def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _torch_rope_and_cache(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: PagedCache,
     slot_mapping: Tensor,
 ) -> None:  # fmt: skip
     cosine, sine = cos[positions.long()][:, None], sin[positions.long()][:, None]
@@ -169,6 +172,4 @@ def _torch_rope_and_cache(
         rotated.append(torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1))
     q.copy_(rotated[0])
     kept = slot_mapping >= 0
-    slots = slot_mapping[kept].long()
-    k_cache.view(-1, *k.shape[1:])[slots] = rotated[1][kept].to(k_cache.dtype)
-    v_cache.view(-1, *v.shape[1:])[slots] = v[kept].to(v_cache.dtype)
+    cache.write(slot_mapping[kept], rotated[1][kept], v[kept])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cpu.build import load
 from .cpu.workspace import WORKSPACE
+from .paged_cache import PagedCache
 from .tiles import BadTile, Tile
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16)
@@ -23,35 +24,29 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 
 def reference(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     block_tables: Tensor,
     query_start: Tensor,
     context_len: Tensor,
     scale: float,
 ) -> Tensor:
-    """Row by row in float64: the oracle. Arguments as in `prefill_attention`."""
-    _, heads, head_dim = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
+    """Dense, in float64: the oracle. Arguments as in `prefill_attention`."""
     out = torch.zeros(q.shape, dtype=torch.float64)
+    kv_head_of = torch.arange(q.shape[1]) // (q.shape[1] // cache.kv_heads)
     for sequence in range(len(context_len)):
-        for row in range(int(query_start[sequence]), int(query_start[sequence + 1])):
-            length = int(context_len[sequence]) + row - int(query_start[sequence]) + 1
-            positions = torch.arange(length)
-            blocks = block_tables[sequence].long()[positions // block_size]
-            k = k_cache[blocks, positions % block_size].double()
-            v = v_cache[blocks, positions % block_size].double()
-            for head in range(heads):
-                kv_head = head // (heads // kv_heads)
-                weights = torch.softmax(scale * (k[:, kv_head] @ q[row, head].double()), dim=0)
-                out[row, head] = weights @ v[:, kv_head]
-    return out.view(-1, heads, head_dim)
+        first, last = int(query_start[sequence]), int(query_start[sequence + 1])
+        length = int(context_len[sequence]) + last - first
+        k, v = (part.double()[:, kv_head_of].transpose(0, 1) for part in cache.read(block_tables[sequence], length))
+        scores = scale * (q[first:last].double().transpose(0, 1) @ k.transpose(1, 2))
+        ahead = torch.arange(length) > torch.arange(length - (last - first), length)[:, None]
+        weights = torch.softmax(scores.masked_fill(ahead, -torch.inf), dim=2)
+        out[first:last] = (weights @ v).transpose(0, 1)
+    return out
 
 
 def prefill_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     block_tables: Tensor,
     query_start: Tensor,
     context_len: Tensor,
@@ -62,17 +57,18 @@ def prefill_attention(
 
     Args:
         q: (T, heads, head_dim) fp32 or bf16; tokens may be strided, heads and dims not.
-        k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim) fp32 or bf16, contiguous.
+        cache: one layer's blocks, in any format.
         block_tables: (S, max_blocks) int32, block ids in order of the context; entries past the last block are not
         read. query_start: (S + 1,) int32, rows query_start[s] .. query_start[s + 1] - 1 of q belong to sequence s.
         context_len: (S,) int32, tokens in the cache BEFORE this step.
         scale: usually head_dim ** -0.5.
         tile: left out: C++, or torch where there is no compiler.
-    Returns: (T, heads, head_dim), dtype of q, accumulated in fp32; within 1e-5 (fp32 cache) or 1e-2 (bf16 cache, whose
-    weights are rounded to bf16 where the CPU has bf16 dot products) of reference() for N(0, 1) inputs.
+    Returns: (T, heads, head_dim), dtype of q, accumulated in fp32; within 1e-5 (fp32 cache) or 1e-2 (other
+    formats: queries, weights and scaled int8 are rounded to bf16 where the CPU has bf16 dot products) of reference()
+    for N(0, 1) inputs.
     Raises ValueError: shapes or dtypes that do not fit together.
     """
-    check_shapes(q, k_cache, v_cache, block_tables, context_len)
+    check_shapes(q, cache, block_tables, context_len)
     sequences = context_len.shape[0]
     if query_start.shape != (sequences + 1,) or query_start.dtype != torch.int32:
         raise ValueError(f"query_start is {tuple(query_start.shape)} {query_start.dtype}, not ({sequences + 1},) int32")
@@ -80,7 +76,7 @@ def prefill_attention(
     if tile is None:
         tile = Tile("prefill_attention", "torch") if library is None else _DEFAULT
     if tile.backend == "torch":
-        return torch_attention(q, k_cache, v_cache, block_tables, query_start, context_len, scale)
+        return torch_attention(q, cache, block_tables, query_start, context_len, scale)
     if tile.backend != "cpp" or library is None:
         raise BadTile("prefill_attention: backend", tile.backend, "what this machine has", "run `paretune doctor`")
     tokens, heads, head_dim = q.shape
@@ -89,9 +85,9 @@ def prefill_attention(
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype)
     arguments = (
         q.data_ptr(), q.stride(0), q.dtype is torch.bfloat16,
-        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.dtype is torch.bfloat16, k_cache.shape[1],
+        cache.blocks.data_ptr(), cache.code, cache.block_size,
         block_tables.data_ptr(), block_tables.stride(0), query_start.data_ptr(), context_len.data_ptr(), sequences,
-        heads, k_cache.shape[2], head_dim, scale, out.data_ptr(), *tile.arguments,
+        heads, cache.kv_heads, head_dim, scale, out.data_ptr(), *tile.arguments,
     )  # fmt: skip
     threads = torch.get_num_threads()
     needed = library.prefill_attention(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
@@ -104,15 +100,13 @@ def prefill_attention(
 _DEFAULT = Tile("prefill_attention", "cpp")
 
 
-def check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_len: Tensor) -> None:
+def check_shapes(q: Tensor, cache: PagedCache, block_tables: Tensor, context_len: Tensor) -> None:
     if q.ndim != 3 or q.dtype not in FLOAT_DTYPES:
         raise ValueError(f"q is {tuple(q.shape)} {q.dtype}, not (tokens, heads, head_dim) float32 or bfloat16")
-    if k_cache.ndim != 4 or k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
-        raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} differ, or are not 4-D")
-    if k_cache.dtype not in FLOAT_DTYPES or not k_cache.is_contiguous() or not v_cache.is_contiguous():
-        raise ValueError(f"the KV cache is {k_cache.dtype}, not contiguous float32 or bfloat16")
-    if k_cache.shape[3] != q.shape[2] or q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"q {tuple(q.shape)} does not fit a cache of (kv_heads, head_dim) {tuple(k_cache.shape[2:])}")
+    if cache.head_dim != q.shape[2] or q.shape[1] % cache.kv_heads:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit a cache of {cache.kv_heads} KV heads of {cache.head_dim} numbers"
+        )
     sequences = context_len.shape[0]
     if block_tables.dtype != torch.int32 or block_tables.ndim != 2 or block_tables.shape[0] != sequences:
         raise ValueError(
@@ -124,15 +118,14 @@ def check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tens
 
 def torch_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     block_tables: Tensor,
     query_start: Tensor,
     context_len: Tensor,
     scale: float,
 ) -> Tensor:
     heads, head_dim = q.shape[1:]
-    block_size, kv_heads = k_cache.shape[1:3]
+    kv_heads = cache.kv_heads
     out = torch.empty((q.shape[0], heads, head_dim), dtype=q.dtype)
     starts, contexts = query_start.tolist(), context_len.tolist()
     for sequence, context in enumerate(contexts):
@@ -141,9 +134,7 @@ def torch_attention(
         if rows == 0:
             continue
         length = context + rows
-        blocks = block_tables[sequence, : -(-length // block_size)].long()
-        k = k_cache[blocks].view(-1, kv_heads, head_dim)[:length].float()
-        v = v_cache[blocks].view(-1, kv_heads, head_dim)[:length].float()
+        k, v = cache.read(block_tables[sequence], length)
         grouped = q[first:last].float().reshape(rows, kv_heads, heads // kv_heads, head_dim)
         scores = torch.einsum("rkgd,tkd->kgrt", grouped, k) * scale
         if rows > 1:

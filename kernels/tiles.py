@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from .weight_formats import WEIGHT_FORMATS
 
 PRECISIONS = tuple(WEIGHT_FORMATS)
+CACHE_PRECISIONS = ("fp32", "bf16", "fp8", "int8")  # of attention: the formats of the KV cache, paged_cache.py
 
 
 class BadTile(ValueError):
@@ -175,8 +176,9 @@ class TileTable(Mapping[tuple[str, str, int], Tile]):
             where = f"tile table: {operator}, {precision}, {rows} rows"
             if tile.operator != operator:
                 raise BadTile(where, tile.operator, operator, "a tile stands under its own operator")
-            if precision not in PRECISIONS:
-                raise BadTile(where, precision, ", ".join(PRECISIONS), "correct the precision")
+            precisions = PRECISIONS if operator == "linear" else CACHE_PRECISIONS
+            if precision not in precisions:
+                raise BadTile(where, precision, ", ".join(precisions), "correct the precision")
             if rows < 1 or rows & (rows - 1):
                 raise BadTile(where, rows, "powers of two >= 1", "correct the bucket")
             if key in seen:

@@ -14,14 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .paged_cache import PagedCache
 from .tiles import BadTile, Tile
 
 
 @triton.jit
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, context_ptr, mixed_ptr, largest_ptr, total_ptr, scale, q_stride, table_stride,
-    block_size, kv_heads, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    block_size, block_stride, head_stride, kv_heads, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(context_ptr + sequence)
@@ -40,8 +41,8 @@ def decode_attention_kernel(
         position = start + tl.arange(0, BLOCK_N)
         there = position < end
         block = tl.load(tables_ptr + sequence * table_stride + position // block_size, mask=there, other=0)
-        slot = block.to(tl.int64) * block_size + position % block_size
-        offset = (slot * kv_heads + kv_head) * HEAD_DIM
+        slot = block.to(tl.int64) * block_stride + position % block_size * HEAD_DIM
+        offset = slot + kv_head * head_stride
         have = there[:, None] & (dim[None, :] < HEAD_DIM)
         k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
         v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
@@ -76,10 +77,16 @@ def merge_kernel(
     tl.store(out_ptr + row.to(tl.int64) * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def gpu_readable(cache: PagedCache) -> tuple[Tensor, Tensor]:
+    """Keys and values in a format that the Triton kernels read. Raises ValueError: fp8 and int8 are none yet."""
+    if cache.dtype not in ("fp32", "bf16"):
+        raise ValueError(f"the Triton kernels read fp32 and bf16 caches, not {cache.dtype}")
+    return cache.keys, cache.values
+
+
 def decode_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     block_tables: Tensor,
     context_len: Tensor,
     scale: float,
@@ -93,7 +100,8 @@ def decode_attention(
         found = f"{tile.operator} on {tile.backend}"
         raise BadTile("decode_attention: tile", found, "decode_attention on triton", "look it up again")
     sequences, heads, head_dim = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
+    keys, values = gpu_readable(cache)
+    block_size, kv_heads = cache.block_size, cache.kv_heads
     block_n, splits, num_warps, num_stages = tile.arguments
     group, padded_dim = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     mixed = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=q.device)
@@ -101,9 +109,10 @@ def decode_attention(
     total = torch.empty_like(largest)
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     decode_attention_kernel[(sequences, kv_heads, splits)](
-        q, k_cache, v_cache, block_tables, context_len, mixed, largest, total, scale, q.stride(0),
-        block_tables.stride(0), block_size, kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim,
-        padded_dim, splits, block_n, num_warps=num_warps, num_stages=num_stages,
+        q, keys, values, block_tables, context_len, mixed, largest, total, scale, q.stride(0),
+        block_tables.stride(0), block_size, *keys.stride()[:2], kv_heads, group,
+        max(16, triton.next_power_of_2(group)), head_dim, padded_dim, splits, block_n,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(sequences * heads,)](mixed, largest, total, out, head_dim, padded_dim, splits)
     return out

@@ -13,13 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .paged_cache import PagedCache
 from .tiles import BadTile, Tile, bucket
+from .triton_decode_attention import gpu_readable
 
 
 @triton.jit
 def prefill_attention_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, query_start_ptr, context_ptr, out_ptr, scale, q_stride, table_stride, block_size,
-    heads, kv_heads, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    block_stride, head_stride, heads, kv_heads, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_M query tokens of one head of one sequence.
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -41,8 +44,8 @@ def prefill_attention_kernel(
             position = start + tl.arange(0, BLOCK_N)
             there = position < length
             block = tl.load(tables_ptr + sequence * table_stride + position // block_size, mask=there, other=0)
-            slot = block.to(tl.int64) * block_size + position % block_size
-            offset = (slot * kv_heads + kv_head) * HEAD_DIM
+            slot = block.to(tl.int64) * block_stride + position % block_size * HEAD_DIM
+            offset = slot + kv_head * head_stride
             have = there[:, None] & (dim[None, :] < HEAD_DIM)
             k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
             v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
@@ -62,8 +65,7 @@ def prefill_attention_kernel(
 
 def prefill_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedCache,
     block_tables: Tensor,
     query_start: Tensor,
     context_len: Tensor,
@@ -80,14 +82,15 @@ def prefill_attention(
         found = f"{tile.operator} on {tile.backend}"
         raise BadTile("prefill_attention: tile", found, "prefill_attention on triton", "look it up again")
     tokens, heads, head_dim = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
+    keys, values = gpu_readable(cache)
+    block_size, kv_heads = cache.block_size, cache.kv_heads
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     block_m, block_n, num_warps, num_stages = tile.arguments
     grid = (triton.cdiv(max_query_rows, block_m), heads, context_len.shape[0])
     prefill_attention_kernel[grid](
-        q, k_cache, v_cache, block_tables, query_start, context_len, out, scale, q.stride(0), block_tables.stride(0),
-        block_size, heads, kv_heads, head_dim, max(16, triton.next_power_of_2(head_dim)), block_m, block_n,
-        num_warps=num_warps, num_stages=num_stages,
+        q, keys, values, block_tables, query_start, context_len, out, scale, q.stride(0), block_tables.stride(0),
+        block_size, *keys.stride()[:2], heads, kv_heads, head_dim, max(16, triton.next_power_of_2(head_dim)),
+        block_m, block_n, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

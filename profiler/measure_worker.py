@@ -301,23 +301,24 @@ def attention_points(shape: dict[str, int], kv_dtype: str, num_threads: int) -> 
     import torch
 
     from ..kernels.decode_attention import decode_attention
+    from ..kernels.paged_cache import PagedCache
     from ..kernels.prefill_attention import prefill_attention
-    from ..runtime.transformer import TORCH_DTYPE
 
     torch.set_num_threads(num_threads)
     heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    cache = torch.randn((2, 1024, 16, kv_heads, head_dim)).to(TORCH_DTYPE[kv_dtype])
+    cache = PagedCache.zeros(1024, kv_dtype, 16, kv_heads, head_dim)
+    cache.write(torch.arange(1024 * 16), *torch.randn((2, 1024 * 16, kv_heads, head_dim)))
     points = []
     for rows, context in ((1, 256), (1, 1024), (8, 256), (8, 1024), (16, 1024)):
         tables = torch.arange(rows * context // 16, dtype=torch.int32).view(rows, -1)
         q, length = torch.randn((rows, heads, head_dim)), torch.full((rows,), context, dtype=torch.int32)
-        quartiles = _quartiles(partial(decode_attention, q, cache[0], cache[1], tables, length, head_dim**-0.5))
+        quartiles = _quartiles(partial(decode_attention, q, cache, tables, length, head_dim**-0.5))
         points.append(("decode_attention", rows, context, quartiles))
     for tokens in (16, 64, 256, 1024):
         tables = torch.arange(tokens // 16, dtype=torch.int32).view(1, -1)
         q, start = torch.randn((tokens, heads, head_dim)), torch.tensor([0, tokens], dtype=torch.int32)
         before = torch.zeros(1, dtype=torch.int32)
-        quartiles = _quartiles(partial(prefill_attention, q, cache[0], cache[1], tables, start, before, head_dim**-0.5))
+        quartiles = _quartiles(partial(prefill_attention, q, cache, tables, start, before, head_dim**-0.5))
         points.append(("prefill_attention", tokens, tokens, quartiles))
     return [
         {

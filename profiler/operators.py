@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
-from ..runtime.model_shape import DTYPE_BYTES, ModelShape, matrix_dtype
+from ..runtime.model_shape import ModelShape, matrix_dtype
 
 
 class Composition(NamedTuple):
@@ -82,7 +82,7 @@ def linears(shape: ModelShape, tensor_parallel_size: int) -> tuple[Linear, ...]:
 def kv_bytes_per_token(shape: ModelShape, tensor_parallel_size: int, kv_dtype: str) -> int:
     """Keys and values of one token, all layers, on one rank."""
     heads = max(1, shape.num_kv_heads // tensor_parallel_size)
-    return 2 * shape.num_layers * heads * shape.head_dim * DTYPE_BYTES[kv_dtype]
+    return shape.kv_bytes_per_token(kv_dtype) // shape.num_kv_heads * heads
 
 
 def rank_weight_bytes(shape: ModelShape, tensor_parallel_size: int, weight_dtype: str) -> float:

@@ -18,6 +18,7 @@ from .small_model import MODEL_DIR, TERNARY_MODEL_DIR
 from .spec import SMALL_MODEL, SMALL_TERNARY_MODEL
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+KV_SCALE_BYTES = {"int8": 4}  # beside each token's keys, and values, of a KV head: kernels/paged_cache.py
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 # What transformers takes where config.json is silent (its configuration classes, version 5.17).
@@ -171,8 +172,9 @@ class ModelShape:
         return matrices + embedding + self._vector_parameters()
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of keys and values that one token of context holds, all layers together."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        """Bytes of keys and values that one token of context holds, all layers together, scales with them."""
+        head = self.head_dim * DTYPE_BYTES[dtype] + KV_SCALE_BYTES.get(dtype, 0)
+        return 2 * self.num_layers * self.num_kv_heads * head
 
     def embedding_bytes(self, dtype: str) -> int:
         """Bytes of the embedding table: fp32 where the weights are fp32, else bf16; rows are looked up only."""

@@ -11,7 +11,7 @@ from .spec import CPU, BadSpec, Deployment, Pool
 _LIMITS_CHANGED_WHILE_RUNNING = ("max_num_seqs", "max_num_batched_tokens")
 WEIGHT_DTYPES = tuple(WEIGHT_FORMATS)
 USUAL_WEIGHT_DTYPES = ("fp32", "bf16", "int8")  # profiled and searched where nobody says otherwise
-KV_CACHE_DTYPES = ("fp32", "bf16")
+KV_CACHE_DTYPES = ("fp32", "bf16", "fp8", "int8")
 
 
 def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> None:

@@ -93,7 +93,7 @@ class Pool(_Part):
     weight_dtype: Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4", "mxfp4", "ternary"] = Field(
         "bf16", description="storage of the weights; ternary for models that were trained so"
     )
-    kv_cache_dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="storage of the KV cache")
+    kv_cache_dtype: Literal["fp32", "bf16", "fp8", "int8"] = Field("bf16", description="storage of the KV cache")
     max_model_len: int = Field(2048, ge=2, description="most tokens, prompt and answer together, of one request")
     max_num_seqs: int = Field(128, ge=1, le=65536, description="most requests in one step")
     max_num_batched_tokens: int = Field(

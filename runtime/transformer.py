@@ -19,6 +19,7 @@ from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
 from ..kernels.linear import linear
+from ..kernels.paged_cache import PagedCache, block_bytes
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.tiles import BadTile, Tile, TileTable
 from .batch import Batch
@@ -28,7 +29,6 @@ from .parallel import Share
 from .weights import LayerWeights, Weights, retiled
 
 _BUCKETS = 33
-TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -74,7 +74,11 @@ class ContextPeers(Protocol):
 
 
 class Transformer:
-    """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one."""
+    """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one.
+
+    cache_blocks  (layers, num_kv_blocks, bytes) uint8: `cache_blocks[layer][block]` is all there is of a block in a
+                  layer, its scales with it (kernels/paged_cache.py)
+    """
 
     def __init__(
         self,
@@ -99,8 +103,10 @@ class Transformer:
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
-        cache = (len(share.layers), 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
-        self._cache = [tuple(layer) for layer in zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])]
+        sizes = (kv_cache_dtype, block_size, self._kv_heads, shape.head_dim)
+        cache = (len(share.layers), num_kv_blocks, block_bytes(*sizes))
+        self.cache_blocks = zeros_on_huge_pages(cache, torch.uint8)
+        self._cache = [PagedCache(layer, *sizes) for layer in self.cache_blocks]
         self._kv_cache_dtype = kv_cache_dtype
         self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
         self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype)
@@ -157,32 +163,30 @@ class Transformer:
             eps = self._shape.rms_norm_eps
             q = rms_norm(q.reshape(-1, head_dim), layer.q_norm, eps).view(tokens, heads, head_dim)
             k = rms_norm(k.reshape(-1, head_dim), layer.k_norm, eps).view(tokens, kv_heads, head_dim)
-        k_cache, v_cache = self._cache[index]
-        rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, k_cache, v_cache, batch.slot_mapping)
+        cache = self._cache[index]
+        rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, cache, batch.slot_mapping)
         if isinstance(batch, ContextPart):
             self._exchange(index, batch)
         exponent = (tokens - 1).bit_length()
         if batch.decode_only:
             tile = self._decode_tiles[exponent]
-            out = decode_attention(q, k_cache, v_cache, batch.block_tables, batch.length, self._scale, tile)
+            out = decode_attention(q, cache, batch.block_tables, batch.length, self._scale, tile)
         else:
             tile = self._prefill_tiles[exponent]
             out = prefill_attention(
-                q, k_cache, v_cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
+                q, cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
             )
         return out.view(tokens, heads * head_dim)
 
     def _exchange(self, index: int, batch: ContextPart) -> None:
         """The keys and values of the other parts' tokens into this rank's cache, as they lie in theirs."""
         assert self._parts is not None
-        planes = [plane.view(-1, *plane.shape[2:]) for plane in self._cache[index]]
-        own = torch.cat([_bytes_of(plane[batch.slot_mapping]) for plane in planes], 1)
+        cache = self._cache[index]
+        own = cache.stored(batch.slot_mapping)
         most = max(slots.shape[0] for slots in batch.part_slots)
         padded = torch.nn.functional.pad(own, (0, 0, 0, most - own.shape[0])).contiguous()
         for slots, part in zip(batch.part_slots, self._parts.gather_parts(padded)):
-            widths = [math.prod(plane.shape[1:]) * plane.dtype.itemsize for plane in planes]
-            for plane, stored in zip(planes, torch.split(part[: slots.shape[0]], widths, 1)):
-                plane[slots] = stored.contiguous().view(plane.dtype).view(-1, *plane.shape[1:])
+            cache.put_stored(slots, part[: slots.shape[0]])
 
     def _whole_head_rows(self, x: Tensor, batch: ContextPart) -> Tensor:
         """All head rows of the step, (num_heads, hidden), of which each part has computed some."""
@@ -197,11 +201,6 @@ class Transformer:
         if self._reduce is not None and x.shape[0] > 0:
             self._reduce(x)
         return x
-
-
-def _bytes_of(rows: Tensor) -> Tensor:
-    """(n, ...) -> (n, bytes of a row) uint8."""
-    return rows.reshape(rows.shape[0], -1).view(torch.uint8)
 
 
 def _by_bucket(tiles: TileTable, operator: str, precision: str) -> tuple[Tile | None, ...]:

@@ -308,7 +308,6 @@ def test_it_runs_with_blocks_of_one_token(model_dir: Path) -> None:
         ("accelerator", Deployment(pools=(Pool(accelerator="h100"),))),
         ("weight_dtype", Deployment(pools=(Pool(weight_dtype="fp16"),))),
         ("weight_dtype", Deployment(pools=(Pool(weight_dtype="fp8"),))),
-        ("kv_cache_dtype", Deployment(pools=(Pool(kv_cache_dtype="fp8"),))),
         ("max_model_len", Deployment(pools=(Pool(max_model_len=4097, num_kv_blocks=4096),))),
         ("tensor_parallel_size", Deployment(pools=(Pool(tensor_parallel_size=3),))),
     ],
@@ -337,6 +336,8 @@ def test_memory_is_reckoned_before_loading_and_the_hint_fits() -> None:
     pool = Pool(num_kv_blocks=65536, replicas=2)
     need = memory_need(shape, pool)
     assert need.kv_cache_bytes == 2 * 65536 * 16 * 2 * 6 * 4 * 32 * 2  # replicas, tokens, K and V, layers, heads, bf16
+    scaled = memory_need(shape, pool.model_copy(update={"kv_cache_dtype": "int8"}))
+    assert scaled.kv_cache_bytes == 2 * 65536 * 16 * 2 * 6 * 4 * (32 + 4)  # a byte each, and a scale of four a head
     available = need.total_bytes - 1
     with pytest.raises(BadSpec, match="num_kv_blocks: ") as refused:
         check_memory(shape, pool, available=available)

@@ -5,6 +5,7 @@ import torch
 
 from paretune.kernels import fused
 from paretune.kernels.cpu.build import load
+from paretune.kernels.paged_cache import CACHE_DTYPES, PagedCache
 
 BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(load() is None, reason="no C++ compiler"))]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -59,8 +60,12 @@ def test_swiglu_is_its_formula_also_far_out(backend, dtype, shape):
     torch.testing.assert_close(out.double(), oracle, rtol=TOLERANCE[dtype], atol=1e-4)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [2, 16, 64, 72])
+# The largest error of one number, relative to itself and, int8, to the largest of its head (half a step of 127).
+ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "fp8": 2**-4, "int8": 0.5 / 127}
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 16, 34, 64, 72])
 def test_rotated_keys_and_values_land_in_their_slots_and_nowhere_else(backend, dtype, cache_dtype, head_dim):
     tokens, heads, kv_heads, block_size = 7, 6, 2, 4
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
@@ -71,31 +76,35 @@ def test_rotated_keys_and_values_land_in_their_slots_and_nowhere_else(backend, d
     angle = torch.outer(torch.arange(100.0), 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2)))
     cos, sin = angle.cos(), angle.sin()
     positions, slots = torch.tensor([0, 1, 99, 5, 5, 6, 7]), torch.tensor([11, 0, 3, -1, 19, 8, 9])
-    k_cache = torch.full((5, block_size, kv_heads, head_dim), float("nan"), dtype=cache_dtype)
-    v_cache = k_cache.clone()
+    cache = PagedCache.zeros(5, cache_dtype, block_size, kv_heads, head_dim)
+    cache.blocks.fill_(0xA5)
     old_q, old_k = q.clone(), k.clone()
-    fused.rope_and_cache(q, k, v, positions, cos, sin, k_cache, v_cache, slots, backend=backend)
+    fused.rope_and_cache(q, k, v, positions, cos, sin, cache, slots, backend=backend)
     close(q, fused.reference_rope(old_q, positions, cos, sin))
     assert torch.equal(qkv[:, heads * head_dim :], before[:, heads * head_dim :])
     kept = slots >= 0
-    tolerance = max(TOLERANCE[dtype], TOLERANCE[cache_dtype])
-    rotated = fused.reference_rope(old_k, positions, cos, sin)[kept]
-    torch.testing.assert_close(
-        k_cache.view(-1, kv_heads, head_dim)[slots[kept]].double(), rotated, rtol=tolerance, atol=tolerance
-    )
-    torch.testing.assert_close(v_cache.view(-1, kv_heads, head_dim)[slots[kept]], v[kept].to(cache_dtype))
-    untouched = torch.ones(20, dtype=torch.bool)
-    untouched[slots[kept]] = False
-    assert k_cache.view(20, -1)[untouched].isnan().all()
-    assert v_cache.view(20, -1)[untouched].isnan().all()
+    written = cache.read(torch.arange(5), 5 * block_size)
+    for found, oracle in zip(written, (fused.reference_rope(old_k, positions, cos, sin), v.double())):
+        oracle = oracle[kept]
+        size = oracle.abs().amax(dim=-1, keepdim=True) if cache_dtype == "int8" else oracle.abs()
+        allowed = ROUNDING[cache_dtype] * size + (2**-10 if cache_dtype == "fp8" else 0) + 1e-5
+        assert ((found[slots[kept]].double() - oracle).abs() <= allowed).all()
+    fresh = PagedCache.zeros(5, cache_dtype, block_size, kv_heads, head_dim)
+    fresh.blocks.fill_(0xA5)
+    for part, scales in (("keys", "key_scales"), ("values", "value_scales")):
+        for name in (part, scales)[: 2 if cache_dtype == "int8" else 1]:
+            for slot in set(range(20)) - set(slots[kept].tolist()):
+                at = (slice(slot // block_size, slot // block_size + 1), slice(None), slot % block_size)
+                ours, untouched = getattr(cache, name)[at], getattr(fresh, name)[at]
+                assert ours.contiguous().view(torch.uint8).equal(untouched.contiguous().view(torch.uint8))
 
 
 def test_a_rotation_keeps_lengths_and_position_zero_changes_nothing(backend):
     q = torch.randn(2, 1, 32)
     before = q.clone()
     angle = torch.outer(torch.arange(10.0), torch.rand(16))
-    cache = torch.zeros(1, 2, 1, 32)
-    fused.rope_and_cache(q, q.clone(), q.clone(), torch.tensor([0, 7]), angle.cos(), angle.sin(), cache, cache.clone(),
+    cache = PagedCache.zeros(1, "fp32", 2, 1, 32)
+    fused.rope_and_cache(q, q.clone(), q.clone(), torch.tensor([0, 7]), angle.cos(), angle.sin(), cache,
                          torch.tensor([0, 1]), backend=backend)  # fmt: skip
     torch.testing.assert_close(q.norm(dim=-1), before.norm(dim=-1))
     assert torch.equal(q[0], before[0])

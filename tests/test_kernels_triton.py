@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 PREAMBLE = """
 import torch
 from paretune.kernels import BadTile, Tile
+from paretune.kernels.paged_cache import PagedCache
 torch.manual_seed(0)
 
 def tile(operator, **parameters):
@@ -32,15 +33,16 @@ def paged(lengths, kv_heads, head_dim, block_size, dtype):
     blocks = [-(-length // block_size) for length in lengths]
     order, taken = torch.randperm(sum(blocks) + 2).int(), 0
     tables = torch.zeros(len(lengths), max(blocks) + 1, dtype=torch.int32)
-    k = torch.full((len(order), block_size, kv_heads, head_dim), float("nan"), dtype=dtype)
-    v = k.clone()
+    cache = PagedCache.zeros(len(order), dtype, block_size, kv_heads, head_dim)
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
     for s, length in enumerate(lengths):
         tables[s, : blocks[s]] = order[taken : taken + blocks[s]]
         taken += blocks[s]
         for p in range(length):
-            at = (int(tables[s, p // block_size]), p % block_size)
-            k[at], v[at] = torch.randn(kv_heads, head_dim).to(dtype), torch.randn(kv_heads, head_dim).to(dtype)
-    return k, v, tables
+            slot = tables[s, p // block_size] * block_size + p % block_size
+            cache.write(slot[None], *torch.randn(2, 1, kv_heads, head_dim))
+    return cache, tables
 """
 
 
@@ -77,13 +79,13 @@ def test_prefill_attention_is_causal_softmax_attention():
         rows, contexts = [40, 1, 0, 7], [0, 20, 0, 30]
         cases = ((4, 1, 24, torch.float32, 1e-4), (2, 2, 16, torch.float16, 1e-2))
         for heads, kv_heads, head_dim, dtype, tolerance in cases:
-            k, v, tables = paged([r + c for r, c in zip(rows, contexts)], kv_heads, head_dim, 8, dtype)
+            cache, tables = paged([r + c for r, c in zip(rows, contexts)], kv_heads, head_dim, 8, "fp32")
             q = torch.randn(sum(rows), heads, head_dim).to(dtype)
             starts = torch.tensor([0, 40, 41, 41, 48], dtype=torch.int32)
             context = torch.tensor(contexts, dtype=torch.int32)
             chosen = tile("prefill_attention", block_m=32, block_n=32)
-            out = prefill_attention(q, k, v, tables, starts, context, 0.2, chosen, max(rows))
-            check(out, reference(q, k, v, tables, starts, context, 0.2), tolerance)
+            out = prefill_attention(q, cache, tables, starts, context, 0.2, chosen, max(rows))
+            check(out, reference(q, cache, tables, starts, context, 0.2), tolerance)
     """)
 
 
@@ -95,10 +97,11 @@ def test_decode_attention_is_softmax_attention(splits):
         lengths = [1, 70, 0, 33]
         cases = ((8, 2, 24, torch.float32, 1e-4), (2, 2, 16, torch.float16, 1e-2))
         for heads, kv_heads, head_dim, dtype, tolerance in cases:
-            k, v, tables = paged(lengths, kv_heads, head_dim, 8, dtype)
+            cache, tables = paged(lengths, kv_heads, head_dim, 8, "fp32")
             q, context = torch.randn(4, heads, head_dim).to(dtype), torch.tensor(lengths, dtype=torch.int32)
-            out = decode_attention(q, k, v, tables, context, 0.2, tile("decode_attention", block_n=32, splits={splits}))
-            check(out, reference(q, k, v, tables, context, 0.2), tolerance)
+            chosen = tile("decode_attention", block_n=32, splits={splits})
+            out = decode_attention(q, cache, tables, context, 0.2, chosen)
+            check(out, reference(q, cache, tables, context, 0.2), tolerance)
     """)
 
 

@@ -44,6 +44,19 @@ def test_rounding_costs_little(
     assert least_agreement < found.top1_agreement < 1
 
 
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "most_increase", "most_kl", "least_agreement"),
+    [("bf16", 0.002, 1e-4, 0.99), ("int8", 0.005, 1e-3, 0.97), ("fp8", 0.02, 5e-3, 0.93)],
+)
+def test_a_rounded_kv_cache_costs_little(
+    token_ids: np.ndarray, kv_cache_dtype: str, most_increase: float, most_kl: float, least_agreement: float
+) -> None:
+    found = measure_quality(MODEL_DIR, "fp32", kv_cache_dtype, token_ids=token_ids, context=CONTEXT)
+    assert abs(found.perplexity_increase) < most_increase
+    assert 0 < found.kl_nats < most_kl
+    assert least_agreement < found.top1_agreement
+
+
 def test_fp32_is_its_own_reference(token_ids: np.ndarray) -> None:
     found = measure_quality(MODEL_DIR, "fp32", "fp32", token_ids=token_ids, context=CONTEXT)
     assert found.perplexity == found.reference_perplexity

@@ -92,6 +92,7 @@ def test_threads_are_bound_rank_by_rank():
         ({"weight_dtype": "int8"}, "pools.0.weight_dtype"),
         ({"weight_dtype": "fp8"}, "pools.0.weight_dtype"),
         ({"kv_cache_dtype": "fp32"}, "pools.0.kv_cache_dtype"),
+        ({"kv_cache_dtype": "int8"}, "pools.0.kv_cache_dtype"),
         ({"block_size": 4}, "pools.0.block_size"),
         ({"role": "prefill"}, "pools"),
     ],

@@ -62,6 +62,7 @@ def test_decoding_reads_every_weight_once_and_the_whole_cache() -> None:
     assert sum(one.weight_bytes for one in found.values()) == 2 * (32 * layer + EMBEDDING_8B)
     # 2 x 32 layers x 8 heads x 128 x 2 bytes = 131072 bytes a token
     assert kv_bytes_per_token(LLAMA_8B, 1, "bf16") == 131072
+    assert kv_bytes_per_token(LLAMA_8B, 2, "int8") == (65536 + 2 * 32 * 8 * 4) // 2  # a scale of 4 bytes a head
     assert found["decode_attention"].kv_bytes == 16 * 2048 * 131072
 
 

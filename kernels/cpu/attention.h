@@ -3,27 +3,15 @@
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "paged_cache.h"
 
 namespace paretune {
-
-struct Cache {
-    const char *k, *v;  // (num_blocks, block_size, kv_heads, head_dim)
-    bool is_bf16;
-    int64_t block_size, kv_heads, head_dim;
-    int64_t element_bytes() const { return is_bf16 ? 2 : 4; }
-    // Bytes from the start of the cache to (position, kv head 0).
-    int64_t token_offset(const int32_t* blocks, int64_t position) const {
-        return ((int64_t)blocks[position / block_size] * block_size + position % block_size) * kv_heads * head_dim *
-               element_bytes();
-    }
-};
 
 struct Heads {
     int64_t heads, kv_heads, head_dim;
     float scale;
     int64_t group() const { return heads / kv_heads; }
-    int64_t padded_dim() const { return (head_dim + LANES - 1) / LANES * LANES; }
+    int64_t padded_dim() const { return (head_dim + PANEL - 1) / PANEL * PANEL; }
 };
 
 // Scratch floats that `attend_one_token` needs.

@@ -57,22 +57,16 @@ class Library:
         self.linear = bind(
             "linear", c_int64, pointer, pointer, number, size, size, pointer, *([number] * 5), *workspace
         )
-        cache = (
-            pointer,
-            pointer,
-            number,
-            size,
-            pointer,
-            size,
-        )  # k, v, bf16?, block size, block tables, their row stride
+        cache = (pointer, number, size)  # blocks, format, block size
+        tables = (pointer, size)  # block tables, their row stride
         heads = (size, size, size, c_float)  # heads, kv_heads, head_dim, scale
         self.decode_attention = bind(
-            "decode_attention", c_int64, pointer, size, number, *cache, pointer, size, *heads, pointer, number, number,
-            *workspace,
+            "decode_attention", c_int64, pointer, size, number, *cache, *tables, pointer, size, *heads, pointer,
+            number, number, *workspace,
         )  # fmt: skip
         self.prefill_attention = bind(
-            "prefill_attention", c_int64, pointer, size, number, *cache, pointer, pointer, size, *heads, pointer,
-            number, number, *workspace,
+            "prefill_attention", c_int64, pointer, size, number, *cache, *tables, pointer, pointer, size, *heads,
+            pointer, number, number, *workspace,
         )  # fmt: skip
         self.rms_norm = bind("rms_norm", None, pointer, size, pointer, c_float, pointer, size, size, number, number)
         self.add_rms_norm = bind(
@@ -80,8 +74,8 @@ class Library:
         )
         self.swiglu = bind("swiglu", None, pointer, size, pointer, size, size, number, number)
         self.rope_and_cache = bind(
-            "rope_and_cache", None, pointer, size, pointer, size, pointer, size, number, pointer, pointer, pointer,
-            pointer, pointer, number, pointer, *([size] * 4), number,
+            "rope_and_cache", c_int64, pointer, size, pointer, size, pointer, size, number, pointer, pointer, pointer,
+            *cache, pointer, *([size] * 4), number,
         )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 // One new token per sequence over its paged KV cache: same name, shapes and reference as kernels/decode_attention.py. Plain C
 // interface; the caller owns every buffer, the functions allocate, throw and keep nothing. Tokens are taken in chunks whose
-// scores fit the L1 cache: scores of a chunk, one softmax update, then the chunk's V.
+// scores fit the L1 cache: scores of a chunk, one softmax update, then the chunk's V. Meanwhile the same rows of the next chunk
+// are fetched into the L2 cache: fetched one step ahead into the L1 cache they were late or gone again (bf16, 16 heads over 4,
+// one thread of a Zen 4: 9 GB/s; without prefetching 10; so 16; where the reads alone run at 28).
 #include "attention.h"
 #include "parallel.h"
 
@@ -9,13 +11,27 @@ namespace {
 
 constexpr int64_t CHUNK = 64;  // tokens
 
-template <class Element>
-void prefetch_row(const Element* row, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += 64 / (int64_t)sizeof(Element)) __builtin_prefetch(row + d);
-}
+// Rows of one head, one per token of a chunk: they lie `offset` bytes after where their tokens' blocks say. Behind the last
+// token it stands again, so that a group of tokens is always whole.
+struct Rows {
+    const char* const* tokens;
+    int64_t offset;
+    template <class Element>
+    const Element* row(int64_t token) const {
+        return (const Element*)(tokens[token] + offset);
+    }
+    // Into the L2 cache. Forced inline: GCC takes a function that only prefetches for one without effect, and drops the call.
+    template <int TOKENS>
+    __attribute__((always_inline)) void prefetch(int64_t token, int64_t bytes) const {
+        for (int64_t b = 0; b < bytes; b += 64) {
+#pragma GCC unroll 16
+            for (int i = 0; i < TOKENS; ++i) __builtin_prefetch(tokens[token + i] + offset + b, 0, 2);
+        }
+    }
+};
 
 // out[i] = sum of the lanes of parts[i]
-void sums_of(const Floats* parts, float* out) {
+inline __attribute__((always_inline)) void sums_of(const Floats* parts, float* out) {
 #if defined(PARETUNE_AVX512)
     __m512 level[16];
     for (int i = 0; i < 16; ++i) level[i] = (__m512)parts[i];
@@ -42,64 +58,211 @@ void sums_of(const Floats* parts, float* out) {
 #endif
 }
 
-// scores[head][token] = q[head] . k[token], GROUP heads of one KV head; LANES / GROUP tokens make one set of sums. The rows
-// `soon` are fetched meanwhile: rows of one head lie kv_heads apart, which the hardware does not foresee.
-template <int GROUP, class Element>
-void score_chunk(const float* q, int64_t padded_dim, int64_t head_dim, const Element* const* rows, int64_t tokens,
-                 const Element* const* soon, float* scores) {
-    constexpr int TOKENS = LANES / GROUP;
-    for (int64_t t = 0; t < tokens; t += TOKENS) {
-        Floats parts[LANES];
+// How scores and weighted sums are made: by fp32 multiply-adds, LANES dims at a time, for every format and processor...
+template <class Stored>
+struct ByMultiplyAdd {
+    typedef Stored Element;
+    typedef float Query;
+    static constexpr int DIMS = LANES;
+
+    static Floats load_dims(const Element* p, int64_t left) { return left >= DIMS ? load(p) : load_some(p, left); }
+
+    // sums[g * TOKENS + i] += q[g] . rows[i] over DIMS dims, `left` of them there
+    template <int GROUP, int TOKENS>
+    static inline __attribute__((always_inline)) void score(const Query* q, int64_t padded_dim, const Element* const* rows,
+                                                            int64_t dim, int64_t left, Floats* sums) {
+        Floats query[GROUP];
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; ++g) query[g] = load(q + g * padded_dim + dim);
+#pragma GCC unroll 16
         for (int i = 0; i < TOKENS; ++i) {
-            const Element* row = rows[std::min(t + i, tokens - 1)];
-            prefetch_row(soon[std::min(t + i, tokens - 1)], head_dim);
-            Floats part[GROUP] = {};
-            for (int64_t d = 0; d < head_dim; d += LANES) {
-                Floats k = load_dims(row, d, head_dim);
-#pragma GCC unroll 8
-                for (int g = 0; g < GROUP; ++g) part[g] += k * load(q + g * padded_dim + d);
-            }
-            for (int g = 0; g < GROUP; ++g) parts[g * TOKENS + i] = part[g];
+            const Floats k = load_dims(rows[i] + dim, left);
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; ++g) sums[g * TOKENS + i] += k * query[g];
         }
-        float sums[LANES];
-        sums_of(parts, sums);
+    }
+
+    // mixed[head] += sum over tokens of weights[head][token] * v[token], for VECTORS times DIMS dims, `left` of them there
+    template <int GROUP, int VECTORS>
+    static inline __attribute__((always_inline)) void mix(const float* weights, int64_t padded_dim, Rows values, int64_t dim,
+                                                          int64_t left, int64_t tokens, Rows soon, int64_t soon_bytes,
+                                                          float* mixed) {
+        Floats sums[GROUP][VECTORS];
+#pragma GCC unroll 4
         for (int g = 0; g < GROUP; ++g) {
-            for (int i = 0; i < TOKENS; ++i) scores[g * CHUNK + t + i] = sums[g * TOKENS + i];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) sums[g][v] = load(mixed + g * padded_dim + dim + v * LANES);
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            soon.prefetch<1>(t, soon_bytes);
+            const Element* row = values.row<Element>(t) + dim;
+            Floats value[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) value[v] = load_dims(row + v * LANES, left);
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; ++g) {
+                const Floats weight = spread(weights[g * CHUNK + t]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) sums[g][v] += weight * value[v];
+            }
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; ++g) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) store(mixed + g * padded_dim + dim + v * LANES, sums[g][v]);
+        }
+    }
+};
+
+#if defined(PARETUNE_BF16_DOT)
+// ... or by dot products of bf16 pairs, for a bf16 cache where the processor has them; queries and weights are rounded to bf16,
+// as in prefill. (Widening int8 and fp8 to bf16 for it took 10 and 15 % longer than multiply-adds, on Zen 4 in the L2 cache.)
+struct ByBf16Dot {
+    typedef uint16_t Element;
+    typedef uint16_t Query;
+    static constexpr int DIMS = 2 * LANES;
+
+    static inline __attribute__((always_inline)) __m512bh load_dims(const uint16_t* p, int64_t left) {
+        if (left >= DIMS) return (__m512bh)load_as<__m512i>(p);
+        uint16_t whole[DIMS] = {};
+        memcpy(whole, p, (size_t)left * 2);
+        return (__m512bh)load_as<__m512i>(whole);
+    }
+
+    template <int GROUP, int TOKENS>
+    static inline __attribute__((always_inline)) void score(const Query* q, int64_t padded_dim, const Element* const* rows,
+                                                            int64_t dim, int64_t left, Floats* sums) {
+        __m512bh query[GROUP];
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; ++g) query[g] = load_dims(q + g * padded_dim + dim, DIMS);
+#pragma GCC unroll 16
+        for (int i = 0; i < TOKENS; ++i) {
+            const __m512bh k = load_dims(rows[i] + dim, left);
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; ++g) {
+                Floats& sum = sums[g * TOKENS + i];
+                sum = (Floats)_mm512_dpbf16_ps((__m512)sum, k, query[g]);
+            }
+        }
+    }
+
+    // Two tokens at a time, whose numbers are interleaved: each half of a register of dims gets sums of its own, with its dims
+    // in the order in which unpacking leaves them.
+    template <int GROUP, int VECTORS>
+    static inline __attribute__((always_inline)) void mix(const float* weights, int64_t padded_dim, Rows values, int64_t dim,
+                                                          int64_t left, int64_t tokens, Rows soon, int64_t soon_bytes,
+                                                          float* mixed) {
+        const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        __m512 sums[GROUP][VECTORS][2];
+        uint32_t pairs_of_weights[GROUP][CHUNK / 2];
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; ++g) {
+            for (int64_t t = 0; t < tokens; t += 2 * LANES) {
+                const float* from = weights + g * CHUNK + t;
+                store_as(pairs_of_weights[g] + t / 2, _mm512_cvtne2ps_pbh((__m512)load(from + LANES), (__m512)load(from)));
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const float* from = mixed + g * padded_dim + dim + v * DIMS;
+                sums[g][v][0] = _mm512_permutex2var_ps((__m512)load(from), low, (__m512)load(from + LANES));
+                sums[g][v][1] = _mm512_permutex2var_ps((__m512)load(from), high, (__m512)load(from + LANES));
+            }
+        }
+        for (int64_t t = 0; t < tokens; t += 2) {
+            soon.prefetch<2>(t, soon_bytes);
+            const Element *even = values.row<Element>(t) + dim, *odd = values.row<Element>(t + 1) + dim;
+            __m512bh value[VECTORS][2];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const __m512i a = (__m512i)load_dims(even + v * DIMS, left), b = (__m512i)load_dims(odd + v * DIMS, left);
+                value[v][0] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+                value[v][1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+            }
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; ++g) {
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32((int)pairs_of_weights[g][t / 2]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) {
+                    sums[g][v][0] = _mm512_dpbf16_ps(sums[g][v][0], value[v][0], weight);
+                    sums[g][v][1] = _mm512_dpbf16_ps(sums[g][v][1], value[v][1], weight);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; ++g) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                float* to = mixed + g * padded_dim + dim + v * DIMS;
+                store(to, (Floats)_mm512_permutex2var_ps(sums[g][v][0], first, sums[g][v][1]));
+                store(to + LANES, (Floats)_mm512_permutex2var_ps(sums[g][v][0], second, sums[g][v][1]));
+            }
+        }
+    }
+};
+typedef ByBf16Dot ByBestForBf16;
+#else
+typedef ByMultiplyAdd<uint16_t> ByBestForBf16;
+#endif
+
+// scores[head][token] = q[head] . k[token], GROUP heads of one KV head; LANES / GROUP tokens make one set of sums. The rows
+// `soon` are fetched meanwhile.
+template <int GROUP, class Products>
+void score_chunk(const typename Products::Query* q, int64_t padded_dim, int64_t head_dim, Rows keys, int64_t tokens,
+                 Rows soon, float* scores) {
+    typedef typename Products::Element Element;
+    constexpr int TOKENS = LANES / GROUP, DIMS = Products::DIMS;
+    for (int64_t t = 0; t < tokens; t += TOKENS) {
+        Floats sums[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) sums[i] = spread(0.0f);
+        const Element* rows[TOKENS];
+#pragma GCC unroll 16
+        for (int i = 0; i < TOKENS; ++i) rows[i] = keys.row<Element>(t + i);
+        soon.prefetch<TOKENS>(t, head_dim * (int64_t)sizeof(Element));
+        int64_t d = 0;
+        for (; d + DIMS <= head_dim; d += DIMS) {
+            Products::template score<GROUP, TOKENS>(q, padded_dim, rows, d, DIMS, sums);
+        }
+        if (d < head_dim) Products::template score<GROUP, TOKENS>(q, padded_dim, rows, d, head_dim - d, sums);
+        float of_rows[LANES];
+        sums_of(sums, of_rows);
+        for (int g = 0; g < GROUP; ++g) {
+            for (int i = 0; i < TOKENS; ++i) scores[g * CHUNK + t + i] = of_rows[g * TOKENS + i];
         }
     }
 }
 
-// mixed[head] += sum over tokens of weights[head][token] * v[token], for VECTORS registers of dims from `dim`.
-template <int GROUP, int VECTORS, class Element>
-void mix_chunk(const float* weights, int64_t padded_dim, int64_t head_dim, const Element* const* rows, int64_t tokens,
-               int64_t dim, const Element* const* soon, int64_t soon_tokens, float* mixed) {
-    Floats sums[GROUP][VECTORS];
-    for (int g = 0; g < GROUP; ++g) {
-        for (int v = 0; v < VECTORS; ++v) sums[g][v] = load(mixed + g * padded_dim + dim + v * LANES);
+// The weighted sums of a chunk, as many dims at a time as the registers hold; `soon` are fetched during the first pass.
+template <int GROUP, class Products>
+void mix_chunk(const float* weights, int64_t padded_dim, int64_t head_dim, Rows values, int64_t tokens, Rows soon,
+               float* mixed) {
+    constexpr int DIMS = Products::DIMS, MOST = std::max(1, (GROUP * 4 + 5 < LANES * 2 ? 4 : 2) * LANES / DIMS);
+    int64_t d = 0, soon_bytes = head_dim * (int64_t)sizeof(typename Products::Element);
+    for (; d + MOST * DIMS <= head_dim; d += MOST * DIMS, soon_bytes = 0) {
+        Products::template mix<GROUP, MOST>(weights, padded_dim, values, d, DIMS, tokens, soon, soon_bytes, mixed);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-        if (t < soon_tokens) prefetch_row(soon[t], head_dim);
-        Floats value[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) value[v] = load_dims(rows[t], dim + v * LANES, head_dim);
-#pragma GCC unroll 8
-        for (int g = 0; g < GROUP; ++g) {
-            Floats weight = spread(weights[g * CHUNK + t]);
-            for (int v = 0; v < VECTORS; ++v) sums[g][v] += weight * value[v];
-        }
+    for (; d + DIMS <= head_dim; d += DIMS, soon_bytes = 0) {
+        Products::template mix<GROUP, 1>(weights, padded_dim, values, d, DIMS, tokens, soon, soon_bytes, mixed);
     }
-    for (int g = 0; g < GROUP; ++g) {
-        for (int v = 0; v < VECTORS; ++v) store(mixed + g * padded_dim + dim + v * LANES, sums[g][v]);
+    if (d < head_dim) {
+        Products::template mix<GROUP, 1>(weights, padded_dim, values, d, head_dim - d, tokens, soon, soon_bytes, mixed);
     }
+}
+
+void scale_chunk(float* row, const float* scales, int64_t count) {
+    for (int64_t t = 0; t < count; ++t) row[t] *= scales[t];
 }
 
 // Scores of a chunk become weights exp(score - largest), in place; what was mixed before is scaled down to the new largest.
 void softmax_chunk(float* scores, int64_t tokens, float* mixed, int64_t padded_dim, float* largest, float* total) {
-    const int64_t padded = (tokens + LANES - 1) / LANES * LANES;
+    const int64_t padded = (tokens + PANEL - 1) / PANEL * PANEL;
     for (int64_t t = tokens; t < padded; ++t) scores[t] = -INFINITY;
     Floats most = spread(-INFINITY);
     for (int64_t t = 0; t < padded; t += LANES) most = larger(load(scores + t), most);
-    float peak = *largest;
-    for (int i = 0; i < LANES; ++i) peak = std::max(peak, (float)most[i]);
+    const float peak = std::max(*largest, largest_lane(most));
     Floats sums = spread(0.0f);
     for (int64_t t = 0; t < padded; t += LANES) {
         Floats weight = exp(load(scores + t) - peak);
@@ -115,70 +278,92 @@ void softmax_chunk(float* scores, int64_t tokens, float* mixed, int64_t padded_d
     *total += sum(sums);
 }
 
-template <int GROUP, class Element>
-void attend_group(const Heads& shape, const float* q, const Element* const* k_rows, const Element* const* v_rows,
-                  int64_t tokens, const Element* const* k_soon, int64_t soon_tokens, float* mixed, float* largest,
-                  float* total, float* scores) {
+// One KV head's chunk for GROUP of its query heads. Scales (CHUNK,) or null.
+template <int GROUP, class Products>
+void attend_group(const Heads& shape, const typename Products::Query* q, Rows keys, Rows values, Rows soon_keys,
+                  Rows soon_values, int64_t tokens, const float* key_scales, const float* value_scales, float* mixed, float* largest, float* total, float* scores) {
     const int64_t padded_dim = shape.padded_dim(), head_dim = shape.head_dim;
-    score_chunk<GROUP>(q, padded_dim, head_dim, k_rows, tokens, v_rows, scores);
+    score_chunk<GROUP, Products>(q, padded_dim, head_dim, keys, tokens, soon_keys, scores);
     for (int g = 0; g < GROUP; ++g) {
-        softmax_chunk(scores + g * CHUNK, tokens, mixed + g * padded_dim, padded_dim, largest + g, total + g);
+        float* row = scores + g * CHUNK;
+        if (key_scales) scale_chunk(row, key_scales, tokens);
+        softmax_chunk(row, tokens, mixed + g * padded_dim, padded_dim, largest + g, total + g);
+        if (value_scales) scale_chunk(row, value_scales, tokens);
     }
-    int64_t d = 0;
-    for (; d + 4 * LANES <= padded_dim && GROUP * 4 + 4 < LANES * 2; d += 4 * LANES) {
-        mix_chunk<GROUP, 4>(scores, padded_dim, head_dim, v_rows, tokens, d, k_soon, d == 0 ? soon_tokens : 0, mixed);
-    }
-    for (; d + 2 * LANES <= padded_dim; d += 2 * LANES) {
-        mix_chunk<GROUP, 2>(scores, padded_dim, head_dim, v_rows, tokens, d, k_soon, d == 0 ? soon_tokens : 0, mixed);
-    }
-    for (; d < padded_dim; d += LANES) mix_chunk<GROUP, 1>(scores, padded_dim, head_dim, v_rows, tokens, d, k_soon, d == 0 ? soon_tokens : 0, mixed);
+    mix_chunk<GROUP, Products>(scores, padded_dim, head_dim, values, tokens, soon_values, mixed);
 }
 
-template <class Element>
-void attend(const Heads& shape, const Cache& cache, const int32_t* blocks, int64_t first, int64_t last, const float* q,
-            float* mixed, float* largest, float* total, float* scores) {
-    const int64_t padded_dim = shape.padded_dim(), group = shape.group(), row_bytes = shape.head_dim * sizeof(Element);
-    int64_t offsets[2 * CHUNK];
-    const Element *k_rows[CHUNK], *v_rows[CHUNK], *k_soon[CHUNK];
-    for (int64_t t = first; t < last; t += CHUNK) {
-        const int64_t tokens = std::min(CHUNK, last - t), upcoming = std::min(2 * CHUNK, last - t);
-        for (int64_t i = 0; i < upcoming; ++i) offsets[i] = cache.token_offset(blocks, t + i);
+// Where the tokens [first, last) of a chunk lie, and their scales; the last stands in all places behind.
+struct Chunk {
+    const char* keys[CHUNK];
+    const float* scales[CHUNK];
+    Chunk(const Cache& cache, const int32_t* blocks, int64_t first, int64_t last) {
+        for (int64_t i = 0; i < CHUNK; ++i) {
+            const int64_t position = std::min(first + i, last - 1);
+            char* block = cache.block(blocks[position / cache.block_size]);
+            keys[i] = cache.key(block, 0, position % cache.block_size);
+            scales[i] = cache.key_scale(block, 0, position % cache.block_size);
+        }
+    }
+};
+
+template <class Products>
+void attend(const Heads& shape, const Cache& cache, const int32_t* blocks, int64_t first, int64_t last,
+            const typename Products::Query* q, float* mixed, float* largest, float* total, float* scores) {
+    const int64_t padded_dim = shape.padded_dim(), group = shape.group();
+    float key_scales[CHUNK], value_scales[CHUNK];
+    const bool scaled = cache.type == CACHE_INT8;
+    Chunk chunk(cache, blocks, first, last), upcoming = chunk;
+    for (int64_t t = first; t < last; t += CHUNK, chunk = upcoming) {
+        const int64_t tokens = std::min(CHUNK, last - t);
+        if (t + CHUNK < last) upcoming = Chunk(cache, blocks, t + CHUNK, last);
         for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
-            for (int64_t i = 0; i < tokens; ++i) {
-                const int64_t at = offsets[i] + kv_head * row_bytes;
-                k_rows[i] = (const Element*)(cache.k + at);
-                v_rows[i] = (const Element*)(cache.v + at);
-            }
-            for (int64_t i = tokens; i < upcoming; ++i) {
-                k_soon[i - tokens] = (const Element*)(cache.k + offsets[i] + kv_head * row_bytes);
-            }
-            for (int64_t h = kv_head * group, end = h + group; h < end;) {
-                const float* query = q + h * padded_dim;
-                float* to = mixed + h * padded_dim;
-                const int64_t soon = h == kv_head * group ? upcoming - tokens : 0;
-                if (end - h >= 4) {
-                    attend_group<4>(shape, query, k_rows, v_rows, tokens, k_soon, soon, to, largest + h, total + h, scores);
-                    h += 4;
-                } else if (end - h >= 2) {
-                    attend_group<2>(shape, query, k_rows, v_rows, tokens, k_soon, soon, to, largest + h, total + h, scores);
-                    h += 2;
-                } else {
-                    attend_group<1>(shape, query, k_rows, v_rows, tokens, k_soon, soon, to, largest + h, total + h, scores);
-                    h += 1;
+            const int64_t offset = kv_head * cache.head_offset();
+            const Rows keys = {chunk.keys, offset}, values = {chunk.keys, offset + cache.value_offset()};
+            const Rows soon_keys = {upcoming.keys, keys.offset}, soon_values = {upcoming.keys, values.offset};
+            for (int64_t i = 0; scaled && i < tokens; ++i) {
+                key_scales[i] = chunk.scales[i][kv_head * 2 * cache.block_size];
+                value_scales[i] = chunk.scales[i][(kv_head * 2 + 1) * cache.block_size];
+                if (i % LANES == 0) {
+                    __builtin_prefetch(upcoming.scales[i] + kv_head * 2 * cache.block_size, 0, 2);
+                    __builtin_prefetch(upcoming.scales[i] + (kv_head * 2 + 1) * cache.block_size, 0, 2);
                 }
             }
+            for (int64_t h = kv_head * group, end = h + group; h < end;) {
+                const int heads = end - h >= 4 ? 4 : end - h >= 2 ? 2 : 1;
+                const auto attend_heads = heads == 4   ? attend_group<4, Products>
+                                          : heads == 2 ? attend_group<2, Products>
+                                                       : attend_group<1, Products>;
+                attend_heads(shape, q + h * padded_dim, keys, values, soon_keys, soon_values, tokens, scaled ? key_scales : nullptr,
+                             scaled ? value_scales : nullptr, mixed + h * padded_dim, largest + h, total + h, scores);
+                h += heads;
+            }
         }
     }
 }
 
-template <class Query>
-void scale_query(const Heads& shape, const Query* q, float* scaled) {
-    const int64_t padded_dim = shape.padded_dim();
-    for (int64_t h = 0; h < shape.heads; ++h) {
-        for (int64_t d = 0; d < padded_dim; d += LANES) {
-            store(scaled + h * padded_dim + d, load_dims(q + h * shape.head_dim, d, shape.head_dim) * shape.scale);
+// q (heads, head_dim) times the scale -> (heads, padded_dim), zeros behind
+template <class From, class To>
+void scale_query(const Heads& shape, const From* q, To* scaled) {
+    for (int64_t h = 0; h < shape.heads; ++h, q += shape.head_dim, scaled += shape.padded_dim()) {
+        for (int64_t d = 0; d < shape.padded_dim(); d += LANES) {
+            store(scaled + d, d < shape.head_dim ? load_dims(q, d, shape.head_dim) * shape.scale : spread(0.0f));
         }
     }
+}
+
+template <class Products>
+void attend_with(const Heads& shape, const Cache& cache, const int32_t* blocks, const void* q, bool q_is_bf16, int64_t first,
+                 int64_t last, float* mixed, float* largest, float* total, float* scratch) {
+    auto scaled = (typename Products::Query*)scratch;
+    if (q_is_bf16) {
+        scale_query(shape, (const uint16_t*)q, scaled);
+    } else {
+        scale_query(shape, (const float*)q, scaled);
+    }
+    if (first >= last) return;
+    attend<Products>(shape, cache, blocks, first, last, scaled, mixed, largest, total,
+                     scratch + shape.heads * shape.padded_dim());
 }
 
 }  // namespace
@@ -190,17 +375,11 @@ void attend_one_token(const Heads& shape, const Cache& cache, const int32_t* blo
     std::fill(mixed, mixed + shape.heads * shape.padded_dim(), 0.0f);
     std::fill(largest, largest + shape.heads, -INFINITY);
     std::fill(total, total + shape.heads, 0.0f);
-    float *scaled = scratch, *scores = scratch + shape.heads * shape.padded_dim();
-    if (q_is_bf16) {
-        scale_query(shape, (const uint16_t*)q, scaled);
-    } else {
-        scale_query(shape, (const float*)q, scaled);
-    }
-    if (cache.is_bf16) {
-        attend<uint16_t>(shape, cache, blocks, first, last, scaled, mixed, largest, total, scores);
-    } else {
-        attend<float>(shape, cache, blocks, first, last, scaled, mixed, largest, total, scores);
-    }
+    const auto attend_cache = cache.type == CACHE_FP32   ? attend_with<ByMultiplyAdd<float>>
+                              : cache.type == CACHE_BF16 ? attend_with<ByBestForBf16>
+                              : cache.type == CACHE_FP8  ? attend_with<ByMultiplyAdd<CachedFp8>>
+                                                         : attend_with<ByMultiplyAdd<CachedInt8>>;
+    attend_cache(shape, cache, blocks, q, q_is_bf16, first, last, mixed, largest, total, scratch);
 }
 
 }  // namespace paretune
@@ -208,14 +387,13 @@ void attend_one_token(const Heads& shape, const Cache& cache, const int32_t* blo
 using namespace paretune;
 
 // Returns 0, or the bytes of workspace it needs where `workspace_bytes` are too few (nothing is computed then).
-extern "C" int64_t paretune_decode_attention(const void* q, int64_t q_stride, int q_is_bf16, const void* k_cache,
-                                             const void* v_cache, int cache_is_bf16, int64_t block_size,
-                                             const void* block_tables, int64_t table_stride, const void* context_len,
+extern "C" int64_t paretune_decode_attention(const void* q, int64_t q_stride, int q_is_bf16, void* cache_blocks,
+                                             int cache_type, int64_t block_size, const void* block_tables, int64_t table_stride, const void* context_len,
                                              int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
                                              void* out, int split_tokens, int serial_below_tokens, void* workspace,
                                              int64_t workspace_bytes, int threads) {
     const Heads shape = {heads, kv_heads, head_dim, scale};
-    const Cache cache = {(const char*)k_cache, (const char*)v_cache, cache_is_bf16 != 0, block_size, kv_heads, head_dim};
+    const Cache cache = {(char*)cache_blocks, (CacheType)cache_type, block_size, kv_heads, head_dim};
     const int32_t *lengths = (const int32_t*)context_len, *tables = (const int32_t*)block_tables;
     int64_t tokens = 0, longest = 0;
     for (int64_t s = 0; s < sequences; ++s) {

@@ -1,13 +1,15 @@
 // Normalization, rotary embedding with the KV write, and the gated activation: same names, shapes and references as
 // kernels/fused.py. Plain C interface; the caller owns every buffer, the functions allocate, throw and keep nothing.
 #include <cmath>
+#include <type_traits>
 
+#include "paged_cache.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace paretune {
 namespace {
 
+constexpr int64_t MOST_HEAD_DIM = 1024;
 constexpr int64_t SERIAL_BELOW = 32768;  // elements; an estimate of what waking a helper costs, not measured
 
 // Rows are handed out in a few items per thread.
@@ -91,20 +93,32 @@ void copy_row(const From* from, To* to, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) store_upto(to + i, load_upto(from + i, width - i), width - i);
 }
 
-template <class Element, class Cache>
+template <class Element, class Stored>
 void rope_rows(void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-               const int64_t* positions, const float* cosine, const float* sine, void* k_cache, void* v_cache,
-               const int64_t* slots, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads) {
-    const int64_t half = head_dim / 2, kv_width = kv_heads * head_dim;
+               const int64_t* positions, const float* cosine, const float* sine, const Cache& cache, const int64_t* slots,
+               int64_t tokens, int64_t heads, int threads) {
+    const int64_t head_dim = cache.head_dim, half = head_dim / 2, kv_heads = cache.kv_heads;
     rows_in_parallel(tokens, (heads + 2 * kv_heads) * head_dim, threads, [&](int64_t t) {
         const float *c = cosine + positions[t] * half, *s = sine + positions[t] * half;
         Element* query = (Element*)q + t * q_stride;
         for (int64_t h = 0; h < heads; ++h) rotate(query + h * head_dim, query + h * head_dim, c, s, half);
         if (slots[t] < 0) return;
-        const Element* key = (const Element*)k + t * k_stride;
-        Cache* key_to = (Cache*)k_cache + slots[t] * kv_width;
-        for (int64_t h = 0; h < kv_heads; ++h) rotate(key + h * head_dim, key_to + h * head_dim, c, s, half);
-        copy_row((const Element*)v + t * v_stride, (Cache*)v_cache + slots[t] * kv_width, kv_width);
+        const Element *key = (const Element*)k + t * k_stride, *value = (const Element*)v + t * v_stride;
+        const int64_t offset = slots[t] % cache.block_size;
+        char* block = cache.block(slots[t] / cache.block_size);
+        for (int64_t h = 0; h < kv_heads; ++h, key += head_dim, value += head_dim) {
+            char *key_to = cache.key(block, h, offset), *value_to = key_to + cache.value_offset();
+            if constexpr (std::is_same<Stored, CachedInt8>::value) {
+                float rotated[MOST_HEAD_DIM];
+                rotate(key, rotated, c, s, half);
+                float* scale = cache.key_scale(block, h, offset);
+                scale[0] = quantize_row(rotated, head_dim, (CachedInt8*)key_to);
+                scale[cache.block_size] = quantize_row(value, head_dim, (CachedInt8*)value_to);
+            } else {
+                rotate(key, (Stored*)key_to, c, s, half);
+                copy_row(value, (Stored*)value_to, head_dim);
+            }
+        }
     });
 }
 
@@ -140,12 +154,23 @@ extern "C" void paretune_swiglu(const void* gate_up, int64_t stride, void* out, 
     }
 }
 
-extern "C" void paretune_rope_and_cache(void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
-                                        int64_t v_stride, int is_bf16, const void* positions, const void* cosine,
-                                        const void* sine, void* k_cache, void* v_cache, int cache_is_bf16, const void* slots,
-                                        int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads) {
-    auto rows = is_bf16 ? (cache_is_bf16 ? rope_rows<uint16_t, uint16_t> : rope_rows<uint16_t, float>)
-                        : (cache_is_bf16 ? rope_rows<float, uint16_t> : rope_rows<float, float>);
-    rows(q, q_stride, k, k_stride, v, v_stride, (const int64_t*)positions, (const float*)cosine, (const float*)sine, k_cache,
-         v_cache, (const int64_t*)slots, tokens, heads, kv_heads, head_dim, threads);
+// Returns 0, or 1 where head_dim > MOST_HEAD_DIM (a rotated key stays on the stack until its scale is known).
+extern "C" int64_t paretune_rope_and_cache(void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
+                                           int64_t v_stride, int is_bf16, const void* positions, const void* cosine,
+                                           const void* sine, void* cache_blocks, int cache_type, int64_t block_size,
+                                           const void* slots, int64_t tokens, int64_t heads, int64_t kv_heads,
+                                           int64_t head_dim, int threads) {
+    if (head_dim > MOST_HEAD_DIM) return 1;
+    const Cache cache = {(char*)cache_blocks, (CacheType)cache_type, block_size, kv_heads, head_dim};
+    const auto rows_of = [&](auto element) {
+        typedef decltype(element) Element;
+        return cache_type == CACHE_FP32   ? rope_rows<Element, float>
+               : cache_type == CACHE_BF16 ? rope_rows<Element, uint16_t>
+               : cache_type == CACHE_FP8  ? rope_rows<Element, CachedFp8>
+                                          : rope_rows<Element, CachedInt8>;
+    };
+    const auto rows = is_bf16 ? rows_of(uint16_t()) : rows_of(float());
+    rows(q, q_stride, k, k_stride, v, v_stride, (const int64_t*)positions, (const float*)cosine, (const float*)sine, cache,
+         (const int64_t*)slots, tokens, heads, threads);
+    return 0;
 }

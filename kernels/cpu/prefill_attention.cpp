@@ -2,6 +2,8 @@
 // kernels/prefill_attention.py. Plain C interface; the caller owns every buffer, the functions allocate, throw and keep nothing.
 // One work item is a block of query tokens under one KV head, with the query heads of its group as further rows: two matrix
 // products on register tiles, with the running softmax between them (Dao et al., arXiv:2205.14135).
+#include <type_traits>
+
 #include "attention.h"
 #include "gemm_tile.h"
 #include "parallel.h"
@@ -31,7 +33,7 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 // Where everything of one work item lies, in 4-byte words from the start of a thread's scratch memory.
 struct Layout {
     int64_t rows, k_words, v_dims;
-    int64_t queries, keys, values, scores, mixed, largest, total, end;
+    int64_t queries, keys, values, scores, mixed, largest, total, widened, end;
     Layout(const Heads& shape, int64_t query_rows) {
         rows = query_rows * shape.group();
         k_words = shape.head_dim;  // fp32; bf16 pairs need half
@@ -43,7 +45,8 @@ struct Layout {
         mixed = scores + rows * KEYS;
         largest = mixed + rows * v_dims;
         total = largest + round_up(rows, 16);
-        end = total + round_up(rows, 16);
+        widened = total + round_up(rows, 16);
+        end = widened + round_up(2 * KEYS * shape.head_dim, 16);
     }
 };
 
@@ -124,6 +127,29 @@ struct AsBf16 {
 };
 #endif
 
+// 8-bit rows become rows of what the dot product eats, scales and all: once for all queries of a block.
+#if defined(PARETUNE_BF16_DOT)
+typedef AsBf16 AsWide;
+typedef uint16_t Wide;
+typedef AsBf16 AsStoredBf16;
+#else
+typedef AsFp32<float> AsWide;
+typedef float Wide;
+typedef AsFp32<uint16_t> AsStoredBf16;
+#endif
+
+template <class Stored>
+void widen_row(const Stored* row, float scale, int64_t head_dim, Wide* to) {
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+        const Floats wide = load_dims(row, d, head_dim) * scale;
+        if (head_dim - d >= LANES) {
+            store(to + d, wide);
+        } else {
+            store_some(to + d, wide, head_dim - d);
+        }
+    }
+}
+
 struct Call {
     Heads shape;
     Cache cache;
@@ -167,8 +193,7 @@ void softmax_row(float* scores, int64_t visible, float scale, float* mixed, int6
         parts[v] = lane + v * LANES < (int32_t)visible ? score : spread(-INFINITY);
         most = larger(parts[v], most);
     }
-    float peak = *largest;
-    for (int i = 0; i < LANES; ++i) peak = std::max(peak, (float)most[i]);
+    const float peak = std::max(*largest, largest_lane(most));
     Floats sums = spread(0.0f);
     for (int v = 0; v < KEYS / LANES; ++v) {
         Floats weight = exp(parts[v] - peak);
@@ -185,7 +210,7 @@ void softmax_row(float* scores, int64_t visible, float scale, float* mixed, int6
 }
 
 // Query tokens first_row .. first_row + tokens of one sequence, which stand at positions first_position and on.
-template <class Format, class Element>
+template <class Format, class Element, class Stored>
 void attend_block(const Call& call, const Layout& at, const int32_t* blocks, int64_t first_row, int64_t tokens,
                   int64_t first_position, int64_t kv_head, uint32_t* scratch) {
     typedef typename Format::Dot Dot;
@@ -203,9 +228,21 @@ void attend_block(const Call& call, const Layout& at, const int32_t* blocks, int
         const int64_t keys = std::min<int64_t>(KEYS, length - start);
         const Element *k_rows[KEYS], *v_rows[KEYS];
         for (int64_t t = 0; t < keys; ++t) {
-            const int64_t offset = call.cache.token_offset(blocks, start + t) + kv_head * head_dim * (int64_t)sizeof(Element);
-            k_rows[t] = (const Element*)(call.cache.k + offset);
-            v_rows[t] = (const Element*)(call.cache.v + offset);
+            const int64_t offset = (start + t) % call.cache.block_size;
+            char* block = call.cache.block(blocks[(start + t) / call.cache.block_size]);
+            const char *key = call.cache.key(block, kv_head, offset), *value = key + call.cache.value_offset();
+            if constexpr (std::is_same<Element, Stored>::value) {
+                k_rows[t] = (const Element*)key;
+                v_rows[t] = (const Element*)value;
+            } else {
+                Element* wide = (Element*)(scratch + at.widened) + 2 * t * head_dim;
+                const float* scale = call.cache.key_scale(block, kv_head, offset);
+                const bool scaled = std::is_same<Stored, CachedInt8>::value;
+                widen_row((const Stored*)key, scaled ? scale[0] : 1.0f, head_dim, wide);
+                widen_row((const Stored*)value, scaled ? scale[call.cache.block_size] : 1.0f, head_dim, wide + head_dim);
+                k_rows[t] = wide;
+                v_rows[t] = wide + head_dim;
+            }
         }
         Format::pack_keys(k_rows, keys, head_dim, scratch + at.keys);
         Format::pack_values(v_rows, keys, head_dim, scratch + at.values);
@@ -260,14 +297,13 @@ void attend_single(const Call& call, const int32_t* blocks, int64_t row, int64_t
 using namespace paretune;
 
 // Returns 0, or the bytes of workspace it needs where `workspace_bytes` are too few (nothing is computed then).
-extern "C" int64_t paretune_prefill_attention(const void* q, int64_t q_stride, int q_is_bf16, const void* k_cache,
-                                              const void* v_cache, int cache_is_bf16, int64_t block_size,
-                                              const void* block_tables, int64_t table_stride, const void* query_start,
+extern "C" int64_t paretune_prefill_attention(const void* q, int64_t q_stride, int q_is_bf16, void* cache_blocks,
+                                              int cache_type, int64_t block_size, const void* block_tables, int64_t table_stride, const void* query_start,
                                               const void* context_len, int64_t sequences, int64_t heads, int64_t kv_heads,
                                               int64_t head_dim, float scale, void* out, int query_rows, int serial_below_kmacs,
                                               void* workspace, int64_t workspace_bytes, int threads) {
     const Call call = {{heads, kv_heads, head_dim, scale},
-                       {(const char*)k_cache, (const char*)v_cache, cache_is_bf16 != 0, block_size, kv_heads, head_dim},
+                       {(char*)cache_blocks, (CacheType)cache_type, block_size, kv_heads, head_dim},
                        q, q_is_bf16 != 0, q_stride, out};
     const int32_t *starts = (const int32_t*)query_start, *contexts = (const int32_t*)context_len;
     const int32_t* tables = (const int32_t*)block_tables;
@@ -306,16 +342,11 @@ extern "C" int64_t paretune_prefill_attention(const void* q, int64_t q_stride, i
         }
         const int64_t within = item - first_item[s], first = within / kv_heads * block, kv_head = within % kv_heads;
         const int64_t tokens = std::min(block, rows - first);
-        if (!call.cache.is_bf16) {
-            attend_block<AsFp32<float>, float>(call, at, blocks, starts[s] + first, tokens, contexts[s] + first, kv_head, own);
-        } else {
-#if defined(PARETUNE_BF16_DOT)
-            attend_block<AsBf16, uint16_t>(call, at, blocks, starts[s] + first, tokens, contexts[s] + first, kv_head, own);
-#else
-            attend_block<AsFp32<uint16_t>, uint16_t>(call, at, blocks, starts[s] + first, tokens, contexts[s] + first, kv_head,
-                                                     own);
-#endif
-        }
+        const auto attend = call.cache.type == CACHE_FP32   ? attend_block<AsFp32<float>, float, float>
+                            : call.cache.type == CACHE_BF16 ? attend_block<AsStoredBf16, uint16_t, uint16_t>
+                            : call.cache.type == CACHE_FP8  ? attend_block<AsWide, Wide, CachedFp8>
+                                                            : attend_block<AsWide, Wide, CachedInt8>;
+        attend(call, at, blocks, starts[s] + first, tokens, contexts[s] + first, kv_head, own);
     });
     return 0;
 }

@@ -103,10 +103,24 @@ static inline void store_some(Element* p, Floats x, int64_t count) {
     memcpy(p, whole, (size_t)count * sizeof(Element));
 }
 
+// Over the lanes; the largest is that of the lanes that are no NaN where the others come first.
 static inline float sum(Floats x) {
+#if defined(PARETUNE_AVX512)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float total = 0;
     for (int i = 0; i < LANES; ++i) total += x[i];
     return total;
+#endif
+}
+static inline float largest_lane(Floats x) {
+#if defined(PARETUNE_AVX512)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
 }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }

@@ -112,6 +112,9 @@ def _checked(deployment: Deployment) -> Pool:
         raise CannotExport("pools.0.weight_dtype", pool.weight_dtype, "fp32, bf16, fp16, fp8", todo)
     if pool.weight_dtype == "fp8" and pool.accelerator == CPU:
         raise CannotExport("pools.0.weight_dtype", "fp8", "fp32, bf16, fp16 on cpu", "pick another precision")
+    if pool.kv_cache_dtype == "int8":
+        todo = "set kv_cache_dtype to fp8, which takes as many bytes"
+        raise CannotExport("pools.0.kv_cache_dtype", "int8", "bf16, fp8", todo)
     if pool.kv_cache_dtype == "fp32" and pool.weight_dtype != "fp32":
         todo = "set kv_cache_dtype to bf16, or weight_dtype to fp32"
         raise CannotExport("pools.0.kv_cache_dtype", "fp32", "bf16, fp8; fp32 only with weight_dtype fp32", todo)

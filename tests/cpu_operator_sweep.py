@@ -1,0 +1,144 @@
+"""Every C++ operator on odd sizes against float64, as a program: `python cpu_operator_sweep.py [library.so]`.
+
+The library is one that was compiled for another processor, or with sanitizers; left out: this machine's own. Memory
+that operators write to is NaN before, and so is every number of a cache that no sequence owns.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from paretune.kernels import Tile, fused
+from paretune.kernels.cpu import build
+from paretune.kernels.decode_attention import decode_attention
+from paretune.kernels.decode_attention import reference as decode_reference
+from paretune.kernels.linear import linear, pack
+from paretune.kernels.linear import reference as linear_reference
+from paretune.kernels.paged_cache import CACHE_DTYPES, PagedCache
+from paretune.kernels.prefill_attention import prefill_attention
+from paretune.kernels.prefill_attention import reference as prefill_reference
+from paretune.kernels.stored_weight import quantize_int8, store
+from paretune.kernels.weight_formats import WEIGHT_FORMATS
+
+SIZES = (1, 17, 127)
+_empty = torch.empty
+
+
+def poisoned(*arguments, **keywords):
+    """torch.empty, full of NaN: an entry that nobody wrote shows."""
+    tensor = _empty(*arguments, **keywords)
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+def check(result, oracle, tolerance=1e-4):
+    if oracle.numel() == 0:
+        assert result.shape == oracle.shape
+        return
+    error = torch.nan_to_num((result.double() - oracle).abs(), nan=float("inf")).max()
+    assert error <= tolerance * max(1.0, float(oracle.abs().max())), error
+
+
+def sweep_linear():
+    for rows, out_features, in_features in ((1, 1, 1), (1, 127, 17), (17, 17, 127), (127, 17, 1), (127, 127, 17)):
+        x, weight, bias = (
+            torch.randn(rows, in_features),
+            torch.randn(out_features, in_features),
+            torch.randn(out_features),
+        )
+        quantized, scale = quantize_int8(x)
+        for k_block, serial in ((0, 0), (40, 0), (0, 1 << 20)):
+            tile = Tile("linear", "cpp", (("k_block", k_block), ("serial_below_kmacs", serial)))
+            for precision, form in WEIGHT_FORMATS.items():
+                stored = store(weight, precision)
+                multiplied = quantized.double() * scale[:, None].double() if form.arithmetic == "int8" else x
+                oracle = linear_reference(multiplied, stored.expanded(), bias)
+                check(linear(x, pack(stored, bias=bias), tile), oracle, 2e-2 if form.arithmetic == "bf16" else 1e-4)
+        half = linear_reference(x.bfloat16(), weight.bfloat16())
+        check(linear(x.bfloat16(), pack(weight, "bf16")), half, 2e-2)
+
+
+def sweep_attention():
+    lengths = [127, 0, 1, 17]
+    tables = torch.full((4, 9), 1 << 30, dtype=torch.int32)
+    used = [-(-length // 16) for length in lengths]
+    order = torch.randperm(sum(used) + 1).int()
+    for sequence, blocks in enumerate(used):
+        tables[sequence, :blocks], order = order[:blocks], order[blocks:]
+    owned = torch.cat(
+        [tables[s].long()[torch.arange(n) // 16] * 16 + torch.arange(n) % 16 for s, n in enumerate(lengths)]
+    )
+    context = torch.tensor(lengths, dtype=torch.int32)
+    # (tokens in the cache before, new ones): a whole prompt, an empty one, one token, the end of a prompt
+    starts = torch.tensor([0, 127, 127, 128, 139], dtype=torch.int32)
+    before = torch.tensor([0, 0, 0, 5], dtype=torch.int32)
+    for dtype in CACHE_DTYPES:
+        for heads, kv_heads, head_dim in ((1, 1, 2), (4, 1, 34), (8, 1, 64), (8, 2, 18), (3, 3, 128)):
+            cache = PagedCache.zeros(sum(used) + 1, dtype, 16, kv_heads, head_dim)
+            everywhere = torch.arange((sum(used) + 1) * 16)
+            nothing = torch.full((len(everywhere), kv_heads, head_dim), float("nan"))
+            cache.write(everywhere, nothing, nothing)
+            cache.write(owned, *torch.randn(2, len(owned), kv_heads, head_dim))
+            q, scale = torch.randn(4, heads, head_dim), head_dim**-0.5
+            oracle = decode_reference(q, cache, tables, context, scale)
+            for split, serial in ((16, 0), (65536, 1 << 20)):
+                tile = Tile("decode_attention", "cpp", (("split_tokens", split), ("serial_below_tokens", serial)))
+                check(
+                    decode_attention(q, cache, tables, context, scale, tile), oracle, 2e-2 if dtype == "bf16" else 1e-4
+                )
+            q = torch.randn(139, heads, head_dim)
+            tile = Tile("prefill_attention", "cpp", (("serial_below_kmacs", 0),))
+            out = prefill_attention(q, cache, tables, starts, before, scale, tile)
+            oracle = prefill_reference(q, cache, tables, starts, before, scale)
+            check(out, oracle, 1e-4 if dtype == "fp32" else 2e-2)
+            half = prefill_attention(q.bfloat16(), cache, tables, starts, before, scale, tile)
+            check(half, prefill_reference(q.bfloat16(), cache, tables, starts, before, scale), 3e-2)
+            none = torch.zeros(0, heads, head_dim)
+            no_context, no_tables = torch.zeros(0, dtype=torch.int32), torch.zeros(0, 1, dtype=torch.int32)
+            assert decode_attention(none, cache, no_tables, no_context, scale).shape == none.shape
+
+
+def sweep_fused():
+    for rows in SIZES:
+        for width in SIZES:
+            x, weight = torch.randn(rows, width), torch.randn(width)
+            for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+                cast = x.to(dtype)
+                check(fused.rms_norm(cast, weight, 1e-5), fused.reference_rms_norm(cast, weight, 1e-5), tolerance)
+                residual = cast.clone()
+                normed = fused.add_rms_norm(cast, residual, weight, 1e-5)
+                check(normed, fused.reference_rms_norm(residual, weight, 1e-5), tolerance)
+                gate_up = torch.randn(rows, 2 * width).to(dtype)
+                check(fused.swiglu(gate_up), fused.reference_swiglu(gate_up), tolerance)
+    for tokens in SIZES:
+        for dtype in CACHE_DTYPES:
+            for heads, kv_heads, head_dim in ((1, 1, 2), (8, 2, 34)):
+                for number in (torch.float32, torch.bfloat16):
+                    q = torch.randn(tokens, heads, head_dim).to(number)
+                    k, v = torch.randn(2, tokens, kv_heads, head_dim).to(number)
+                    angles, positions = torch.rand(200, head_dim // 2), torch.randint(0, 200, (tokens,))
+                    slots = torch.randperm(8 * 17)[:tokens]
+                    slots[tokens // 2] = -1
+                    rotated = [fused.reference_rope(x, positions, angles.cos(), angles.sin()) for x in (q, k)]
+                    cache = PagedCache.zeros(17, dtype, 8, kv_heads, head_dim)
+                    cache.blocks.fill_(0xFF)
+                    fused.rope_and_cache(q, k, v, positions, angles.cos(), angles.sin(), cache, slots)
+                    check(q, rotated[0], 1e-5 if number is torch.float32 else 1e-2)
+                    kept = slots >= 0
+                    for found, x in zip(cache.read(torch.arange(17), 17 * 8), (rotated[1], v)):
+                        check(found[slots[kept]], x[kept].double(), {"fp32": 1e-5, "fp8": 0.07}.get(dtype, 1e-2))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        other = build.Library(Path(sys.argv[1]))
+        build._attempt = lambda: build._Attempt(other, None)
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    torch.empty = poisoned
+    sweep_linear()
+    sweep_attention()
+    sweep_fused()
+    library = build.load()
+    assert library is not None
+    sys.stdout.write(f"all right {library.instructions}\n")
