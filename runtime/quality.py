@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .engine import Engine, Request
 from .model_shape import BadModel, ModelShape
+from .recorded_quality import Quality
 from .sampler import SamplingParams
 from .small_model import HELDOUT_TEXT
 from .spec import Deployment, Pool
@@ -25,31 +25,6 @@ from .spec import Deployment, Pool
 CONTEXT = 512
 MAX_TOKENS = 8192
 _BLOCK_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A precision against fp32 weights and KV cache on the same tokens.
-
-    num_tokens            predicted
-    perplexity            exp of the mean negative log-probability of the next token
-    reference_perplexity  that of fp32
-    kl_nats               mean over tokens of KL(fp32 || this precision)
-    top1_agreement        share of tokens whose most probable successor is the same
-    """
-
-    weight_dtype: str
-    kv_cache_dtype: str
-    num_tokens: int
-    perplexity: float
-    reference_perplexity: float
-    kl_nats: float
-    top1_agreement: float
-
-    @property
-    def perplexity_increase(self) -> float:
-        """Relative to fp32: 0.01 is one percent more."""
-        return self.perplexity / self.reference_perplexity - 1
 
 
 def measure_quality(
