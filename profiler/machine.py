@@ -22,6 +22,7 @@ def profile_machine(
     model: str,
     *,
     weight_dtypes: Sequence[str] = ("fp32", "bf16", "int8"),
+    kv_cache_dtypes: Sequence[str] = ("bf16",),
     seconds_per_configuration: float = 8.0,
     tiles: TileFile | None = None,
     max_model_len: int = 2048,
@@ -41,7 +42,9 @@ def profile_machine(
     """
     tell = progress or (lambda share, what: None)
     shape = ModelShape.load(resolve_model(model))
-    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, num_kv_heads=shape.num_kv_heads)
+    keys = possible_configurations(
+        cores, weight_dtypes=weight_dtypes, kv_cache_dtypes=kv_cache_dtypes, num_kv_heads=shape.num_kv_heads
+    )
     loads = _loads(keys) if serving else ()
     whole = len(keys) + _SERVING_JOBS * len(loads)
     profile = measure(

@@ -194,7 +194,7 @@ def test_searched_tiles_are_shown_with_what_each_brought(tmp_path: Path) -> None
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     with in_folder(tmp_path):
-        options = ("--model", "model", "--weight-dtype", "fp32", "--threads", "1", "--seconds", "0.5")
+        options = ("--model", "model", "--weight-dtype", "fp32", "--threads", "1", "--seconds", "2")
         done = paretune("kernels", "tune", *options, "-o", "tiles.json", "--json")
         gains = data_of(done, "kernels tune")["gains"]
         assert gains
