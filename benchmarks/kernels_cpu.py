@@ -29,9 +29,11 @@ from paretune.kernels import Tile, fused
 from paretune.kernels.cpu.build import load, why_missing
 from paretune.kernels.decode_attention import decode_attention
 from paretune.kernels.linear import PackedLinear, linear, pack
+from paretune.kernels.paged_cache import PagedCache, block_bytes
 from paretune.kernels.prefill_attention import prefill_attention
 from paretune.kernels.stored_weight import quantize_int8
 from paretune.kernels.weight_formats import WEIGHT_FORMATS
+from paretune.runtime.transformer import zeros_on_huge_pages
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 1024, 2816, 16, 4, 64, 16
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -44,6 +46,7 @@ def last_level_cache_bytes() -> int:
 
 
 ROTATED_BYTES = 4 * last_level_cache_bytes()
+READ_WIDTH = 1024  # columns of the matrix that measures the read bandwidth
 
 
 def take_turns(sides: Sequence[Callable[[], object]], seconds: float, least: int = 5) -> list[tuple[float, float]]:
@@ -207,44 +210,79 @@ def bench_layers(share_s: float) -> None:
 
 
 def bench_attention(share_s: float) -> list[dict[str, object]]:
-    print("\npaged attention, GQA 16/4, head 64, block 16")
+    print("\npaged attention, GQA 16/4, head 64, block 16; GB/s of cache, median (fastest)")
     bars: list[dict[str, object]] = []
-    for dtype, sequences, context in ((torch.bfloat16, 1, 1024), (torch.bfloat16, 16, 1024), (torch.float32, 16, 1024)):
-        cache, tables = paged(sequences, context, dtype)
+    for dtype, sequences, context in (
+        ("bf16", 1, 1024),
+        ("bf16", 16, 1024),
+        ("fp32", 16, 1024),
+        ("fp8", 16, 1024),
+        ("int8", 16, 1024),
+    ):
+        caches, tables = paged(sequences, context, dtype)
+        nbytes = caches[0].blocks.nbytes
         q, lengths = torch.randn(sequences, HEADS, HEAD_DIM), torch.full((sequences,), context, dtype=torch.int32)
-        arguments = (q, *cache, tables, lengths, HEAD_DIM**-0.5)
-        sides = [
-            partial(decode_attention, *arguments, Tile("decode_attention", backend)) for backend in ("cpp", "torch")
+        rotation, gathered, memory = cycle(caches), cycle(caches), cycle(readable(nbytes))
+        sides: list[Callable[[], object]] = [
+            lambda q=q, tables=tables, lengths=lengths, turns=rotation: decode_attention(
+                q, next(turns), tables, lengths, HEAD_DIM**-0.5
+            ),
+            lambda turns=memory: linear(torch.ones(1, READ_WIDTH), next(turns)),
         ]
-        (ours, ours_best), (_, theirs_best) = take_turns(sides, share_s)
-        rate = 2 * cache[0].nbytes / ours_best / 1e9
-        name = f"decode {str(dtype)[6:]} B={sequences} L={context}"
+        if dtype in ("bf16", "fp32"):
+            sides.append(lambda q=q, tables=tables, turns=gathered: gather_and_sdpa(q, next(turns), tables))
+        (ours, ours_best), (read, read_best), *other = take_turns(sides, share_s, least=40)
+        name = f"decode {dtype} B={sequences} L={context}"
         print(
-            f"  {name}: {ours * 1e6:.0f} us ({ours_best * 1e6:.0f}), {rate:.1f} GB/s; torch ({theirs_best * 1e6:.0f})"
+            f"  {name}: {nbytes / ours / 1e9:.1f} ({nbytes / ours_best / 1e9:.1f}), {ours_best * 1e6:.0f} us"
+            f"; reading as much {nbytes / read / 1e9:.1f} ({nbytes / read_best / 1e9:.1f})"
+            + "".join(f"; gather + SDPA ({nbytes / best / 1e9:.1f})" for _, best in other)
         )
-        if sequences == 16:
-            bars.append(bar(f"{name}: times faster than gather + torch", theirs_best / ours_best, 2.0))
+        if dtype == "bf16" and sequences == 16:
+            bars.append(bar(f"{name}: of the read bandwidth", read_best / ours_best, 0.7))
+        if other and sequences == 16:
+            bars.append(bar(f"{name}: times faster than gather + SDPA", other[0][1] / ours_best, 4.0))
     for context, rows in ((0, 512), (0, 2048), (1536, 512)):
-        cache, tables = paged(1, context + rows, torch.bfloat16)
-        q = torch.randn(rows, HEADS, HEAD_DIM)
-        starts, before = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
-        dense = torch.randn(1, HEADS, rows, HEAD_DIM)
-        sides = [
-            partial(prefill_attention, q, *cache, tables, starts, before, HEAD_DIM**-0.5),
-            partial(functional.scaled_dot_product_attention, dense, dense, dense, is_causal=True),
-        ]
-        (ours, ours_best), (_, dense_best) = take_turns(sides, share_s)
-        work = 4 * HEADS * HEAD_DIM * (rows * context + rows * (rows + 1) / 2)
-        print(
-            f"  prefill bf16 {rows} rows after {context}: {ours * 1e3:.2f} ms ({ours_best * 1e3:.2f},"
-            f" {work / ours_best / 1e9:.0f} GFLOP/s)"
-            f"; torch's dense fp32 attention over the {rows} alone {dense_best * 1e3:.2f} ms"
-        )
-        if context == 0:
-            bars.append(
-                bar(f"prefill attention bf16 {rows} rows: times faster than dense SDPA", dense_best / ours_best, 1.0)
+        for dtype in ("bf16", "int8"):
+            (cache, *_), tables = paged(1, context + rows, dtype)
+            q = torch.randn(rows, HEADS, HEAD_DIM)
+            starts, before = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+            dense = torch.randn(1, HEADS, rows, HEAD_DIM)
+            sides = [
+                partial(prefill_attention, q, cache, tables, starts, before, HEAD_DIM**-0.5),
+                partial(functional.scaled_dot_product_attention, dense, dense, dense, is_causal=True),
+            ]
+            (ours, ours_best), (_, dense_best) = take_turns(sides, share_s / 2)
+            work = 4 * HEADS * HEAD_DIM * (rows * context + rows * (rows + 1) / 2)
+            print(
+                f"  prefill {dtype} {rows} rows after {context}: {ours * 1e3:.2f} ms ({ours_best * 1e3:.2f},"
+                f" {work / ours_best / 1e9:.0f} GFLOP/s)"
+                f"; torch's dense fp32 attention over the {rows} alone {dense_best * 1e3:.2f} ms"
             )
+            if context == 0 and dtype == "bf16":
+                name = f"prefill attention bf16 {rows} rows: times faster than dense SDPA"
+                bars.append(bar(name, dense_best / ours_best, 1.0))
     return bars
+
+
+def gather_and_sdpa(q: torch.Tensor, cache: PagedCache, tables: torch.Tensor) -> torch.Tensor:
+    """What an engine without a paged kernel does: copy each sequence's blocks side by side, then torch's attention."""
+    k, v = (part[tables.long()].transpose(1, 2).flatten(2, 3) for part in (cache.keys, cache.values))
+    return functional.scaled_dot_product_attention(q[:, :, None].to(k.dtype), k, v, enable_gqa=True)
+
+
+def readable(nbytes: int) -> list[PackedLinear]:
+    """Memory of so many bytes, times as many as it takes to find none in a cache; a vector times it reads it all."""
+    rows = max(1, nbytes // (4 * READ_WIDTH))
+    copies = -(-rotated_bytes() // nbytes)
+    return [pack(torch.ones(rows, READ_WIDTH), "fp32", backends=("cpp",)) for _ in range(copies)]
+
+
+def rotated_bytes() -> int:
+    """Four times the last-level cache: what is read in turn then comes from memory. 256 MB where its size is hidden."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    known = [int(path.read_text().strip().removesuffix("K")) << 10 for path in sizes]
+    return 4 * max(known, default=64 << 20)
 
 
 def bench_calls(share_s: float) -> list[dict[str, object]]:
@@ -266,13 +304,17 @@ def bench_calls(share_s: float) -> list[dict[str, object]]:
     return bars
 
 
-def paged(sequences: int, context: int, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+def paged(sequences: int, context: int, dtype: str) -> tuple[list[PagedCache], torch.Tensor]:
+    """Caches that hold so many sequences, as many as it takes to find none in a cache; blocks in random order."""
     blocks = sequences * -(-context // BLOCK)
-    cache = (
-        torch.randn(blocks, BLOCK, KV_HEADS, HEAD_DIM).to(dtype),
-        torch.randn(blocks, BLOCK, KV_HEADS, HEAD_DIM).to(dtype),
-    )
-    return cache, torch.randperm(blocks).int().view(sequences, -1).contiguous()
+    width = block_bytes(dtype, BLOCK, KV_HEADS, HEAD_DIM)
+    copies = max(1, -(-rotated_bytes() // (blocks * width)))
+    memory = zeros_on_huge_pages((copies, blocks, width), torch.uint8)
+    caches = [PagedCache(part, dtype, BLOCK, KV_HEADS, HEAD_DIM) for part in memory]
+    caches[0].write(torch.arange(blocks * BLOCK), *torch.randn(2, blocks * BLOCK, KV_HEADS, HEAD_DIM))
+    for cache in caches[1:]:
+        cache.blocks.copy_(caches[0].blocks)
+    return caches, torch.randperm(blocks).int().view(sequences, -1).contiguous()
 
 
 def bar(name: str, value: float, target: float) -> dict[str, object]:

@@ -214,8 +214,8 @@ class TileTable(Mapping[tuple[str, str, int], Tile]):
         return next((tile for rows_upto, tile in having if rows_upto >= wanted), having[-1][1])
 
     def only(self, precision: str) -> TileTable:
-        """The entries of one precision."""
-        return TileTable(tuple(entry for entry in self.entries if entry[0][1] == precision))
+        """The entries of linear layers of one precision, and all of attention, whose precision is the KV cache's."""
+        return TileTable(tuple(entry for entry in self.entries if entry[0][0] != "linear" or entry[0][1] == precision))
 
     def backends(self, operator: str, precision: str) -> tuple[str, ...]:
         """The backends that the table names for an operator: each wants the weights in its own layout."""
@@ -255,7 +255,8 @@ class TileTable(Mapping[tuple[str, str, int], Tile]):
 
 @dataclass(frozen=True)
 class TileGain:
-    """What a searched tile brought. Seconds are medians for all weights of the model once, rows = bucket."""
+    """What a searched tile brought. Seconds are medians, rows = bucket: for all weights of the model once, or for the
+    attention of one layer."""
 
     operator: str
     precision: str

@@ -23,6 +23,7 @@ def profile_machine(
     model: str,
     *,
     weight_dtypes: Sequence[str] = USUAL_WEIGHT_DTYPES,
+    kv_cache_dtypes: Sequence[str] = ("bf16",),
     seconds_per_configuration: float = 8.0,
     tiles: TileFile | None = None,
     max_model_len: int = 2048,
@@ -42,7 +43,7 @@ def profile_machine(
     """
     tell = progress or (lambda share, what: None)
     shape = ModelShape.load(resolve_model(model))
-    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, shape=shape)
+    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, kv_cache_dtypes=kv_cache_dtypes, shape=shape)
     loads = _loads(keys) if serving else ()
     whole = len(keys) + _SERVING_JOBS * len(loads)
     profile = measure(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..kernels.tiles import BadTile, TileGain, TileTable
 from ..runtime.model_shape import ModelShape, matrix_dtype, resolve_model
+from ..runtime.spec import Pool
 from ..traces.whole_file import write_whole
 from .operators import linears
 from .profile import Machine, now, this_machine
@@ -89,16 +90,18 @@ def tune_tiles(
     model: str,
     *,
     precisions: Sequence[str],
+    kv_cache_dtypes: Sequence[str] = ("bf16",),
     num_threads: Sequence[int],
     buckets: Sequence[int],
     seconds: float,
     progress: Callable[[float, str], None] | None = None,
 ) -> TileFile:
-    """Search the tiles of a model's linear layers on this machine.
+    """Search the tiles of a model's linear layers and attention on this machine.
 
     Args:
         model: directory, or "paretune/small".
         precisions: of the weights.
+        kv_cache_dtypes: formats of the KV cache, for attention.
         num_threads: thread counts of a rank to search for, each by itself.
         buckets: powers of two of the rows of a step.
         seconds: for all of it.
@@ -107,7 +110,7 @@ def tune_tiles(
     import torch
 
     from ..kernels.cpu.build import load
-    from ..kernels.tile_search import search
+    from ..kernels.tile_search import AttentionShape, search
 
     shape = ModelShape.load(resolve_model(model))
     layers = linears(shape, 1)
@@ -117,6 +120,8 @@ def tune_tiles(
         for each in layers
         if matrix_dtype(each.name, precision) == precision
     ]
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, Pool.model_fields["block_size"].default)
+    attention = [AttentionShape(dtype, *heads) for dtype in dict.fromkeys(kv_cache_dtypes)]
     before = torch.get_num_threads()
     found = []
     try:
@@ -127,7 +132,8 @@ def tune_tiles(
                 if progress is not None:
                     progress((number + done / total) / len(num_threads), f"{threads} threads, {what}")
 
-            result = search(shapes, buckets, seconds=seconds / len(num_threads), progress=tell)
+            share_s = seconds / len(num_threads)
+            result = search(shapes, buckets, seconds=share_s, attention=attention, progress=tell)
             found.append(ThreadTiles(threads, result.table, result.gains))
     finally:
         torch.set_num_threads(before)

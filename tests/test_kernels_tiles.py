@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paretune.kernels import PRECISIONS, BadTile, Tile, TileTable, bucket
 from paretune.kernels import linear as linear_module
 from paretune.kernels.cpu.build import load
-from paretune.kernels.tile_search import search
+from paretune.kernels.tile_search import AttentionShape, search
 from paretune.kernels.tiles import PARAMETERS
 
 
@@ -150,6 +150,26 @@ def test_the_search_finds_the_tile_that_is_really_faster(small_rotation, monkeyp
     result = search([("linear", "fp32", 64, 64)], [4], seconds=2.0)
     assert result.table["linear", "fp32", 4].get("prefetch_bytes") == 4096
     assert result.gains[0].speedup > 2
+
+
+@pytest.mark.skipif(load() is None, reason="no C++ compiler")
+def test_attention_gets_its_tile_too_and_the_search_finds_the_faster_one(small_rotation, monkeypatch):
+    def slow_but_in_parts_of_64(q, cache, tables, lengths, scale, tile):
+        time.sleep(0.0005 if tile.get("split_tokens") == 64 else 0.003)
+        return q
+
+    monkeypatch.setattr("paretune.kernels.tile_search.ROTATED_BYTES", 1 << 20)
+    monkeypatch.setattr("paretune.kernels.tile_search.decode_attention", slow_but_in_parts_of_64)
+    result = search([], [1, 4], seconds=2.0, attention=[AttentionShape("int8", 4, 2, 16, 16)])
+    assert set(result.table) == {(f"{o}_attention", "int8", m) for o in ("decode", "prefill") for m in (1, 4)}
+    assert result.table["decode_attention", "int8", 4].get("split_tokens") == 64
+    assert all(gain.best_s <= gain.default_s for gain in result.gains)
+
+
+def test_tiles_of_one_weight_precision_keep_those_of_attention():
+    attention = ("decode_attention", "fp8", 1), Tile("decode_attention", "torch")
+    linears = [(("linear", precision, 1), Tile("linear", "torch")) for precision in ("bf16", "int8")]
+    assert TileTable((attention, *linears)).only("int8") == TileTable((attention, linears[1]))
 
 
 def test_where_no_time_is_left_buckets_are_named_as_unsearched(small_rotation):

@@ -12,6 +12,7 @@ from ..output import Speaker, speaks, table
 from .numbers import POSITIVE
 
 TILES_PATH = "out/tiles.json"
+KV_CACHE_DTYPES = ("fp32", "bf16", "fp8", "int8")
 MODEL = "paretune/small"
 EXISTING = click.Path(exists=True, dir_okay=False)
 OUTPUT = click.Path(dir_okay=False)
@@ -49,6 +50,7 @@ def profile() -> None:
 @model_option
 @click.option("-o", "--output", type=OUTPUT, default=PROFILE, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(list(WEIGHT_FORMATS)))
+@click.option("--kv-cache-dtype", "kv_dtypes", multiple=True, type=click.Choice(KV_CACHE_DTYPES), help="Default: bf16.")
 @click.option("--seconds", type=POSITIVE, default=8.0, show_default=True, help="Per configuration, for whole steps.")
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
@@ -59,6 +61,7 @@ def profile_run(
     model: str,
     output: str,
     weight_dtypes: tuple[str, ...],
+    kv_dtypes: tuple[str, ...],
     seconds: float,
     tiles_path: str | None,
     max_model_len: int,
@@ -77,6 +80,7 @@ def profile_run(
         found = profile_machine(
             model,
             weight_dtypes=weight_dtypes or ("fp32", "bf16", "int8"),
+            kv_cache_dtypes=kv_dtypes or ("bf16",),
             seconds_per_configuration=seconds,
             tiles=tiles,
             max_model_len=max_model_len,
@@ -153,13 +157,20 @@ def kernels() -> None:
 @model_option
 @click.option("-o", "--output", type=OUTPUT, default=TILES_PATH, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(list(WEIGHT_FORMATS)))
+@click.option("--kv-cache-dtype", "kv_dtypes", multiple=True, type=click.Choice(KV_CACHE_DTYPES), help="Default: bf16.")
 @click.option("--threads", "threads", multiple=True, type=click.IntRange(min=1), help="Thread counts of a rank.")
 @click.option("--seconds", type=POSITIVE, default=60.0, show_default=True, help="For all of it.")
 @speaks
 def kernels_tune(
-    speaker: Speaker, model: str, output: str, weight_dtypes: tuple[str, ...], threads: tuple[int, ...], seconds: float
+    speaker: Speaker,
+    model: str,
+    output: str,
+    weight_dtypes: tuple[str, ...],
+    kv_dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
+    seconds: float,
 ) -> None:
-    """Search the best tile of a model's linear layers for each precision and number of rows.
+    """Search the best tile of a model's linear layers and attention for each precision and number of rows.
 
     \b
     Example: paretune kernels tune --seconds 30
@@ -172,6 +183,7 @@ def kernels_tune(
         found = tune_tiles(
             model,
             precisions=weight_dtypes or ("fp32", "bf16", "int8"),
+            kv_cache_dtypes=kv_dtypes or ("bf16",),
             num_threads=threads or tuple(2**i for i in range(cores.bit_length()) if 2**i <= cores),
             buckets=(1, 4, 16, 64, 256),
             seconds=seconds,
