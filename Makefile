@@ -16,7 +16,7 @@ help:
 	@echo 'make test    set up, then the whole test suite'
 	@echo 'make check   set up, then ruff, mypy and documentation drift'
 	@echo 'make format  let ruff put the code in shape'
-	@echo 'make bench   the benchmarks behind the figures in the documentation (about an hour on two cores)'
+	@echo 'make bench   the benchmarks behind the figures in the documentation (about an hour and a half on two cores)'
 	@echo 'make docs    write docs/cli.md and docs/spec.schema.json anew'
 	@echo 'make clean   delete the environment and everything generated'
 
@@ -46,7 +46,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.installed
-	for script in startup simulator_speed prediction_local kernels_cpu roofline_calibration runtime_peers; do \
+	for script in startup simulator_speed prediction_local kernels_cpu roofline_calibration runtime_peers serving_load soak load_generators; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

@@ -91,7 +91,6 @@ def bench_linear(share_s: float) -> list[dict[str, object]]:
                 ratios[rows] = min(others) / found["cpp"][1]
             rate = 2 * rows * out_features * in_features / found["cpp"][1] / 1e9
             each = "   ".join(f"{name} {low * 1e6:.0f} ({median * 1e6:.0f})" for name, (median, low) in found.items())
-            factor = f"   x {ratios[rows]:.2f}" if others else ""
             print(f"  {precision} M={rows:<4} {rate:4.0f} G/s   {each}{factor}", flush=True)
         if libraries and precision != "fp32":
             few = [ratio for rows, ratio in ratios.items() if rows <= 32]
@@ -205,7 +204,6 @@ def bench_layers(share_s: float) -> None:
         for rows in (1, 16, 512):
             inputs = [torch.randn(rows, k) for _, k in shapes]
             ((median, fastest),) = take_turns([partial(layers_step, layers, inputs)], share_s, least=2)
-            factor = f"   x {ratios[rows]:.2f}" if others else ""
             print(f"  {precision} M={rows:<4} {rows / median:8.0f} tok/s (fastest {rows / fastest:.0f})")
 
 
@@ -274,15 +272,8 @@ def gather_and_sdpa(q: torch.Tensor, cache: PagedCache, tables: torch.Tensor) ->
 def readable(nbytes: int) -> list[PackedLinear]:
     """Memory of so many bytes, times as many as it takes to find none in a cache; a vector times it reads it all."""
     rows = max(1, nbytes // (4 * READ_WIDTH))
-    copies = -(-rotated_bytes() // nbytes)
+    copies = -(-ROTATED_BYTES // nbytes)
     return [pack(torch.ones(rows, READ_WIDTH), "fp32", backends=("cpp",)) for _ in range(copies)]
-
-
-def rotated_bytes() -> int:
-    """Four times the last-level cache: what is read in turn then comes from memory. 256 MB where its size is hidden."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    known = [int(path.read_text().strip().removesuffix("K")) << 10 for path in sizes]
-    return 4 * max(known, default=64 << 20)
 
 
 def bench_calls(share_s: float) -> list[dict[str, object]]:
@@ -308,7 +299,7 @@ def paged(sequences: int, context: int, dtype: str) -> tuple[list[PagedCache], t
     """Caches that hold so many sequences, as many as it takes to find none in a cache; blocks in random order."""
     blocks = sequences * -(-context // BLOCK)
     width = block_bytes(dtype, BLOCK, KV_HEADS, HEAD_DIM)
-    copies = max(1, -(-rotated_bytes() // (blocks * width)))
+    copies = max(1, -(-ROTATED_BYTES // (blocks * width)))
     memory = zeros_on_huge_pages((copies, blocks, width), torch.uint8)
     caches = [PagedCache(part, dtype, BLOCK, KV_HEADS, HEAD_DIM) for part in memory]
     caches[0].write(torch.arange(blocks * BLOCK), *torch.randn(2, blocks * BLOCK, KV_HEADS, HEAD_DIM))

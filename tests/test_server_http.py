@@ -324,6 +324,45 @@ def test_openai_client_gets_its_own_exceptions(server: Running) -> None:
         client_of(server).completions.create(model=MODEL, prompt="x", extra_body={"beam_width": 4})
 
 
+# what public load generators send, taken from the wire (benchmarks/load_generators.py runs the tools themselves)
+
+_USAGE = {"include_usage": True}
+_CHAT = [{"role": "user", "content": "nt ear for several virtues Have I li"}]
+_PARTS = [{"role": "user", "content": [{"type": "text", "text": "1 0 m0 Finish medical want almost away"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        # aiperf 0.13.0
+        (
+            "chat/completions",
+            {"messages": _CHAT, "max_completion_tokens": 8, "stream_options": {"include_usage": True}},
+        ),
+        (
+            "completions",
+            {"prompt": "st my soul Who like a brother", "max_tokens": 8, "stream_options": {"include_usage": True}},
+        ),
+        # guidellm 0.8.1
+        (
+            "chat/completions",
+            {
+                "messages": _PARTS,
+                "max_completion_tokens": 8,
+                "ignore_eos": True,
+                "stream_options": {**_USAGE, "continuous_usage_stats": True},
+            },
+        ),
+    ],
+)
+def test_load_generators_get_their_tokens_and_their_count(server: Running, path: str, body: dict[str, Any]) -> None:
+    rest = {"max_tokens": None, **{name: value for name, value in body.items() if name != "prompt"}}
+    *events, last = server.stream(body.get("prompt"), f"/v1/{path}", **rest)
+    assert last["usage"]["completion_tokens"] == 8
+    told = [event["choices"][0].get("delta", event["choices"][0]) for event in events]
+    assert sum("role" not in one for one in told) == 8
+
+
 # prompts and answers
 
 

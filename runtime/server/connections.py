@@ -12,7 +12,7 @@ import resource
 import socket
 import struct
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
@@ -49,10 +49,12 @@ def connection_limit() -> int:
 class Connection(H11Protocol):
     """A client's connection. Idle: no request of it is worked on, and none is whole.
 
-    max_connections  of all connections of one server; class attribute, set before it listens
+    max_connections  of this process, set before its server listens
+    idle             those that are idle, the one that has been so for longest first
     """
 
-    max_connections = MAX_CONNECTIONS
+    max_connections: ClassVar[int] = MAX_CONNECTIONS
+    idle: ClassVar[dict[Connection, None]] = {}
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -71,39 +73,31 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle for longest; False: none is idle."""
-        idle = [one for one in self.connections if isinstance(one, Connection) and one._head_deadline_s is not None]
-        if not idle:
+        oldest = next(iter(self.idle), None)
+        if oldest is None:
             return False
-        oldest = min(idle, key=lambda one: one._head_deadline_s or 0.0)
-        oldest.transport.abort()
+        del self.idle[oldest]
         self.connections.discard(oldest)
+        oldest.transport.abort()
         return True
-
-    @property
-    def _head_deadline_s(self) -> float | None:
-        """When it will be closed for having sent no whole head; None: a request of it is worked on."""
-        if self._head_timer is not None:
-            return self._head_timer.when()
-        return None if self.timeout_keep_alive_task is None else self.timeout_keep_alive_task.when()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
         # on a connection kept alive the first bytes of the next head start its time
-        if self._head_timer is None and self._idle:
+        if self._head_timer is None and self in self.idle:
             self._await_head()
         super().data_received(data)
-        if not self._idle:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._head_came()
 
-    @property
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
     def _await_head(self) -> None:
+        self.idle[self] = None
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
 
     def _head_came(self) -> None:
+        """A request is whole, or there will be none."""
+        self.idle.pop(self, None)
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -122,6 +116,9 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             # closing waits for the client to take the rest, and a client that does not read never does
             self.loop.call_later(STALL_TIMEOUT_S, self._cut)
+        elif self.cycle.response_complete:
+            # else a request that had come already is worked on now
+            self.idle[self] = None
 
     def _cut(self) -> None:
         """Close now, and let the kernel forget what the client has not taken."""

@@ -67,17 +67,22 @@ class Reloader:
         task.add_done_callback(self._tasks.discard)
 
     async def _reload_while_wanted(self) -> None:
-        while self._wanted:
-            self._wanted = False
-            while not self._service.fleet.ready:
-                await asyncio.sleep(_POLL_S)
-            try:
-                result, text = await self._reload()
-            except (BadSpec, BadYaml, BadModel, OSError) as error:
-                result, text = "refused", f"the spec stays as it is: {error}"
-            self._service.metrics.reloaded(result)
-            self._say(f"reload {result}: {text}")
-        self._reloading = False
+        try:
+            while self._wanted:
+                self._wanted = False
+                await self._reload_and_tell()
+        finally:
+            self._reloading = False
+
+    async def _reload_and_tell(self) -> None:
+        while not self._service.fleet.ready:
+            await asyncio.sleep(_POLL_S)
+        try:
+            result, text = await self._reload()
+        except (BadSpec, BadYaml, BadModel, OSError) as error:
+            result, text = "refused", f"the spec stays as it is: {error}"
+        self._service.metrics.reloaded(result)
+        self._say(f"reload {result}: {text}")
 
     async def _reload(self) -> tuple[str, str]:
         """(result, what it means). Raises: BadSpec, BadYaml, BadModel, OSError, and nothing changed."""
