@@ -91,6 +91,7 @@ def bench_linear(share_s: float) -> list[dict[str, object]]:
                 ratios[rows] = min(others) / found["cpp"][1]
             rate = 2 * rows * out_features * in_features / found["cpp"][1] / 1e9
             each = "   ".join(f"{name} {low * 1e6:.0f} ({median * 1e6:.0f})" for name, (median, low) in found.items())
+            factor = f"   x {ratios[rows]:.2f}" if others else ""
             print(f"  {precision} M={rows:<4} {rate:4.0f} G/s   {each}{factor}", flush=True)
         if libraries and precision != "fp32":
             few = [ratio for rows, ratio in ratios.items() if rows <= 32]
