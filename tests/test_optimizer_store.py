@@ -6,8 +6,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import optuna
 import pytest
@@ -38,21 +41,23 @@ def postgres_programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory):
+def postgres_url():
     """A PostgreSQL server of our own, on a free port, as a user that is not root (it refuses to run as root)."""
     try:
         import psycopg
     except ModuleNotFoundError:
         missing("psycopg", "pip install 'paretune[postgres]'")
     programs = postgres_programs()
-    folder = tmp_path_factory.mktemp("postgres")
+    with tempfile.TemporaryDirectory(prefix="paretune-postgres-") as folder:
+        yield from _postgres(Path(folder), programs, psycopg)
+
+
+def _postgres(folder: Path, programs: Path, psycopg: ModuleType) -> Iterator[str]:
     as_user: dict[str, object] = {}
     if os.getuid() == 0:
+        # pytest's own folders are root's alone, and each pytest that starts makes them so again
         as_user = {"user": 65534, "group": 65534, "extra_groups": []}
         os.chown(folder, 65534, 65534)
-        for parent in folder.parents:
-            if parent.stat().st_uid == 0 and parent != Path("/") and str(parent).startswith("/tmp/"):
-                parent.chmod(0o755)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
