@@ -202,7 +202,6 @@ def bench_layers(share_s: float) -> None:
         for rows in (1, 16, 512):
             inputs = [torch.randn(rows, k) for _, k in shapes]
             ((median, fastest),) = take_turns([partial(layers_step, layers, inputs)], share_s, least=2)
-            factor = f"   x {ratios[rows]:.2f}" if others else ""
             print(f"  {precision} M={rows:<4} {rows / median:8.0f} tok/s (fastest {rows / fastest:.0f})")
 
 
