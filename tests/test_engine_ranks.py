@@ -85,6 +85,25 @@ def test_ranks_answer_like_one_and_leave_with_the_engine(model_dir: Path) -> Non
     assert children() == []
 
 
+@pytest.mark.parametrize("weight_dtype", ["int4", "nvfp4"])
+def test_ranks_compute_what_one_computes_where_weights_are_scaled_in_groups(weight_dtype: str, tmp_path: Path) -> None:
+    """Of ten groups of 64 intermediate channels each rank has five; rows of x are rounded to int8 rank by rank."""
+    folder = write_random_model(
+        tmp_path / "wide", vocab_size=VOCAB, hidden_size=128, intermediate_size=640, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, dtype="float32",
+    )  # fmt: skip
+    logits = []
+    for size in (1, 2):
+        asked = deployment(weight_dtype=weight_dtype, tensor_parallel_size=size)
+        with Engine(asked, folder, keep_logits=True) as engine:
+            engine.add(Request(0, np.arange(40, dtype=np.int32), SamplingParams(max_tokens=1, temperature=0)))
+            while engine.has_work:
+                engine.step()
+            logits.append(torch.cat([kept.logits for kept in engine.kept_logits]))
+    error = (logits[1] - logits[0]).abs().max() / logits[0].abs().max()
+    assert error < (0.05 if weight_dtype == "int4" else 0.01)
+
+
 def test_a_killed_rank_ends_the_engine_with_its_name_and_signal(model_dir: Path) -> None:
     with Engine(deployment(), model_dir) as engine:
         engine.add(Request(0, np.arange(20, dtype=np.int32), SamplingParams(max_tokens=100, ignore_eos=True)))

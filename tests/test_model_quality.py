@@ -10,6 +10,8 @@ from transformers import LlamaForCausalLM
 from paretune.runtime.model_shape import BadModel
 from paretune.runtime.quality import heldout_tokens, measure_quality, perplexity
 from paretune.runtime.random_model import write_random_model
+from paretune.runtime.recorded_quality import recorded_quality
+from paretune.runtime.runnable import WEIGHT_DTYPES
 from paretune.runtime.small_model import MODEL_DIR
 
 CONTEXT = 128
@@ -32,7 +34,14 @@ def test_perplexity_is_that_of_transformers(token_ids: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("weight_dtype", "most_increase", "most_kl", "least_agreement"),
-    [("bf16", 0.005, 1e-3, 0.97), ("int8", 0.02, 1e-2, 0.93)],
+    [
+        ("bf16", 0.005, 1e-3, 0.97),
+        ("int8", 0.02, 1e-2, 0.93),
+        ("int4", 0.05, 0.03, 0.85),
+        ("fp8", 0.02, 1e-2, 0.93),
+        ("nvfp4", 0.05, 0.03, 0.85),
+        ("mxfp4", 0.05, 0.04, 0.82),
+    ],
 )
 def test_rounding_costs_little(
     token_ids: np.ndarray, weight_dtype: str, most_increase: float, most_kl: float, least_agreement: float
@@ -55,6 +64,27 @@ def test_a_rounded_kv_cache_costs_little(
     assert abs(found.perplexity_increase) < most_increase
     assert 0 < found.kl_nats < most_kl
     assert least_agreement < found.top1_agreement
+
+
+def test_the_quality_of_every_precision_is_on_record() -> None:
+    for weight_dtype in WEIGHT_DTYPES:
+        model = "paretune/small-ternary" if weight_dtype == "ternary" else "paretune/small"
+        found = recorded_quality(model, weight_dtype)
+        assert found is not None
+        assert found.weight_dtype == weight_dtype
+        assert found.num_tokens > 8000
+        assert found.perplexity_increase < 0.05
+    assert recorded_quality("paretune/small", "ternary") is None
+    fewer_bits = [recorded_quality("paretune/small", name) for name in ("bf16", "int8", "int4")]
+    assert sorted(fewer_bits, key=lambda found: found.kl_nats if found else math.inf) == fewer_bits
+
+
+def test_the_record_says_what_is_measured_here() -> None:
+    recorded = recorded_quality("paretune/small", "int4", "fp32")
+    assert recorded is not None
+    found = measure_quality(MODEL_DIR, "int4", "fp32", token_ids=heldout_tokens(MODEL_DIR)[:2048])
+    assert found.kl_nats == pytest.approx(recorded.kl_nats, rel=0.25)
+    assert found.top1_agreement == pytest.approx(recorded.top1_agreement, abs=0.02)
 
 
 def test_fp32_is_its_own_reference(token_ids: np.ndarray) -> None:
