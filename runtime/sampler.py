@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_TOP_P_CANDIDATES = 1024  # enough for nearly every nucleus; rows that need more are sorted whole
+from ..kernels.sampling import argmax, draw
+
 _MASK = (1 << 64) - 1
 
 
@@ -150,7 +151,7 @@ class Sampler:
             raw = torch.log_softmax(logits, dim=1)
         for row in np.flatnonzero(generated < self._min_tokens[slots]):
             logits[row, list(self._ends[slots[row]])] = -math.inf
-        tokens: NDArray[np.int64] = logits.argmax(dim=1).numpy()
+        tokens = argmax(logits)
         temperature = self._temperature[slots]
         sampled = np.flatnonzero(temperature > 0)
         if len(sampled):
@@ -177,54 +178,6 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def draw(
-    logits: Tensor, uniform: NDArray[np.float64], top_k: NDArray[np.int64], top_p: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """One token per row of softmax(logits), cut to the top_k best (0 = all) and then to the top_p nucleus.
-
-    Args:
-        logits: (rows, vocab_size) fp32, divided by the temperature already.
-        uniform: (rows,) in [0, 1).
-    """
-    tokens = np.empty(len(uniform), np.int64)
-    cut = (top_k > 0) | (top_p < 1)
-    whole = np.flatnonzero(~cut)
-    if len(whole):
-        mass = torch.softmax(logits[torch.from_numpy(whole)].double(), dim=1).cumsum(dim=1)
-        tokens[whole] = _pick(mass, uniform[whole]).numpy()
-    rows = np.flatnonzero(cut)
-    candidates = min(logits.shape[1], max(int(top_k.max()), _TOP_P_CANDIDATES))
-    while len(rows):
-        done, found = _draw_cut(logits[torch.from_numpy(rows)], uniform[rows], top_k[rows], top_p[rows], candidates)
-        tokens[rows[done]] = found[done]
-        rows = rows[~done]
-        candidates = logits.shape[1]
-    return tokens
-
-
-def _draw_cut(
-    logits: Tensor, uniform: NDArray[np.float64], top_k: NDArray[np.int64], top_p: NDArray[np.float64], candidates: int
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Draw among the `candidates` best tokens; False where they hold less than the nucleus: look at more."""
-    best, order = torch.topk(logits.double(), candidates, dim=1)
-    limit = torch.from_numpy(np.where(top_k > 0, top_k, candidates))[:, None]
-    best = best.masked_fill(torch.arange(candidates) >= limit, -math.inf)
-    total = torch.where(torch.from_numpy(top_k > 0), best.logsumexp(dim=1), logits.double().logsumexp(dim=1))
-    probability = (best - total[:, None]).exp()
-    before = probability.cumsum(dim=1) - probability
-    nucleus = torch.from_numpy(top_p)[:, None]
-    done = (top_k > 0) | (before[:, -1] + probability[:, -1] >= nucleus[:, 0]).numpy() | (candidates == logits.shape[1])
-    mass = probability.masked_fill((before >= nucleus) & (before > 0), 0).cumsum(dim=1)
-    place = _pick(mass, uniform)
-    return done, order.gather(1, place[:, None])[:, 0].numpy()
-
-
-def _pick(mass: Tensor, uniform: NDArray[np.float64]) -> Tensor:
-    """The first place of each row whose cumulative mass exceeds uniform * the row's total."""
-    target = torch.from_numpy(uniform)[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=mass.shape[1] - 1)
 
 
 def _token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:

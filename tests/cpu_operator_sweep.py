@@ -7,9 +7,10 @@ that operators write to is NaN before, and so is every number of a cache that no
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from paretune.kernels import Tile, fused
+from paretune.kernels import Tile, fused, sampling
 from paretune.kernels.cpu import build
 from paretune.kernels.decode_attention import decode_attention
 from paretune.kernels.decode_attention import reference as decode_reference
@@ -129,6 +130,18 @@ def sweep_fused():
                         check(found[slots[kept]], x[kept].double(), {"fp32": 1e-5, "fp8": 0.07}.get(dtype, 1e-2))
 
 
+def sweep_sampling():
+    for vocab in SIZES:
+        logits = torch.randn(17, vocab)
+        logits[3] = 0.0
+        assert sampling.argmax(logits).tolist() == logits.argmax(dim=1).tolist()
+        for top_k, top_p in ((0, 1.0), (1, 1.0), (5, 0.7), (0, 0.5), (1000, 0.9)):
+            uniform = (torch.arange(17) / 17).double().numpy()
+            cuts = np.full(17, min(top_k, vocab)), np.full(17, top_p)
+            for row, token in enumerate(sampling.draw(logits, uniform, *cuts)):
+                assert sampling.reference(logits[row], min(top_k, vocab), top_p)[token] > 0
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         other = build.Library(Path(sys.argv[1]))
@@ -139,6 +152,7 @@ if __name__ == "__main__":
     sweep_linear()
     sweep_attention()
     sweep_fused()
+    sweep_sampling()
     library = build.load()
     assert library is not None
     sys.stdout.write(f"all right {library.instructions}\n")

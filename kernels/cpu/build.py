@@ -73,6 +73,8 @@ class Library:
             "add_rms_norm", None, pointer, pointer, pointer, c_float, pointer, size, size, number, number
         )
         self.swiglu = bind("swiglu", None, pointer, size, pointer, size, size, number, number)
+        self.argmax = bind("argmax", None, pointer, size, size, size, pointer, number)
+        self.draw = bind("draw", c_int64, pointer, size, size, size, *([pointer] * 4), *workspace)
         self.rope_and_cache = bind(
             "rope_and_cache", c_int64, pointer, size, pointer, size, pointer, size, number, pointer, pointer, pointer,
             *cache, pointer, *([size] * 4), number,
