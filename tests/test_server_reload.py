@@ -16,7 +16,7 @@ import pytest
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.runtime.spec import Deployment, Pool, save_deployment
 
-from .test_server_process import MODEL, POOL, Server, wait_until
+from .test_server_process import MODEL, POOL, Server, gone, wait_until
 
 RELOAD_LIMIT_S = 120.0
 
@@ -137,39 +137,64 @@ def no_compiler() -> bool:
     return load() is None
 
 
+class Stream(threading.Thread):
+    """A long answer that is read as it comes, until it is left."""
+
+    def __init__(self, server: Reloaded, max_tokens: int) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.left = threading.Event()
+        self._url = server.url + "/v1/completions"
+        self._body = {"model": MODEL, "prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self._url, json=self._body, timeout=120) as response:
+            for line in response.iter_lines():
+                self.events += [line] if line else []
+                if self.left.is_set():
+                    return
+
+
 def test_what_needs_new_replicas_gets_them_and_no_request_is_dropped(start: Callable[..., Reloaded]) -> None:
-    server = start(max_num_seqs=4, max_model_len=2048)
-    old = server.replicas()
-    with httpx.stream(
-        "POST",
-        server.url + "/v1/completions",
-        json={"model": MODEL, "prompt": "x", "max_tokens": 1200, "ignore_eos": True, "stream": True},
-        timeout=120,
-    ) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        traffic = Traffic(server, 2)
-        changes = {"max_num_seqs": 8, "num_kv_blocks": 300, "replicas": 2, "weight_dtype": "bf16"}
-        assert server.reload(**changes) == "replaced"
-        seen = len(traffic.answers)
-        wait_until(lambda: len(traffic.answers) > seen + 6, 60)
-        assert set(traffic.stop()) == {(200, 16)}
-        events = [line for line in lines if line]
-    assert len(events) == 1200
-    assert events[-1] == "data: [DONE]"
-    # the old replica ends with its last answer
-    wait_until(lambda: len(server.replicas()) == 2, 60)
-    assert not {replica.pid for replica in server.replicas()} & {replica.pid for replica in old}
-    assert 'num_gpu_blocks="600"' in server.metrics()
+    server = start(max_num_seqs=4, max_model_len=4096)
+    [old] = server.replicas()
+    stream = Stream(server, 4000)
+    traffic = Traffic(server, 2)
+    wait_until(lambda: len(stream.events) > 10, 60)
+    assert server.reload(max_num_seqs=8, num_kv_blocks=300, weight_dtype="bf16") == "replaced"
+    seen, answers = len(stream.events), len(traffic.answers)
+    # the stream goes on where it began, and new requests elsewhere
+    wait_until(lambda: len(stream.events) > seen + 10, 60)
+    wait_until(lambda: len(traffic.answers) > answers + 4, 60)
+    assert set(traffic.stop()) == {(200, 16)}
+    assert len(server.replicas()) == 2
+    assert not any("error" in event for event in stream.events)
+    steps = server.metric("paretune:engine_steps_total")
+    assert steps >= seen
+    stream.left.set()
+    stream.join(60)
+    # the old replica ends with the last it has to do, and what it counted stays counted
+    wait_until(lambda: gone([old]), 60)
+    assert len(server.replicas()) == 1
+    assert server.metric("paretune:engine_steps_total") >= steps
+    assert 'num_gpu_blocks="300"' in server.metrics()
     wait_until(lambda: server.metric("vllm:kv_cache_usage_perc") == 0)
-    # what the old replica counted is still counted
-    assert server.metric("vllm:generation_tokens_total") == 1200 + 16 * len(traffic.answers)
-    assert server.metric("paretune:engine_steps_total") >= 1200
     assert server.complete().status_code == 200
     server.process.send_signal(signal.SIGTERM)
     code, stderr = server.end()
     assert code == 0
     assert "Traceback" not in stderr
+
+
+def test_the_old_replica_finishes_what_it_began(start: Callable[..., Reloaded]) -> None:
+    server = start(max_model_len=2048)
+    stream = Stream(server, 700)
+    wait_until(lambda: len(stream.events) > 10, 60)
+    assert server.reload(num_kv_blocks=300) == "replaced"
+    stream.join(120)
+    assert len(stream.events) == 701
+    assert stream.events[-1] == "data: [DONE]"
 
 
 def test_a_spec_that_cannot_be_had_leaves_the_old_one_running(start: Callable[..., Reloaded], tmp_path: Path) -> None:
