@@ -64,21 +64,29 @@ def possible_configurations(
     *,
     weight_dtypes: Sequence[str] = WEIGHT_DTYPES,
     kv_cache_dtypes: Sequence[str] = ("bf16",),
+    pipeline_parallel_sizes: Sequence[int] = (1,),
+    context_parallel_sizes: Sequence[int] = (1,),
     shape: ModelShape | None = None,
 ) -> tuple[Key, ...]:
-    """Every way to use up to `cores` cores (default: this machine's) by powers of two: ranks x threads x replicas."""
+    """Every way to use up to `cores` cores (default: this machine's) by powers of two: ranks x threads x replicas.
+
+    Args:
+        shape: of the model; left out: any number of ranks may share a layer.
+    """
     cores = usable_cores() if cores is None else cores
     powers = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
     ranks = powers if shape is None else [tp for tp in powers if tp in tensor_parallel_sizes(shape)]
-    return tuple(
-        Key(tp, threads, replicas, weight, kv)
+    keys = (
+        Key(tp, threads, replicas, weight, kv, stages, parts)
         for weight in weight_dtypes
         for kv in kv_cache_dtypes
+        for stages in pipeline_parallel_sizes
+        for parts in context_parallel_sizes
         for tp in ranks
         for threads in powers
         for replicas in powers
-        if tp * threads * replicas <= cores
     )
+    return tuple(key for key in keys if key.cores <= cores)
 
 
 def measure(

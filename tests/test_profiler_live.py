@@ -87,6 +87,8 @@ def test_every_split_of_the_cores_is_a_configuration() -> None:
     shape = replace(ModelShape.load(MODEL_DIR), num_heads=6, num_kv_heads=1)
     assert {key.tensor_parallel_size for key in possible_configurations(4, shape=shape)} == {1, 2}
     assert len(possible_configurations(2)) == 3 * 4
+    staged = possible_configurations(2, weight_dtypes=("bf16",), pipeline_parallel_sizes=(1, 2))
+    assert set(staged) - set(possible_configurations(2)) == {Key(1, 1, 1, "bf16", "bf16", 2)}
 
 
 def test_a_trace_is_replayed_against_the_real_server_to_the_token(model_dir: Path, tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ def doctor(speaker: Speaker, profile_path: str | None) -> None:
     speaker.result(findings, "\n".join(lines))
 
 
+SEVERAL = click.IntRange(min=2)
+
+
 @click.group()
 def profile() -> None:
     """Measure how long this runtime's steps take on this machine."""
@@ -47,6 +50,8 @@ def profile() -> None:
 @model_option
 @click.option("-o", "--output", type=OUTPUT, default=PROFILE, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(["fp32", "bf16", "int8"]))
+@click.option("--pipeline", "stages", multiple=True, type=SEVERAL, help="Also with so many pipeline stages.")
+@click.option("--context", "parts", multiple=True, type=SEVERAL, help="Also with long prompts divided among so many.")
 @click.option("--seconds", type=float, default=8.0, show_default=True, help="Per configuration, for whole steps.")
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
@@ -57,6 +62,8 @@ def profile_run(
     model: str,
     output: str,
     weight_dtypes: tuple[str, ...],
+    stages: tuple[int, ...],
+    parts: tuple[int, ...],
     seconds: float,
     tiles_path: str | None,
     max_model_len: int,
@@ -75,6 +82,8 @@ def profile_run(
         found = profile_machine(
             model,
             weight_dtypes=weight_dtypes or ("fp32", "bf16", "int8"),
+            pipeline_parallel_sizes=(1, *stages),
+            context_parallel_sizes=(1, *parts),
             seconds_per_configuration=seconds,
             tiles=tiles,
             max_model_len=max_model_len,
