@@ -24,6 +24,8 @@ def profile_machine(
     *,
     weight_dtypes: Sequence[str] = USUAL_WEIGHT_DTYPES,
     kv_cache_dtypes: Sequence[str] = ("bf16",),
+    pipeline_parallel_sizes: Sequence[int] = (1,),
+    context_parallel_sizes: Sequence[int] = (1,),
     seconds_per_configuration: float = 8.0,
     tiles: TileFile | None = None,
     max_model_len: int = 2048,
@@ -43,7 +45,14 @@ def profile_machine(
     """
     tell = progress or (lambda share, what: None)
     shape = ModelShape.load(resolve_model(model))
-    keys = possible_configurations(cores, weight_dtypes=weight_dtypes, kv_cache_dtypes=kv_cache_dtypes, shape=shape)
+    keys = possible_configurations(
+        cores,
+        weight_dtypes=weight_dtypes,
+        kv_cache_dtypes=kv_cache_dtypes,
+        pipeline_parallel_sizes=pipeline_parallel_sizes,
+        context_parallel_sizes=context_parallel_sizes,
+        shape=shape,
+    )
     loads = _loads(keys) if serving else ()
     whole = len(keys) + _SERVING_JOBS * len(loads)
     profile = measure(
@@ -72,5 +81,5 @@ def _loads(keys: Sequence[Key]) -> tuple[Key, ...]:
     chosen = []
     for cores in sorted({key.cores for key in keys if key.cores <= usable_cores()}):
         same = [key for key in keys if key.cores == cores]
-        chosen.append(min(same, key=lambda key: (key.weight_dtype != "bf16", key.replicas, key.tensor_parallel_size)))
+        chosen.append(min(same, key=lambda key: (key.weight_dtype != "bf16", key.replicas, -key.num_threads)))
     return tuple(chosen)

@@ -65,24 +65,31 @@ def possible_configurations(
     *,
     weight_dtypes: Sequence[str] = USUAL_WEIGHT_DTYPES,
     kv_cache_dtypes: Sequence[str] = ("bf16",),
+    pipeline_parallel_sizes: Sequence[int] = (1,),
+    context_parallel_sizes: Sequence[int] = (1,),
     shape: ModelShape | None = None,
 ) -> tuple[Key, ...]:
     """Ways to use up to `cores` cores (default: this machine's): ranks x threads x replicas.
 
     Ranks and threads by powers of two; replicas by powers of two, and as many as there are cores for.
+
+    Args:
+        shape: of the model; left out: any number of ranks may share a layer.
     """
     cores = usable_cores() if cores is None else cores
     powers = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
     ranks = powers if shape is None else [tp for tp in powers if tp in tensor_parallel_sizes(shape)]
-    return tuple(
-        Key(tp, threads, replicas, weight, kv)
+    keys = (
+        Key(tp, threads, replicas, weight, kv, stages, parts)
         for weight in weight_dtypes
         for kv in kv_cache_dtypes
+        for stages in pipeline_parallel_sizes
+        for parts in context_parallel_sizes
         for tp in ranks
         for threads in powers
-        for replicas in sorted({*powers, cores // (tp * threads)})
-        if 0 < tp * threads * replicas <= cores
+        for replicas in sorted({*powers, max(1, cores // (stages * parts * tp * threads))})
     )
+    return tuple(key for key in keys if key.cores <= cores)
 
 
 def measure(

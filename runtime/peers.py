@@ -85,15 +85,14 @@ class Peers:
         x.add_(other)
 
     def send_wire(self, wire: Tensor, used: int) -> None:
-        """Rank 0: a step for everybody. The first stage has it on return; the others take it when they come to it.
+        """Rank 0: a step for everybody; with several stages each takes it when it comes to it.
 
-        The wire must stay as it is until as many more are sent as there are stages. One message carries most steps:
-        the first place past a short wire's end is never read, and the length of a long one follows from its header.
+        One message carries most steps: the first place past a short wire's end is never read, and the length of a long
+        one follows from its header.
         """
-        if len(self._wires) == self.layout.stages:
-            for work in self._wires.popleft():
-                work.wait()
         first = min(_FIRST_PART, wire.shape[0])
+        if self.layout.stages > 1:
+            wire = wire[: max(first, used)].clone()  # the caller writes the next step while some still wait for this
         pending = []
         for stage in reversed(range(self.layout.stages)):
             ranks = tuple(sorted({0, *self.layout.stage(stage)}))
@@ -101,11 +100,12 @@ class Peers:
                 pending.append(self._groups["idle", ranks].broadcast([wire[:first]], _from_rank_0()))
                 if used > first:
                     pending.append(self._groups["step", ranks].broadcast([wire[first:used]], _from_rank_0()))
-        if self.layout.stages == 1:
-            for work in pending:
+        self._wires.append(pending)
+        # a step ends when the last stage has computed it, so that these have arrived, but for a rank that lags behind
+        most = 2 * self.layout.stages if self.layout.stages > 1 else 0
+        while len(self._wires) > most:
+            for work in self._wires.popleft():
                 work.wait()
-        else:
-            self._wires.append(pending)
 
     def receive_wire(self, wire: Tensor) -> None:
         """Another rank: wait for the next step."""

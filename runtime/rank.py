@@ -94,7 +94,8 @@ class Rank:
                 rows = batch.head_rows.shape[0]
                 shape = (rows,) if batch.head == ARGMAX else (rows, self._shape.vocab_size)
                 dtype = torch.int64 if batch.head == ARGMAX else torch.float32
-                result = self._peers.receive_result(shape, dtype) if rows else torch.empty(shape, dtype=dtype)
+                received = self._peers.receive_result(shape if rows else (1,), dtype)
+                result = received if rows else received.new_empty(shape)
             return result
 
     def follow(self) -> bool:
@@ -108,8 +109,9 @@ class Rank:
                 return False
             batch.read()
             result = self._computed(batch)
-            if result is not None and self._peers.layout.stages > 1 and result.shape[0] > 0:
-                self._peers.send_result(result)
+            if result is not None and self._peers.layout.stages > 1:
+                # also of a step that samples nothing: it has ended when its last stage says so
+                self._peers.send_result(result if result.shape[0] else result.new_zeros(1))
         return True
 
     def _computed(self, batch: Batch) -> Tensor | None:

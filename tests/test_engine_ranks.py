@@ -76,10 +76,19 @@ def answers(engine: Engine) -> dict[int, list[int]]:
     return got
 
 
-def test_ranks_answer_like_one_and_leave_with_the_engine(model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "max_num_batched_tokens": 300},
+        {"context_parallel_size": 2, "max_num_batched_tokens": 1200},
+    ],
+    ids=str,
+)
+def test_ranks_answer_like_one_and_leave_with_the_engine(layout: dict[str, int], model_dir: Path) -> None:
     with Engine(deployment(tensor_parallel_size=1), model_dir) as engine:
         alone = answers(engine)
-    with Engine(deployment(tensor_parallel_size=2), model_dir) as engine:
+    with Engine(deployment(**{"tensor_parallel_size": 1, **layout}), model_dir) as engine:
         assert len(children()) == 1
         assert answers(engine) == alone
     assert children() == []

@@ -92,6 +92,8 @@ def test_every_split_of_the_cores_is_a_configuration() -> None:
     six = {key[:3] for key in possible_configurations(6, weight_dtypes=("bf16",))}
     assert {(1, 1, 6), (1, 2, 3), (2, 1, 3), (2, 2, 1)} <= six
     assert all(tp * threads * replicas <= 6 for tp, threads, replicas in six)
+    staged = possible_configurations(2, weight_dtypes=("bf16",), pipeline_parallel_sizes=(1, 2))
+    assert set(staged) - set(possible_configurations(2)) == {Key(1, 1, 1, "bf16", "bf16", 2)}
 
 
 def test_a_trace_is_replayed_against_the_real_server_to_the_token(model_dir: Path, tmp_path: Path) -> None:

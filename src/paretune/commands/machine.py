@@ -41,6 +41,9 @@ def doctor(speaker: Speaker, profile_path: str | None) -> None:
     speaker.result(findings, "\n".join(lines))
 
 
+SEVERAL = click.IntRange(min=2)
+
+
 @click.group()
 def profile() -> None:
     """Measure how long this runtime's steps take on this machine."""
@@ -51,6 +54,8 @@ def profile() -> None:
 @click.option("-o", "--output", type=OUTPUT, default=PROFILE, show_default=True)
 @click.option("--weight-dtype", "weight_dtypes", multiple=True, type=click.Choice(list(WEIGHT_FORMATS)))
 @click.option("--kv-cache-dtype", "kv_dtypes", multiple=True, type=click.Choice(KV_CACHE_DTYPES), help="Default: bf16.")
+@click.option("--pipeline", "stages", multiple=True, type=SEVERAL, help="Also with so many pipeline stages.")
+@click.option("--context", "parts", multiple=True, type=SEVERAL, help="Also with long prompts divided among so many.")
 @click.option("--seconds", type=POSITIVE, default=8.0, show_default=True, help="Per configuration, for whole steps.")
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
@@ -62,6 +67,8 @@ def profile_run(
     output: str,
     weight_dtypes: tuple[str, ...],
     kv_dtypes: tuple[str, ...],
+    stages: tuple[int, ...],
+    parts: tuple[int, ...],
     seconds: float,
     tiles_path: str | None,
     max_model_len: int,
@@ -81,6 +88,8 @@ def profile_run(
             model,
             weight_dtypes=weight_dtypes or ("fp32", "bf16", "int8"),
             kv_cache_dtypes=kv_dtypes or ("bf16",),
+            pipeline_parallel_sizes=(1, *stages),
+            context_parallel_sizes=(1, *parts),
             seconds_per_configuration=seconds,
             tiles=tiles,
             max_model_len=max_model_len,
