@@ -44,9 +44,9 @@ def decode_attention(
         read. context_len: (S,) int32, tokens in the cache WITH the new one; 0 gives a row of zeros.
         scale: usually head_dim ** -0.5.
         tile: left out: C++, or torch where there is no compiler.
-    Returns: (S, heads, head_dim), dtype of q; within 1e-5 of reference() for N(0, 1) q and cache, computed in fp32: what
-        the cache's format rounds is rounded when tokens are written, not here. But for a bf16 cache where the processor
-        has bf16 dot products: queries and attention weights are rounded to bf16 for them, within 2e-2.
+    Returns: (S, heads, head_dim), dtype of q; within 1e-5 of reference() for N(0, 1) q and cache, computed in fp32:
+        what the cache's format rounds is rounded when tokens are written, not here. But for a bf16 cache where the
+        processor has bf16 dot products: queries and attention weights are rounded to bf16 for them, within 2e-2.
     Raises ValueError: shapes or dtypes that do not fit together.
     Cost: bandwidth-bound; reads sum(context_len) / block_size * block_bytes bytes of cache.
     """
