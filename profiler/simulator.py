@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler import (
+from ..runtime.decode_runs import commit_decode_run, decode_run_length, is_decode_run
+from ..runtime.scheduler import add_request, schedule
+from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
@@ -25,14 +27,9 @@ from ..runtime.scheduler import (
     PLAN_TOKENS,
     Plan,
     State,
-    add_request,
-    commit_decode_run,
-    decode_run_length,
     grow,
-    is_decode_run,
     new_plan,
     new_state,
-    schedule,
 )
 from ..runtime.spec import Pool
 from ..traces.metrics import RequestTimes, Target

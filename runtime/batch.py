@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.jit import njit
-from .scheduler import BLOCK_SIZE, PLAN_SIZE, PREFIX_CACHING, Plan, State
+from .scheduler_state import BLOCK_SIZE, PLAN_SIZE, PREFIX_CACHING, Plan, State
 from .spec import Pool
 
 ROWS = 0

@@ -30,7 +30,8 @@ from .peers import Peers
 from .rank import OtherRanks, Rank
 from .runnable import check_runnable
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
-from .scheduler import (
+from .scheduler import abort, add_request, commit, schedule
+from .scheduler_state import (
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
     NUM_PREFIX_QUERY_TOKENS,
@@ -39,13 +40,9 @@ from .scheduler import (
     PLAN_FINISHED,
     PLAN_SIZE,
     PLAN_TOKENS,
-    abort,
-    add_request,
-    commit,
     grow,
     new_plan,
     new_state,
-    schedule,
 )
 from .spec import Deployment
 from .token_store import TokenStore

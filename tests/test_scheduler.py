@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from paretune.runtime import kv_cache, scheduler
-from paretune.runtime.scheduler import (
+from paretune.runtime import kv_cache, scheduler_state
+from paretune.runtime.scheduler import abort, add_request, commit, schedule
+from paretune.runtime.scheduler_state import (
     NUM_FREE_LANES,
     NUM_FREE_SLOTS,
     NUM_PREEMPTIONS,
@@ -21,13 +22,9 @@ from paretune.runtime.scheduler import (
     WAITING_HEAD,
     Plan,
     State,
-    abort,
-    add_request,
-    commit,
     grow,
     new_plan,
     new_state,
-    schedule,
 )
 from paretune.runtime.spec import Pool
 
@@ -71,7 +68,7 @@ def check_conservation(state: State, in_flight: bool = False) -> None:
         row = state.block_table[state.lane[slot], : state.num_blocks[slot]]
         assert len(set(row.tolist())) == len(row)
         np.add.at(held, row, 1)
-        needed = -(-state.num_computed_tokens[slot] // state.limits[scheduler.BLOCK_SIZE])
+        needed = -(-state.num_computed_tokens[slot] // state.limits[scheduler_state.BLOCK_SIZE])
         assert state.num_blocks[slot] >= needed
         assert 0 <= state.num_computed_tokens[slot] <= state.num_tokens[slot]
     assert held.tolist() == blocks.ref_count.tolist()
@@ -87,7 +84,7 @@ def check_conservation(state: State, in_flight: bool = False) -> None:
     live = running(state) + waiting(state)
     assert len(set(live)) == len(live)
     assert len(live) + state.counts[NUM_FREE_SLOTS] == len(state.request_id)
-    assert len(running(state)) + state.counts[NUM_FREE_LANES] == state.limits[scheduler.MAX_NUM_SEQS]
+    assert len(running(state)) + state.counts[NUM_FREE_LANES] == state.limits[scheduler_state.MAX_NUM_SEQS]
 
 
 def run_step(state: State, plan: Plan) -> list[int]:
