@@ -19,10 +19,15 @@ from ..runtime.decode_runs import commit_decode_run, decode_run_length, is_decod
 from ..runtime.scheduler import add_request, schedule
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
+    NUM_BLOCKS_FROM_HOST,
+    NUM_BLOCKS_TO_HOST,
+    NUM_HOST_HIT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
     NUM_RUNNING,
+    NUM_SWAPPED,
     PLAN_FINISHED,
+    PLAN_PREEMPTED,
     PLAN_SIZE,
     PLAN_TOKENS,
     Plan,
@@ -42,6 +47,15 @@ _DRAINED = 0
 _OUT_OF_SLOTS = 1
 _GAVE_UP = 2
 
+# fields of SimulationResult that the scheduler counts
+_TOTALS = {
+    "preemptions": NUM_PREEMPTIONS,
+    "swaps": NUM_SWAPPED,
+    "prefix_hit_tokens": NUM_PREFIX_HIT_TOKENS,
+    "host_hit_tokens": NUM_HOST_HIT_TOKENS,
+    "blocks_to_host": NUM_BLOCKS_TO_HOST,
+    "blocks_from_host": NUM_BLOCKS_FROM_HOST,
+}
 _METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
 
 
@@ -49,7 +63,7 @@ class _Requests(NamedTuple):
     """Requests of one replica in order of arrival, n rows.
 
     arrival_s (n,) float64 when the scheduler sees it; scheduled_s (n,) float64 when the client wanted it sent;
-    input_tokens, max_num_tokens, hash_start, num_hashes (n,) int64
+    input_tokens, max_num_tokens, hash_start, num_hashes, priority (n,) int64
     """
 
     arrival_s: NDArray[np.float64]
@@ -58,6 +72,7 @@ class _Requests(NamedTuple):
     max_num_tokens: NDArray[np.int64]
     hash_start: NDArray[np.int64]
     num_hashes: NDArray[np.int64]
+    priority: NDArray[np.int64]
 
 
 class _Times(NamedTuple):
@@ -88,8 +103,11 @@ class SimulationResult:
     times              when each request's tokens reached the client; a request longer than max_model_len never finishes
     steps              steps computed, all replicas together
     busy_s             seconds of computing, summed over replicas
-    preemptions        times that a request gave its blocks back and was computed again
-    prefix_hit_tokens  input tokens that were found in the prefix cache
+    preemptions        times that a request gave its blocks back
+    swaps              of these, times that its blocks went to the host; the others are computed again
+    prefix_hit_tokens  tokens that were found in the prefix cache, on the device
+    host_hit_tokens    tokens that were found in the prefix cache, on the host only
+    blocks_to_host, blocks_from_host  blocks copied. The time that this takes is not modeled
     rejected           requests longer than max_model_len
     gave_up            stopped early, because a target could no longer be met: the times are incomplete
     """
@@ -98,7 +116,11 @@ class SimulationResult:
     steps: int
     busy_s: float
     preemptions: int
+    swaps: int
     prefix_hit_tokens: int
+    host_hit_tokens: int
+    blocks_to_host: int
+    blocks_from_host: int
     rejected: int
     gave_up: bool
 
@@ -164,6 +186,7 @@ def _run(
                 requests.max_num_tokens[upcoming],
                 requests.hash_start[upcoming],
                 requests.num_hashes[upcoming],
+                requests.priority[upcoming],
             )
             if slot < 0:
                 break
@@ -174,6 +197,8 @@ def _run(
 
         schedule(state, plan)
         size = plan.counts[PLAN_SIZE]
+        if size == 0 and plan.counts[PLAN_PREEMPTED] > 0:
+            continue
         if size == 0:
             if upcoming == number:
                 break
@@ -260,8 +285,10 @@ def simulate(
     pool: Pool,
     tables: StepTables,
     *,
+    policy: str = "paretune",
     k: int = 30,
     rate: float = 1.0,
+    priority: Sequence[int] | None = None,
     give_up: Sequence[Target] = (),
     jump: bool = True,
 ) -> SimulationResult:
@@ -273,8 +300,10 @@ def simulate(
         trace: the requests; their recorded output lengths are taken as known to the client, not to the scheduler.
         pool: limits, cache and number of replicas.
         tables: step times of one replica.
+        policy: `Deployment.scheduler_policy`.
         k: of TTF-k.
         rate: arrivals are that many times as fast as recorded.
+        priority: of each request, where the pool schedules by it, lower first; left out (a log has none): all equal.
         give_up: stop as soon as one of these can no longer be met (for searches, which need no exact figure then).
         jump: take runs of equal decode steps at once; False steps one by one, to check the jumps.
     Returns: times by request in trace order, and what it took.
@@ -292,11 +321,17 @@ def simulate(
     # a trace's arrays are read-only, which is another type to Numba: without the copy everything compiles twice
     hashes = np.zeros(0, np.int64) if trace.prefix is None else trace.prefix.hashes.copy()
     per_hash = 1 if trace.prefix is None else blocks_per_hash(trace.prefix.block_size, pool.block_size)
+    priorities = np.zeros(n, np.int64) if priority is None else np.array(priority, np.int64)
+    if priorities.shape != (n,):
+        raise ValueError(f"priority must have one number for each of {n} requests, not shape {priorities.shape}")
     bounds = _bounds(trace, give_up, k)
     # blocks beyond those of every request together are never touched: a huge cache costs no memory here
-    touched = int((-(-max_num_tokens[fits] // pool.block_size)).sum())
-    pool = pool.model_copy(update={"num_kv_blocks": max(1, min(pool.num_kv_blocks, touched))})
-    steps = preemptions = hit_tokens = 0
+    touched = max(1, int((-(-max_num_tokens[fits] // pool.block_size)).sum()))
+    if pool.admission != "watermark":  # which is a share of all of them
+        pool = pool.model_copy(update={"num_kv_blocks": min(pool.num_kv_blocks, touched)})
+    pool = pool.model_copy(update={"host_kv_blocks": min(pool.host_kv_blocks, 2 * touched)})
+    steps = 0
+    totals = np.zeros(len(_TOTALS), np.int64)
     busy_s = 0.0
     status = _DRAINED
     for replica in range(pool.replicas):
@@ -309,10 +344,11 @@ def simulate(
             max_num_tokens=max_num_tokens[rows],
             hash_start=offsets[:-1][rows],
             num_hashes=np.diff(offsets)[rows],
+            priority=priorities[rows],
         )
         part = _Times(*(np.full(len(rows), np.nan) for _ in range(3)))
         governed = bounds._replace(governs=np.ascontiguousarray(bounds.governs[:, rows]))
-        state = new_state(pool, hashes=hashes, blocks_per_hash=per_hash)
+        state = new_state(pool, policy=policy, hashes=hashes, blocks_per_hash=per_hash, own_content=True)
         plan = new_plan(pool)
         cursor, clock = np.zeros(2, np.int64), np.zeros(2)
         while True:
@@ -324,8 +360,7 @@ def simulate(
             whole[rows] = piece
         steps += int(cursor[1])
         busy_s += float(clock[1])
-        preemptions += int(state.counts[NUM_PREEMPTIONS])
-        hit_tokens += int(state.counts[NUM_PREFIX_HIT_TOKENS])
+        totals += state.counts[list(_TOTALS.values())]
         if status == _GAVE_UP:
             break
     finished = ~np.isnan(times.end_s)
@@ -342,8 +377,7 @@ def simulate(
         ),
         steps=steps,
         busy_s=busy_s,
-        preemptions=preemptions,
-        prefix_hit_tokens=hit_tokens,
+        **dict(zip(_TOTALS, totals.tolist())),
         rejected=int((~fits).sum()),
         gave_up=status == _GAVE_UP,
     )

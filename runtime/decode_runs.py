@@ -7,8 +7,12 @@ from . import kv_cache
 from .request_blocks import hold_blocks
 from .scheduler import commit
 from .scheduler_state import (
+    ADMISSION,
     BLOCK_SIZE,
+    ESTIMATED_PEAK,
+    MAX_NUM_SEQS,
     NUM_RUNNING,
+    NUM_WAITING,
     PLAN_ADMITTED,
     PLAN_PREEMPTED,
     PLAN_SIZE,
@@ -22,6 +26,9 @@ from .scheduler_state import (
 def is_decode_run(state: State, plan: Plan) -> bool:
     """Is the plan one token for each running request, so that the next plans are the same until something happens."""
     size = plan.counts[PLAN_SIZE]
+    may_admit = state.counts[NUM_WAITING] > 0 and size < state.limits[MAX_NUM_SEQS]
+    if may_admit and state.limits[ADMISSION] == ESTIMATED_PEAK:
+        return False  # an answer that outlives its estimate changes who may be admitted
     return bool(
         plan.counts[PLAN_TOKENS] == size
         and size == state.counts[NUM_RUNNING]
@@ -66,7 +73,7 @@ def commit_decode_run(state: State, plan: Plan, steps: int) -> None:
     if steps > 1:
         for row in range(plan.counts[PLAN_SIZE]):
             slot = plan.slot[row]
-            hold_blocks(state, slot, state.num_tokens[slot] + steps - 1)
+            hold_blocks(state, plan, slot, state.num_tokens[slot] + steps - 1)
             state.num_tokens[slot] += steps - 1
             state.num_computed_tokens[slot] = state.num_tokens[slot]
             plan.num_tokens[row] = steps

@@ -33,7 +33,9 @@ def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> M
     replicas = pool.replicas if replicas is None else replicas
     ranks = pool.tensor_parallel_size
     weights = shape.weight_bytes(pool.weight_dtype) + ranks * shape.embedding_bytes(pool.weight_dtype)
-    kv_cache = pool.num_kv_blocks * pool.block_size * shape.kv_bytes_per_token(pool.kv_cache_dtype)
+    kv_cache = (
+        (pool.num_kv_blocks + pool.host_kv_blocks) * pool.block_size * shape.kv_bytes_per_token(pool.kv_cache_dtype)
+    )
     tokens = pool.max_num_batched_tokens
     # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
     width = 2 * shape.hidden_size + max(2 * shape.qkv_features, 3 * shape.intermediate_size)

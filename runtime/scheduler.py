@@ -7,36 +7,46 @@ and recompute after preemption are that one rule. No clock, no tensors, no token
 A step is `schedule`, then the caller computes, then `commit`. The engine does that with the wall clock and tensors, the
 simulator with a virtual clock and a step-time model. Several plans may be in flight before the first is committed.
 
-The policy: running requests first, in order of admission; when blocks run out the request admitted last gives its own
-back and is computed again later (preemption by recompute); then waiting requests, first come first served, each
-admitted only when the blocks of all its tokens so far are there.
+Running requests come first, in order of admission; when blocks run out the request admitted last (by priority: the last
+in rank) gives its own back (preemption.py). Then come waiting requests in the order of the queue, each when it may
+(admission.py).
+
+Policy `vllm_v1` decides as the scheduler of vLLM 0.32 (vllm/v1/core) does without asynchronous scheduling. It differs:
+blocks are named when they are planned, so that a request finds what another computes in the same step (its KV is
+written before any attention reads it); of blocks with equal content each one is named; and who must preempt itself ends
+the turn of those that run.
 """
 
 from __future__ import annotations
 
 from ..kernels.jit import njit
-from . import kv_cache
-from .admission import admissible_prefix
-from .request_blocks import block_hash, hold_blocks, release_blocks, remember_full_blocks
+from . import waiting_queue
+from .admission import first_tokens
+from .host_blocks import drop_swapped, swap_in
+from .preemption import preempt, remove_running, victim
+from .request_blocks import hold_blocks, hold_prefix, release_blocks, remember_full_blocks
 from .scheduler_state import (
     BLOCK_SIZE,
-    CHUNKED_PREFILL,
+    BY_PRIORITY,
+    LONG_PREFILL_TOKEN_THRESHOLD,
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
+    NUM_ADDED,
+    NUM_ENDED,
+    NUM_ENDED_TOKENS,
     NUM_FREE_LANES,
     NUM_FREE_SLOTS,
-    NUM_PREEMPTIONS,
-    NUM_PREFIX_HIT_TOKENS,
-    NUM_PREFIX_QUERY_TOKENS,
     NUM_RUNNING,
     NUM_WAITING,
+    PARETUNE,
     PLAN_ADMITTED,
     PLAN_FINISHED,
     PLAN_PREEMPTED,
     PLAN_SIZE,
     PLAN_TOKENS,
+    POLICY,
     PREFIX_CACHING,
-    WAITING_HEAD,
+    VLLM_V1,
     Plan,
     State,
 )
@@ -44,7 +54,13 @@ from .scheduler_state import (
 
 @njit
 def add_request(
-    state: State, request_id: int, num_prompt_tokens: int, max_num_tokens: int, hash_start: int, num_hashes: int
+    state: State,
+    request_id: int,
+    num_prompt_tokens: int,
+    max_num_tokens: int,
+    hash_start: int,
+    num_hashes: int,
+    priority: int = 0,
 ) -> int:
     """Queue a request; its slot, or -1 when every slot is taken (then `grow`).
 
@@ -56,44 +72,24 @@ def add_request(
     counts[NUM_FREE_SLOTS] -= 1
     slot = state.free_slots[counts[NUM_FREE_SLOTS]]
     state.request_id[slot] = request_id
+    state.priority[slot] = priority * state.limits[BY_PRIORITY]
+    state.arrival[slot] = counts[NUM_ADDED]
+    counts[NUM_ADDED] += 1
     state.num_prompt_tokens[slot] = num_prompt_tokens
     state.num_tokens[slot] = num_prompt_tokens
     state.num_computed_tokens[slot] = 0
     state.max_num_tokens[slot] = max_num_tokens
     state.num_cached_tokens[slot] = 0
+    state.num_own_blocks[slot] = 0
+    state.num_swapped_blocks[slot] = 0
     state.num_blocks[slot] = 0
     state.in_flight[slot] = 0
     state.aborted[slot] = False
     state.lane[slot] = -1
     state.hash_start[slot] = hash_start
     state.num_hashes[slot] = num_hashes
-    size = state.waiting.shape[0]
-    state.waiting[(counts[WAITING_HEAD] + counts[NUM_WAITING]) % size] = slot
-    counts[NUM_WAITING] += 1
+    waiting_queue.put(state, slot)
     return int(slot)
-
-
-@njit
-def _remove_running(state: State, index: int) -> None:
-    state.counts[NUM_RUNNING] -= 1
-    for i in range(index, state.counts[NUM_RUNNING]):
-        state.running[i] = state.running[i + 1]
-
-
-@njit
-def _preempt(state: State, plan: Plan, index: int) -> None:
-    """Send a running request back to the head of the queue; its tokens stay, their KV is computed again."""
-    slot = state.running[index]
-    _remove_running(state, index)
-    release_blocks(state, slot)
-    state.num_computed_tokens[slot] = 0
-    counts, size = state.counts, state.waiting.shape[0]
-    counts[WAITING_HEAD] = (counts[WAITING_HEAD] - 1) % size
-    state.waiting[counts[WAITING_HEAD]] = slot
-    counts[NUM_WAITING] += 1
-    counts[NUM_PREEMPTIONS] += 1
-    plan.preempted[plan.counts[PLAN_PREEMPTED]] = slot
-    plan.counts[PLAN_PREEMPTED] += 1
 
 
 @njit
@@ -110,71 +106,75 @@ def _append(state: State, plan: Plan, slot: int, num_tokens: int) -> None:
 
 
 @njit
-def _last_idle(state: State, first: int) -> int:
-    """Place, from `first` on, of the running request admitted last that no plan in flight computes; -1 if none."""
-    for index in range(state.counts[NUM_RUNNING] - 1, first - 1, -1):
-        if state.in_flight[state.running[index]] == 0:
-            return index
-    return -1
+def _most_tokens(state: State) -> int:
+    """Most tokens of one request in this step. A request alone has nobody to hold up with a long prompt."""
+    threshold = state.limits[LONG_PREFILL_TOKEN_THRESHOLD]
+    if threshold > 0 and state.counts[NUM_RUNNING] + state.counts[NUM_WAITING] > 1:
+        return int(threshold)
+    return int(state.limits[MAX_NUM_BATCHED_TOKENS])
 
 
 @njit
-def _schedule_running(state: State, plan: Plan, budget: int) -> int:
+def _schedule_running(state: State, plan: Plan, budget: int, most: int) -> int:
     """Let running requests catch up, in order of admission; returns the tokens left of the budget."""
     index = 0
     while index < state.counts[NUM_RUNNING] and budget > 0:
         slot = state.running[index]
-        num_tokens = min(state.num_tokens[slot] - state.num_computed_tokens[slot], budget)
+        num_tokens = min(state.num_tokens[slot] - state.num_computed_tokens[slot], most, budget)
         if num_tokens <= 0:
             index += 1
             continue
-        if hold_blocks(state, slot, state.num_computed_tokens[slot] + num_tokens):
+        if hold_blocks(state, plan, slot, state.num_computed_tokens[slot] + num_tokens):
             _append(state, plan, slot, num_tokens)
             budget -= num_tokens
             index += 1
             continue
-        victim = _last_idle(state, index)
-        if victim < 0:
-            index += 1  # everybody behind is in flight: this request waits for their commit
-        else:
-            _preempt(state, plan, victim)  # then try the same place again, whoever stands there now
+        place = victim(state, plan, index)
+        if place < 0:
+            index += 1  # whoever could give blocks is in flight: this request waits for their commit
+            continue
+        budget += preempt(state, plan, place)
+        if place < index:
+            index -= 1
+        elif place == index and state.limits[POLICY] == VLLM_V1:
+            break
+        # try the same place again, whoever stands there now
     return budget
 
 
 @njit
-def _schedule_waiting(state: State, plan: Plan, budget: int) -> None:
-    """Admit waiting requests, first come first served, while tokens, lanes and blocks last."""
+def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
+    """Admit waiting requests, in the order of the queue, while tokens, lanes and blocks last."""
     counts, limits = state.counts, state.limits
-    block_size = limits[BLOCK_SIZE]
     while counts[NUM_WAITING] > 0 and budget > 0 and counts[NUM_RUNNING] < limits[MAX_NUM_SEQS]:
-        slot = state.waiting[counts[WAITING_HEAD]]
-        hits = admissible_prefix(state, slot)
-        if hits < 0:
+        slot = waiting_queue.first(state)
+        computed, num_tokens = first_tokens(state, slot, budget, most)
+        if num_tokens == 0:
             break
-        num_tokens = state.num_tokens[slot] - hits * block_size
-        if num_tokens > budget:
-            if limits[CHUNKED_PREFILL] == 0:
-                break
-            num_tokens = budget
-        counts[WAITING_HEAD] = (counts[WAITING_HEAD] + 1) % state.waiting.shape[0]
-        counts[NUM_WAITING] -= 1
+        waiting_queue.take_first(state)
         counts[NUM_FREE_LANES] -= 1
         state.lane[slot] = state.free_lanes[counts[NUM_FREE_LANES]]
-        row = state.block_table[state.lane[slot]]
-        for i in range(hits):
-            row[i] = kv_cache.find(state.blocks, block_hash(state, slot, i))
-            kv_cache.claim(state.blocks, row[i])
-        state.num_blocks[slot] = hits
-        state.num_computed_tokens[slot] = hits * block_size
-        state.num_cached_tokens[slot] = hits * block_size
-        counts[NUM_PREFIX_QUERY_TOKENS] += state.num_tokens[slot]
-        counts[NUM_PREFIX_HIT_TOKENS] += hits * block_size
-        hold_blocks(state, slot, hits * block_size + num_tokens)
+        if state.num_swapped_blocks[slot] > 0:
+            swap_in(state, plan, slot)
+        else:
+            hold_prefix(state, plan, slot, computed // limits[BLOCK_SIZE])
+        hold_blocks(state, plan, slot, computed + num_tokens)
         state.running[counts[NUM_RUNNING]] = slot
         counts[NUM_RUNNING] += 1
         plan.counts[PLAN_ADMITTED] += 1
         _append(state, plan, slot, num_tokens)
+        if limits[POLICY] == VLLM_V1:
+            _remember_planned(state, plan, plan.counts[PLAN_SIZE] - 1)
         budget -= num_tokens
+
+
+@njit
+def _remember_planned(state: State, plan: Plan, row: int) -> None:
+    """Name the blocks that a planned row will fill, as far as its tokens are known."""
+    slot = plan.slot[row]
+    if state.limits[PREFIX_CACHING] != 0 and state.num_hashes[slot] > 0:
+        computed = min(plan.start[row] + plan.num_tokens[row], state.num_tokens[slot])
+        remember_full_blocks(state, slot, plan.start[row], computed)
 
 
 @njit
@@ -184,9 +184,24 @@ def schedule(state: State, plan: Plan) -> None:
     After a preemption nothing is admitted in the same step: the blocks just given back are for those who run.
     """
     plan.counts[:] = 0
-    budget = _schedule_running(state, plan, state.limits[MAX_NUM_BATCHED_TOKENS])
+    most = _most_tokens(state)
+    budget = _schedule_running(state, plan, state.limits[MAX_NUM_BATCHED_TOKENS], most)
+    if state.limits[POLICY] == VLLM_V1:
+        for row in range(plan.counts[PLAN_SIZE]):
+            _remember_planned(state, plan, row)
     if plan.counts[PLAN_PREEMPTED] == 0:
-        _schedule_waiting(state, plan, budget)
+        _schedule_waiting(state, plan, budget, most)
+
+
+@njit
+def _count_answer(state: State, slot: int) -> None:
+    """Count an answer that ended, for estimates of others. Old ones lose weight: the mean follows the traffic."""
+    counts = state.counts
+    if counts[NUM_ENDED] == 1024:
+        counts[NUM_ENDED] = 512
+        counts[NUM_ENDED_TOKENS] //= 2
+    counts[NUM_ENDED] += 1
+    counts[NUM_ENDED_TOKENS] += state.num_tokens[slot] - state.num_prompt_tokens[slot]
 
 
 @njit
@@ -194,7 +209,7 @@ def _end(state: State, slot: int) -> None:
     """Take a running request out and give back all it held."""
     for index in range(state.counts[NUM_RUNNING]):
         if state.running[index] == slot:
-            _remove_running(state, index)
+            remove_running(state, index)
             break
     release_blocks(state, slot)
     state.free_slots[state.counts[NUM_FREE_SLOTS]] = slot
@@ -208,7 +223,7 @@ def commit(state: State, plan: Plan) -> None:
     For each row that samples, the caller has put into `plan.accepted` how many tokens were kept (at least 1) and into
     `plan.stopped` whether they end the request; it ends in any case at max_num_tokens.
     """
-    caching = state.limits[PREFIX_CACHING] != 0
+    caching = state.limits[PREFIX_CACHING] != 0 and state.limits[POLICY] == PARETUNE
     for row in range(plan.counts[PLAN_SIZE]):
         slot = plan.slot[row]
         state.in_flight[slot] -= 1
@@ -222,6 +237,8 @@ def commit(state: State, plan: Plan) -> None:
             computed = min(plan.start[row] + plan.num_tokens[row], state.num_computed_tokens[slot])
             remember_full_blocks(state, slot, plan.start[row], computed)
         if ended:
+            if not state.aborted[slot]:
+                _count_answer(state, slot)
             _end(state, slot)
             plan.finished[plan.counts[PLAN_FINISHED]] = slot
             plan.counts[PLAN_FINISHED] += 1
@@ -237,14 +254,8 @@ def abort(state: State, slot: int) -> bool:
     if state.lane[slot] >= 0:
         _end(state, slot)
         return True
-    size = state.waiting.shape[0]
-    kept = 0
-    for i in range(counts[NUM_WAITING]):
-        other = state.waiting[(counts[WAITING_HEAD] + i) % size]
-        if other != slot:
-            state.waiting[(counts[WAITING_HEAD] + kept) % size] = other
-            kept += 1
-    counts[NUM_WAITING] = kept
+    waiting_queue.remove(state, slot)
+    drop_swapped(state, slot)
     state.free_slots[counts[NUM_FREE_SLOTS]] = slot
     counts[NUM_FREE_SLOTS] += 1
     return True

@@ -20,6 +20,25 @@ BLOCK_SIZE = 2
 CHUNKED_PREFILL = 3
 PREFIX_CACHING = 4
 BLOCKS_PER_HASH = 5
+POLICY = 6
+LONG_PREFILL_TOKEN_THRESHOLD = 7
+BY_PRIORITY = 8
+ADMISSION = 9
+WATERMARK_BLOCKS = 10
+SWAP = 11
+OWN_CONTENT = 12
+
+# State.limits[POLICY]
+PARETUNE = 0
+VLLM_V1 = 1
+POLICIES = ("paretune", "vllm_v1")
+
+# State.limits[ADMISSION]
+ON_DEMAND = 0
+FIRST_CHUNK = 1
+WATERMARK = 2
+ESTIMATED_PEAK = 3
+ADMISSIONS = ("on_demand", "first_chunk", "watermark", "estimated_peak")
 
 # places in State.counts
 NUM_RUNNING = 0
@@ -30,6 +49,13 @@ NUM_FREE_LANES = 4
 NUM_PREEMPTIONS = 5
 NUM_PREFIX_QUERY_TOKENS = 6
 NUM_PREFIX_HIT_TOKENS = 7
+NUM_ADDED = 8
+NUM_ENDED = 9
+NUM_ENDED_TOKENS = 10
+NUM_SWAPPED = 11
+NUM_BLOCKS_TO_HOST = 12
+NUM_BLOCKS_FROM_HOST = 13
+NUM_HOST_HIT_TOKENS = 14
 
 # places in Plan.counts
 PLAN_SIZE = 0
@@ -37,19 +63,25 @@ PLAN_TOKENS = 1
 PLAN_FINISHED = 2
 PLAN_PREEMPTED = 3
 PLAN_ADMITTED = 4
+PLAN_COPIES = 5
 
 
 class State(NamedTuple):
     """All live requests of one replica, one slot each; slots are used again after a request ends.
 
-    limits                 (6,) int64   what the spec allows, in the places named above
-    counts                 (8,) int64   running totals, in the places named above
+    limits                 (13,) int64   what the spec allows, in the places named above
+    counts                 (15,) int64  running totals, in the places named above
     request_id             (slots,) int64  the caller's name for the request
+    priority               (slots,) int64  lower goes first; 0 for all where the spec schedules "fcfs"
+    arrival                (slots,) int64  requests that came before it
     num_prompt_tokens      (slots,) int64
     num_tokens             (slots,) int64  prompt + generated so far
     num_computed_tokens    (slots,) int64  tokens whose KV is cached or on its way, 0 to num_tokens
     max_num_tokens         (slots,) int64  num_tokens at which the request ends
     num_cached_tokens      (slots,) int64  tokens found in the prefix cache at the last admission
+    num_own_blocks         (slots,) int64  blocks, from its start, that were named when it was preempted (OWN_CONTENT)
+    num_swapped_blocks     (slots,) int64  blocks that it holds on the host while it waits
+    first_swapped          (slots,) int64  the first of these
     num_blocks             (slots,) int64  blocks held
     in_flight              (slots,) int64  plans not yet committed that compute tokens of it
     aborted                (slots,) bool   ends at its next commit
@@ -62,16 +94,24 @@ class State(NamedTuple):
     block_table            (max_num_seqs, max_blocks) int32  block ids by lane, in order of the context
     hashes                 (m,) int64   chained content hashes, each of BLOCKS_PER_HASH whole blocks
     blocks                 BlockPool
+    host_blocks            BlockPool    second tier (host_blocks.py)
+    next_swapped           (host blocks,) int64  the host block that follows in the same request
+    ends                   (max_blocks + 1, 2) int64  scratch of admission.estimated_peak, zeros between its calls
     """
 
     limits: NDArray[np.int64]
     counts: NDArray[np.int64]
     request_id: NDArray[np.int64]
+    priority: NDArray[np.int64]
+    arrival: NDArray[np.int64]
     num_prompt_tokens: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
     num_computed_tokens: NDArray[np.int64]
     max_num_tokens: NDArray[np.int64]
     num_cached_tokens: NDArray[np.int64]
+    num_own_blocks: NDArray[np.int64]
+    num_swapped_blocks: NDArray[np.int64]
+    first_swapped: NDArray[np.int64]
     num_blocks: NDArray[np.int64]
     in_flight: NDArray[np.int64]
     aborted: NDArray[np.bool_]
@@ -85,6 +125,9 @@ class State(NamedTuple):
     block_table: NDArray[np.int32]
     hashes: NDArray[np.int64]
     blocks: BlockPool
+    host_blocks: BlockPool
+    next_swapped: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
 
 class Plan(NamedTuple):
@@ -98,7 +141,8 @@ class Plan(NamedTuple):
     stopped     (max_num_seqs,) bool   filled by the caller before commit: the request ends with these tokens
     finished    (max_num_seqs,) int64  slots that ended at commit; readable until the next add_request
     preempted   (max_num_seqs,) int64  slots that gave their blocks back in this schedule
-    counts      (5,) int64             in the places named above
+    copies      (n, 2) int32           blocks to copy before the step, from and to, in order (host_blocks.py)
+    counts      (6,) int64             in the places named above
     """
 
     slot: NDArray[np.int64]
@@ -109,18 +153,28 @@ class Plan(NamedTuple):
     stopped: NDArray[np.bool_]
     finished: NDArray[np.int64]
     preempted: NDArray[np.int64]
+    copies: NDArray[np.int32]
     counts: NDArray[np.int64]
 
 
 def new_state(
-    pool: Pool, *, hashes: NDArray[np.int64] | None = None, blocks_per_hash: int = 1, slots: int = 0
+    pool: Pool,
+    *,
+    policy: str = "paretune",
+    hashes: NDArray[np.int64] | None = None,
+    blocks_per_hash: int = 1,
+    own_content: bool = False,
+    slots: int = 0,
 ) -> State:
     """An empty replica with the limits of `pool`.
 
     Args:
         pool: batch limits, block size and count, chunked prefill and prefix caching.
+        policy: `Deployment.scheduler_policy`, one of POLICIES.
         hashes: content hashes that requests point into; none means that nothing is found in the prefix cache.
         blocks_per_hash: KV blocks that one hash covers (a trace's block may be larger than the engine's).
+        own_content: blocks beyond the hashes of a request are like no other's. A request that was preempted finds its
+            own again, as in an engine, where all blocks have hashes.
         slots: live requests to make room for; `grow` adds more. At least 2 x max_num_seqs.
     """
     seqs = pool.max_num_seqs
@@ -133,19 +187,31 @@ def new_state(
         int(pool.enable_chunked_prefill),
         int(pool.enable_prefix_caching),
         blocks_per_hash,
+        POLICIES.index(policy),
+        pool.long_prefill_token_threshold,
+        int(pool.scheduling == "priority"),
+        ADMISSIONS.index(pool.admission),
+        int(pool.watermark * pool.num_kv_blocks),
+        int(pool.preemption == "swap"),
+        int(own_content),
     ]
-    counts = np.zeros(8, np.int64)
+    counts = np.zeros(15, np.int64)
     counts[NUM_FREE_SLOTS] = slots
     counts[NUM_FREE_LANES] = seqs
     return State(
         limits=np.array(limits, np.int64),
         counts=counts,
         request_id=np.zeros(slots, np.int64),
+        priority=np.zeros(slots, np.int64),
+        arrival=np.zeros(slots, np.int64),
         num_prompt_tokens=np.zeros(slots, np.int64),
         num_tokens=np.zeros(slots, np.int64),
         num_computed_tokens=np.zeros(slots, np.int64),
         max_num_tokens=np.zeros(slots, np.int64),
         num_cached_tokens=np.zeros(slots, np.int64),
+        num_own_blocks=np.zeros(slots, np.int64),
+        num_swapped_blocks=np.zeros(slots, np.int64),
+        first_swapped=np.zeros(slots, np.int64),
         num_blocks=np.zeros(slots, np.int64),
         in_flight=np.zeros(slots, np.int64),
         aborted=np.zeros(slots, np.bool_),
@@ -159,12 +225,16 @@ def new_state(
         block_table=np.zeros((seqs, max_blocks), np.int32),
         hashes=np.zeros(0, np.int64) if hashes is None else hashes,
         blocks=new_block_pool(pool.num_kv_blocks),
+        host_blocks=new_block_pool(pool.host_kv_blocks),
+        next_swapped=np.zeros(pool.host_kv_blocks, np.int64),
+        ends=np.zeros((max_blocks + 1, 2), np.int64),
     )
 
 
 def new_plan(pool: Pool) -> Plan:
     """An empty plan for a replica with the limits of `pool`."""
     seqs = pool.max_num_seqs
+    copies = 2 * pool.num_kv_blocks + pool.host_kv_blocks if pool.host_kv_blocks else 0
     return Plan(
         slot=np.zeros(seqs, np.int64),
         start=np.zeros(seqs, np.int64),
@@ -174,18 +244,24 @@ def new_plan(pool: Pool) -> Plan:
         stopped=np.zeros(seqs, np.bool_),
         finished=np.zeros(seqs, np.int64),
         preempted=np.zeros(seqs, np.int64),
-        counts=np.zeros(5, np.int64),
+        copies=np.zeros((copies, 2), np.int32),
+        counts=np.zeros(6, np.int64),
     )
 
 
 # the fields of State that say something of one request; the other fields by slot are queues of slots
 _OF_A_REQUEST = (
     "request_id",
+    "priority",
+    "arrival",
     "num_prompt_tokens",
     "num_tokens",
     "num_computed_tokens",
     "max_num_tokens",
     "num_cached_tokens",
+    "num_own_blocks",
+    "num_swapped_blocks",
+    "first_swapped",
     "num_blocks",
     "in_flight",
     "aborted",

@@ -74,6 +74,7 @@ class Transformer:
         share: Share,
         *,
         num_kv_blocks: int,
+        host_kv_blocks: int,
         block_size: int,
         kv_cache_dtype: str,
         max_model_len: int,
@@ -86,13 +87,26 @@ class Transformer:
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
-        cache = (shape.num_layers, 2, num_kv_blocks, block_size, self._kv_heads, shape.head_dim)
-        self._cache = [tuple(layer) for layer in zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])]
+        # host blocks come behind those of the device, and no attention reads them: both are memory of this machine
+        blocks = num_kv_blocks + host_kv_blocks
+        cache = (shape.num_layers, 2, blocks, block_size, self._kv_heads, shape.head_dim)
+        self._blocks = zeros_on_huge_pages(cache, TORCH_DTYPE[kv_cache_dtype])
+        self._cache = [tuple(layer) for layer in self._blocks]
         self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
         self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype)
 
+    def copy_blocks(self, copies: Tensor) -> None:
+        """Copy whole blocks, one pair after the other: what one reads, a later one may overwrite.
+
+        Args:
+            copies: (C, 2) int32, from and to; from num_kv_blocks on they are host blocks.
+        """
+        for source, destination in copies.tolist():
+            self._blocks[:, :, destination] = self._blocks[:, :, source]
+
     def forward(self, batch: Batch) -> Tensor:
         """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32."""
+        self.copy_blocks(batch.copies)
         weights, eps = self._weights, self._shape.rms_norm_eps
         residual = weights.embedding[batch.token_ids].float()
         x = rms_norm(residual, weights.layers[0].input_norm, eps)

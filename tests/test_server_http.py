@@ -131,7 +131,11 @@ class Running:
 
 @contextmanager
 def running(
-    *engines: Echo, log: Path | None = None, api_key: str | None = None, text: bool = True
+    *engines: Echo,
+    log: Path | None = None,
+    api_key: str | None = None,
+    text: bool = True,
+    by_priority: bool = False,
 ) -> Iterator[Running]:
     """A server in a thread of its own, each engine in another."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -140,7 +144,7 @@ def running(
     lost: list[int] = []
     fleet = Fleet([Replica(i, lambda one: lost.append(one.index) if one.lost else None) for i in range(len(engines))])
     tokenizer, template = (TOKENIZER, ChatTemplate.load(MODEL_DIR)) if text else (None, None)
-    model = ServedModel(MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template)
+    model = ServedModel(MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template, by_priority)
     request_log = None if log is None else RequestLog(log, block_size=4)
     service = Service(model, fleet, api_key=api_key, request_log=request_log)
     server = uvicorn.Server(uvicorn.Config(service.app(), lifespan="off", log_level="warning", access_log=False))
@@ -588,3 +592,17 @@ def test_the_step_log_has_one_line_for_each_step_that_computed(tmp_path: Path) -
     started = [record["started_s"] for record in records]
     assert {record["replica"] for record in records} == {3}
     assert len(set(started)) == len(started) > 4
+
+
+def test_the_priority_of_a_request_reaches_the_engine_where_the_spec_schedules_by_it() -> None:
+    with running(Echo(), by_priority=True) as server:
+        server.complete("one", priority=-3)
+        server.complete("two")
+        assert [request.priority for request in server.engines[0].seen] == [-3, 0]
+
+
+def test_a_priority_that_would_change_nothing_is_refused_by_name() -> None:
+    with running(Echo()) as server:
+        server.complete("one", priority=0)
+        response = server.post("/v1/completions", {"model": MODEL, "prompt": "one", "priority": 1})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "priority")

@@ -55,7 +55,8 @@ class Replica(asyncio.Protocol):
             generation.fail(self._gone())
             return
         self.live[request_id] = generation
-        self._send((ADD, request_id, generation.prompt_token_ids.tobytes(), generation.sampling))
+        prompt, priority = generation.prompt_token_ids.tobytes(), generation.call.priority
+        self._send((ADD, request_id, prompt, generation.sampling, priority))
 
     def close(self) -> None:
         """Let the replica end: it has nothing left to do."""
