@@ -23,8 +23,8 @@ CPU_KV_TOKENS = 65536
 
 # What the simulator leaves out whatever the step times come from.
 _SIMULATOR_LEAVES_OUT = (
-    "answers in the prefix cache: the engine finds most blocks of a preempted request again, the simulator computes "
-    "them anew; near a full KV cache predictions are too slow",
+    "answers in the prefix cache: the engine finds a chat's last answer in the next turn, the simulator only what the "
+    "log names; and priorities, which a log does not have",
     "sampling other than greedy; the cores that HTTP, text and clients use, which are not priced either",
 )
 
@@ -66,7 +66,8 @@ class Sources:
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
         found = step_tables(source, self.shape, pool)
-        return replace(found, not_modeled=(*found.not_modeled, *_SIMULATOR_LEAVES_OUT))
+        copies = ("the time of copies between device and host blocks",) if pool.host_kv_blocks else ()
+        return replace(found, not_modeled=(*found.not_modeled, *_SIMULATOR_LEAVES_OUT, *copies))
 
     def price(self, pool: Pool) -> Price:
         """Of one device of a pool. Raises: BadHardware: the price book has none."""

@@ -57,11 +57,14 @@ def block_hash(state: State, slot: int, index: int) -> int:
 @njit
 def hold_blocks(state: State, plan: Plan, slot: int, num_tokens: int) -> bool:
     """Hold blocks for its first `num_tokens` tokens; False, and nothing changed, if too few are left."""
-    block_size = state.limits[BLOCK_SIZE]
+    if num_tokens <= state.num_blocks[slot] * state.limits[BLOCK_SIZE]:
+        return True  # mostly, and then what follows shall not be called: it takes all these arrays
+    return _hold_more_blocks(state, plan, slot, blocks_of(state, num_tokens))
+
+
+@njit
+def _hold_more_blocks(state: State, plan: Plan, slot: int, needed: int) -> bool:
     held = state.num_blocks[slot]
-    if num_tokens <= held * block_size:
-        return True
-    needed = blocks_of(state, num_tokens)
     if needed - held > kv_cache.num_available(state.blocks):
         return False
     row = state.block_table[state.lane[slot]]
