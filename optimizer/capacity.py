@@ -178,6 +178,7 @@ def capacity(
     targets: Sequence[Target],
     *,
     saturation: float,
+    policy: str = "paretune",
     k: int = 30,
     guess: float | None = None,
     tolerance: float = TOLERANCE,
@@ -203,7 +204,7 @@ def capacity(
     # a guess comes from a neighbor and is mostly within the tolerance; without one the answer may lie far away
     stride = 1 + tolerance if guess else 1.25
     while high > low * (1 + tolerance) * (1 + 1e-9):
-        result = simulate(trace, single, tables, k=k, rate=rate, give_up=targets)
+        result = simulate(trace, single, tables, policy=policy, k=k, rate=rate, give_up=targets)
         runs += 1
         if broken(result, trace, targets, slack_s):
             high = rate
@@ -243,6 +244,7 @@ def sizing(
     *,
     most: int,
     guess: int,
+    policy: str = "paretune",
     k: int = 30,
 ) -> Sizing:
     """Fewest whole replicas at the recorded rate, requests routed as the pool says; bisected: about log2 of them runs.
@@ -265,7 +267,7 @@ def sizing(
             most, high, unknown = replicas - 1, replicas, str(unmeasured)
             replicas = (low + high) // 2
             continue
-        result = simulate(trace, sized, tables, k=k, give_up=targets)
+        result = simulate(trace, sized, tables, policy=policy, k=k, give_up=targets)
         reason_here = broken(result, trace, targets, longest_answer_s(trace, tables, sized))
         if reason_here:
             low, reason = replicas, reason_here

@@ -91,7 +91,7 @@ def evaluate(
         return (_sized(question, deployment, saturation if guess is None else guess),)
     pool = deployment.pool
     tables = question.step_model(pool).tables
-    result = simulate(question.trace, pool, tables, k=question.k)
+    result = simulate(question.trace, pool, tables, policy=deployment.scheduler_policy, k=question.k)
     reason = broken(result, question.trace, question.targets, longest_answer_s(question.trace, tables, pool))
     found = _of(question, deployment, result, reason)
     if question.part is None:
@@ -129,6 +129,7 @@ def _with_capacity(
         tables,
         question.targets,
         saturation=saturation,
+        policy=evaluation.deployment.scheduler_policy,
         k=question.k,
         guess=guess,
         tolerance=tolerance,
@@ -152,6 +153,7 @@ def _sized(question: Question, deployment: Deployment, guess: float) -> Evaluati
         question.targets,
         most=most,
         guess=math.ceil(1 / max(guess, 1e-9)),
+        policy=deployment.scheduler_policy,
         k=question.k,
     )
     if found.result is None:
@@ -184,7 +186,7 @@ def _swept(question: Question, deployment: Deployment, saturation: float) -> tup
     found = []
     for share in LOADS:
         load = share * saturation
-        result = simulate(question.trace, single, tables, k=question.k, rate=load)
+        result = simulate(question.trace, single, tables, policy=deployment.scheduler_policy, k=question.k, rate=load)
         reason = broken(result, question.trace, (), slack_s)
         cost = usd_per_million_tokens(question.usd_per_hour(single), tokens_per_s(result))
         found.append(replace(_of(question, deployment, result, reason), load=load, usd_per_million_tokens=cost))
@@ -201,7 +203,7 @@ def _swept_sizes(question: Question, deployment: Deployment, saturation: float) 
         except BadProfile as unmeasured:
             found.append(_unknown(question, chosen, str(unmeasured)))
             continue
-        result = simulate(question.trace, chosen.pool, tables, k=question.k)
+        result = simulate(question.trace, chosen.pool, tables, policy=chosen.scheduler_policy, k=question.k)
         reason = broken(result, question.trace, (), longest_answer_s(question.trace, tables, chosen.pool))
         each = _of(question, chosen, result, reason)
         found.append(replace(each, load=1 / replicas, replicas_needed=0 if reason else replicas))
@@ -221,7 +223,7 @@ def assess(question: Question, deployment: Deployment) -> Evaluation:
     if question.targets:
         found = evaluate(question, deployment, saturation=saturation)[0]
         return refine(question, sharpen(question, found, saturation=saturation), saturation=saturation)
-    result = simulate(question.trace, pool, tables, k=question.k)
+    result = simulate(question.trace, pool, tables, policy=deployment.scheduler_policy, k=question.k)
     reason = broken(result, question.trace, (), longest_answer_s(question.trace, tables, pool))
     found = _of(question, deployment, result, reason)
     cost = usd_per_million_tokens(found.usd_per_hour, tokens_per_s(result))
@@ -252,7 +254,8 @@ def refine(question: Question, evaluation: Evaluation, *, saturation: float) -> 
     rng = np.random.default_rng(int(deployment.digest()[:12], 16) + evaluation.seed)
 
     def run(factor: float) -> SimulationResult:
-        return simulate(question.trace, run_pool, scaled(model.tables, factor), k=question.k, rate=rate)
+        tables = scaled(model.tables, factor)
+        return simulate(question.trace, run_pool, tables, policy=deployment.scheduler_policy, k=question.k, rate=rate)
 
     error = min(0.9, model.relative_error)
     central = sampled(run(1.0).times, question.trace, question.targets, rng)
@@ -285,6 +288,7 @@ def _cost_bands(question: Question, evaluation: Evaluation, saturation: float, e
             scaled(tables, factor),
             question.targets,
             saturation=saturation / factor,
+            policy=evaluation.deployment.scheduler_policy,
             k=question.k,
             guess=(evaluation.capacity_rate or saturation) / factor,
             tolerance=BAND_TOLERANCE,
@@ -314,6 +318,7 @@ def _size_band(question: Question, evaluation: Evaluation, error: float) -> Band
             question.targets,
             most=question.most_replicas(pool),
             guess=round(pool.replicas * factor),
+            policy=evaluation.deployment.scheduler_policy,
             k=question.k,
         )
         per_replica = question.usd_per_hour(pool) / pool.replicas

@@ -22,8 +22,8 @@ CPU_KV_TOKENS = 65536
 
 # What the simulator leaves out whatever the step times come from.
 _SIMULATOR_LEAVES_OUT = (
-    "answers in the prefix cache: the engine finds most blocks of a preempted request again, the simulator computes "
-    "them anew; near a full KV cache predictions are too slow",
+    "answers in the prefix cache: the engine finds a chat's last answer in the next turn, the simulator only what the "
+    "log names; and priorities, which a log does not have",
     "sampling other than greedy; the cores that HTTP, text and clients use, which are not priced either",
 )
 
@@ -70,6 +70,8 @@ class Sources:
         left_out = [*found.not_modeled, *_SIMULATOR_LEAVES_OUT]
         if pool.max_queued_requests:
             left_out.append("max_queued_requests: requests that the server would refuse wait in the simulator")
+        if pool.host_kv_blocks:
+            left_out.append("the time of copies between device and host blocks")
         return replace(found, not_modeled=tuple(left_out))
 
     def price(self, pool: Pool) -> Price:

@@ -145,7 +145,7 @@ def calibration_trace(tables: StepTables, deployment: Deployment, *, seconds: fl
     count = 200
     inputs = np.minimum(rng.integers(*_LOADED_INPUT, count), most)
     outputs = np.minimum(rng.integers(*_LOADED_OUTPUT, count), most)
-    at_once = simulate(Trace(np.zeros(count), inputs, outputs), pool, tables)
+    at_once = simulate(Trace(np.zeros(count), inputs, outputs), pool, tables, policy=deployment.scheduler_policy)
     rate = _LOAD * count / float(np.nanmax(at_once.times.end_s))
     arrivals = np.cumsum(rng.exponential(1 / rate, count))
     inside = arrivals < seconds

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..runtime.engine import Engine, Request, StepRecord
 from ..runtime.sampler import SamplingParams
-from ..runtime.scheduler import MAX_NUM_BATCHED_TOKENS
+from ..runtime.scheduler_state import MAX_NUM_BATCHED_TOKENS
 from ..runtime.spec import Deployment, parse_deployment
 
 # Rows of decode batches: all run together first, then they end level by level, so that one prefill serves every level.

@@ -15,26 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
+from ..runtime.decode_runs import commit_decode_run, decode_run_length, is_decode_run
 from ..runtime.router import new_router, num_prefix_hashes, route
-from ..runtime.scheduler import (
+from ..runtime.scheduler import add_request, commit, schedule
+from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
+    NUM_BLOCKS_FROM_HOST,
+    NUM_BLOCKS_TO_HOST,
+    NUM_HOST_HIT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
     NUM_RUNNING,
+    NUM_SWAPPED,
     PLAN_FINISHED,
+    PLAN_PREEMPTED,
     PLAN_SIZE,
     PLAN_TOKENS,
     Plan,
     State,
-    add_request,
-    commit,
-    commit_decode_run,
-    decode_run_length,
     grow,
-    is_decode_run,
     new_plan,
     new_state,
-    schedule,
 )
 from ..runtime.spec import Pool
 from ..traces.metrics import RequestTimes, Target
@@ -56,6 +57,15 @@ _ENDED = 3
 _BEGUN = 4  # steps, of a pipeline
 _FIRST_PLACES = 1024  # of a queue that grows
 
+# fields of SimulationResult that the scheduler counts
+_TOTALS = {
+    "preemptions": NUM_PREEMPTIONS,
+    "swaps": NUM_SWAPPED,
+    "prefix_hit_tokens": NUM_PREFIX_HIT_TOKENS,
+    "host_hit_tokens": NUM_HOST_HIT_TOKENS,
+    "blocks_to_host": NUM_BLOCKS_TO_HOST,
+    "blocks_from_host": NUM_BLOCKS_FROM_HOST,
+}
 _METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
 
 
@@ -63,7 +73,7 @@ class _Requests(NamedTuple):
     """Requests in order of arrival, n rows.
 
     arrival_s (n,) float64 when the scheduler sees it; scheduled_s (n,) float64 when the client wanted it sent;
-    input_tokens, max_num_tokens, hash_start, num_hashes (n,) int64
+    input_tokens, max_num_tokens, hash_start, num_hashes, priority (n,) int64
     """
 
     arrival_s: NDArray[np.float64]
@@ -72,6 +82,7 @@ class _Requests(NamedTuple):
     max_num_tokens: NDArray[np.int64]
     hash_start: NDArray[np.int64]
     num_hashes: NDArray[np.int64]
+    priority: NDArray[np.int64]
 
 
 class _Times(NamedTuple):
@@ -102,8 +113,11 @@ class SimulationResult:
     times              when each request's tokens reached the client; a request longer than max_model_len never finishes
     steps              steps computed, all replicas together
     busy_s             seconds of computing, summed over replicas
-    preemptions        times that a request gave its blocks back and was computed again
-    prefix_hit_tokens  input tokens that were found in the prefix cache
+    preemptions        times that a request gave its blocks back
+    swaps              of these, times that its blocks went to the host; the others are computed again
+    prefix_hit_tokens  tokens that were found in the prefix cache, on the device
+    host_hit_tokens    tokens that were found in the prefix cache, on the host only
+    blocks_to_host, blocks_from_host  blocks copied. The time that this takes is not modeled
     rejected           requests longer than max_model_len
     gave_up            stopped early, because a target could no longer be met: the times are incomplete
     """
@@ -112,7 +126,11 @@ class SimulationResult:
     steps: int
     busy_s: float
     preemptions: int
+    swaps: int
     prefix_hit_tokens: int
+    host_hit_tokens: int
+    blocks_to_host: int
+    blocks_from_host: int
     rejected: int
     gave_up: bool
 
@@ -162,6 +180,7 @@ def _admit(
             requests.max_num_tokens[request],
             requests.hash_start[request],
             requests.num_hashes[request],
+            requests.priority[request],
         )
         if slot < 0:
             return False
@@ -231,6 +250,8 @@ def _run(
 
         schedule(state, plan)
         size = plan.counts[PLAN_SIZE]
+        if size == 0 and plan.counts[PLAN_PREEMPTED] > 0:
+            continue
         if size == 0:
             if not waits:
                 status = _DRAINED
@@ -323,6 +344,8 @@ def _run_pipeline(
             now_s += step_s / stages
             cursor[_BEGUN] += 1
         if cursor[_BEGUN] == cursor[_STEPS]:
+            if plan.counts[PLAN_PREEMPTED] > 0:
+                continue
             if cursor[_ARRIVED] == cursor[_QUEUED]:
                 status = _DRAINED
                 break
@@ -383,13 +406,13 @@ class _Totals(NamedTuple):
 
     steps: int
     busy_s: float
-    preemptions: int
-    prefix_hit_tokens: int
+    counted: NDArray[np.int64]  # the counts that _TOTALS names
 
 
 class _Run(NamedTuple):
     """What all replicas share."""
 
+    policy: str
     hashes: NDArray[np.int64]
     blocks_per_hash: int
     tables: StepTables
@@ -409,7 +432,9 @@ class _Replica:
 
     def __init__(self, pool: Pool, run: _Run, queue: NDArray[np.int64] | None = None) -> None:
         """queue: rows of the requests that it gets, where that is known beforehand."""
-        self.state = new_state(pool, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash)
+        self.state = new_state(
+            pool, policy=run.policy, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash, own_content=True
+        )
         self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
         self.ended = np.zeros_like(self.queue)
         self.cursor = np.zeros(5, np.int64)
@@ -452,9 +477,8 @@ class _Replica:
         return _run(self.state, self._plans[0], *shared, run.jump, *own)
 
     def totals(self) -> _Totals:
-        counts = self.state.counts
-        steps, busy_s = int(self.cursor[_STEPS]), float(self.clock[1])
-        return _Totals(steps, busy_s, int(counts[NUM_PREEMPTIONS]), int(counts[NUM_PREFIX_HIT_TOKENS]))
+        counted = self.state.counts[list(_TOTALS.values())]
+        return _Totals(int(self.cursor[_STEPS]), float(self.clock[1]), counted)
 
 
 def _serve_in_turn(pool: Pool, run: _Run, rows: NDArray[np.int64]) -> tuple[int, list[_Totals]]:
@@ -496,8 +520,10 @@ def simulate(
     pool: Pool,
     tables: StepTables,
     *,
+    policy: str = "paretune",
     k: int = 30,
     rate: float = 1.0,
+    priority: Sequence[int] | None = None,
     give_up: Sequence[Target] = (),
     jump: bool = True,
 ) -> SimulationResult:
@@ -509,8 +535,10 @@ def simulate(
         trace: the requests; their recorded output lengths are taken as known to the client, not to the scheduler.
         pool: limits, cache and number of replicas.
         tables: step times of one replica.
+        policy: `Deployment.scheduler_policy`.
         k: of TTF-k.
         rate: arrivals are that many times as fast as recorded.
+        priority: of each request, where the pool schedules by it, lower first; left out (a log has none): all equal.
         give_up: stop as soon as one of these can no longer be met (for searches, which need no exact figure then).
         jump: take runs of equal decode steps at once; False steps one by one, to check the jumps.
     Returns: times by request in trace order, and what it took.
@@ -528,10 +556,15 @@ def simulate(
     # a trace's arrays are read-only, which is another type to Numba: without the copy everything compiles twice
     hashes = np.zeros(0, np.int64) if trace.prefix is None else trace.prefix.hashes.copy()
     per_hash = 1 if trace.prefix is None else blocks_per_hash(trace.prefix.block_size, pool.block_size)
+    priorities = np.zeros(n, np.int64) if priority is None else np.array(priority, np.int64)
+    if priorities.shape != (n,):
+        raise ValueError(f"priority must have one number for each of {n} requests, not shape {priorities.shape}")
     bounds = _bounds(trace, give_up, k)
     # blocks beyond those of every request together are never touched: a huge cache costs no memory here
-    touched = int((-(-max_num_tokens[fits] // pool.block_size)).sum())
-    pool = pool.model_copy(update={"num_kv_blocks": max(1, min(pool.num_kv_blocks, touched))})
+    touched = max(1, int((-(-max_num_tokens[fits] // pool.block_size)).sum()))
+    if pool.admission != "watermark":  # which is a share of all of them
+        pool = pool.model_copy(update={"num_kv_blocks": min(pool.num_kv_blocks, touched)})
+    pool = pool.model_copy(update={"host_kv_blocks": min(pool.host_kv_blocks, 2 * touched)})
     requests = _Requests(
         arrival_s=scheduled_s + tables.request_s[0],
         scheduled_s=scheduled_s,
@@ -539,8 +572,9 @@ def simulate(
         max_num_tokens=max_num_tokens,
         hash_start=offsets[:-1].copy(),
         num_hashes=np.diff(offsets),
+        priority=priorities,
     )
-    run = _Run(hashes, per_hash, tables, requests, times, bounds, k, jump)
+    run = _Run(policy, hashes, per_hash, tables, requests, times, bounds, k, jump)
     # the server counts the requests that it takes, so those that are too long take no turn
     rows = np.flatnonzero(fits)
     if pool.router == "round_robin":
@@ -548,6 +582,7 @@ def simulate(
     else:
         prefix_block = pool.block_size if trace.prefix is None else trace.prefix.block_size
         status, totals = _serve_routed(pool, run, rows, num_prefix_hashes(prefix_block))
+    counted = np.sum([each.counted for each in totals], axis=0)
     finished = ~np.isnan(times.end_s)
     return SimulationResult(
         times=RequestTimes(
@@ -562,8 +597,7 @@ def simulate(
         ),
         steps=sum(each.steps for each in totals),
         busy_s=sum(each.busy_s for each in totals),
-        preemptions=sum(each.preemptions for each in totals),
-        prefix_hit_tokens=sum(each.prefix_hit_tokens for each in totals),
+        **dict(zip(_TOTALS, counted.tolist())),
         rejected=int((~fits).sum()),
         gave_up=status == _GAVE_UP,
     )

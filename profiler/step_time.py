@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler import PLAN_SIZE, Plan
+from ..runtime.scheduler_state import PLAN_SIZE, Plan
 
 POINTS_PER_OCTAVE = 4
 OCTAVES = 44

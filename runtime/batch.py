@@ -3,8 +3,10 @@
 The plan of a step goes through one flat int32 array, the wire: `write_wire` fills it from the scheduler's state, tensor
 parallel ranks receive it as it is, and `Batch.read` makes the same tensors of it on every rank. Layout:
 
-    wire[0] requests S · wire[1] tokens T · wire[2] width B of the block tables · wire[3] what the head computes
-    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · samples? (S) · block tables (S, B)
+    wire[0] requests S · wire[1] tokens T · wire[2] width B of the block tables · wire[3] what the head computes ·
+    wire[4] blocks to copy C
+    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · samples? (S) · block tables (S, B) ·
+          copies (C, 2), as `Plan.copies` has them
 
 The buffers are allocated once; a step only takes views of them.
 """
@@ -19,14 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.jit import njit
-from .scheduler import BLOCK_SIZE, PLAN_SIZE, PREFIX_CACHING, Plan, State
+from .scheduler_state import BLOCK_SIZE, PLAN_COPIES, PLAN_SIZE, PREFIX_CACHING, Plan, State, new_plan
 from .spec import Pool
 
 ROWS = 0
 TOKENS = 1
 TABLE_WIDTH = 2
 HEAD = 3
-HEADER = 4
+COPIES = 4
+HEADER = 5
 
 # wire[HEAD]: what the last layer's rows are turned into
 ARGMAX = 0  # the best token of each sampling row; ranks send one (logit, token) pair a row
@@ -37,13 +40,14 @@ ALL_LOGITS = 2  # the logits of every row, for tests and perplexity
 def new_wire(pool: Pool) -> NDArray[np.int32]:
     """A wire that holds any step within the limits of `pool`."""
     tables = pool.max_num_seqs * -(-pool.max_model_len // pool.block_size)
-    return np.zeros(HEADER + pool.max_num_batched_tokens + 3 * pool.max_num_seqs + tables, np.int32)
+    copies = new_plan(pool).copies.size
+    return np.zeros(HEADER + pool.max_num_batched_tokens + 3 * pool.max_num_seqs + tables + copies, np.int32)
 
 
 def used_places(header: Sequence[int]) -> int:
     """Places that a step takes of the wire, from its header."""
     rows = header[ROWS]
-    return HEADER + header[TOKENS] + 3 * rows + rows * header[TABLE_WIDTH]
+    return HEADER + header[TOKENS] + 3 * rows + rows * header[TABLE_WIDTH] + 2 * header[COPIES]
 
 
 @njit
@@ -69,6 +73,7 @@ def write_wire(state: State, plan: Plan, tokens: NDArray[np.int32], head: int, w
     wire[TOKENS] = place - HEADER
     wire[TABLE_WIDTH] = width
     wire[HEAD] = head
+    wire[COPIES] = plan.counts[PLAN_COPIES]
     for row in range(rows):
         wire[place + row] = plan.num_tokens[row]
         wire[place + rows + row] = plan.start[row]
@@ -83,6 +88,10 @@ def write_wire(state: State, plan: Plan, tokens: NDArray[np.int32], head: int, w
         for i in range(held, width):
             wire[place + i] = 0
         place += width
+    for i in range(plan.counts[PLAN_COPIES]):
+        wire[place] = plan.copies[i, 0]
+        wire[place + 1] = plan.copies[i, 1]
+        place += 2
     return int(place)
 
 
@@ -137,6 +146,7 @@ class Batch:
     length                (S,) int32    tokens in the cache after it
     block_tables          (S, B) int32
     head_rows             (H,) int64    tokens whose hidden state the head sees
+    copies                (C, 2) int32  blocks to copy before anything is computed, from and to, in order
     head                  what it makes of them: ARGMAX, LOGITS or ALL_LOGITS
     decode_only           every request computes one token
     """
@@ -149,6 +159,7 @@ class Batch:
     length: Tensor
     block_tables: Tensor
     head_rows: Tensor
+    copies: Tensor
     head: int
     decode_only: bool
 
@@ -179,6 +190,8 @@ class Batch:
         self.query_start, self.length, self.head_rows = query_start[: rows + 1], lengths[:rows], head_rows[:heads]
         self.context_len = self.wire_tensor[counts + rows : counts + 2 * rows]
         self.block_tables = self.wire_tensor[tables : tables + rows * width].view(rows, width)
+        copies = tables + rows * width
+        self.copies = self.wire_tensor[copies : copies + 2 * int(wire[COPIES])].view(-1, 2)
         self.head = int(wire[HEAD])
         self.decode_only = rows == tokens
 
@@ -198,7 +211,8 @@ def append_tokens(
         tokens: the arena, as in write_wire.
         new_tokens: (sampling rows,) in the order of the plan.
         num_cached: (slots,) set for requests that get their first token.
-        full: (max_num_seqs,) filled with the slots of requests that have full blocks without a hash after this step.
+        full: (max_num_seqs,) filled with the slots of requests whose tokens, the new ones too, fill blocks that have
+            no hash yet. The newest block may be computed only by the next step, which names it (policy vllm_v1).
     Returns: how many of `full` there are.
     """
     block_size = state.limits[BLOCK_SIZE]
@@ -207,12 +221,14 @@ def append_tokens(
     found = 0
     for row in range(plan.counts[PLAN_SIZE]):
         slot = plan.slot[row]
+        known = state.num_tokens[slot]
         if plan.samples[row]:
-            tokens[state.hash_start[slot] * block_size + state.num_tokens[slot]] = new_tokens[sampled]
+            tokens[state.hash_start[slot] * block_size + known] = new_tokens[sampled]
+            known += 1
             sampled += 1
             if state.num_tokens[slot] == state.num_prompt_tokens[slot]:
                 num_cached[slot] = state.num_cached_tokens[slot]
-        if caching and state.num_computed_tokens[slot] // block_size > state.num_hashes[slot]:
+        if caching and known // block_size > state.num_hashes[slot]:
             full[found] = slot
             found += 1
     return found

@@ -43,6 +43,7 @@ class ContextPart:
     context_len: Tensor
     length: Tensor
     block_tables: Tensor
+    copies: Tensor
     head_rows: Tensor
     head: int
     decode_only: bool
@@ -74,6 +75,7 @@ def context_part(batch: Batch, part: int, parts: int) -> ContextPart | None:
         context_len=context,
         length=context + lengths,
         block_tables=batch.block_tables[rows],
+        copies=batch.copies,
         head_rows=place_of[batch.head_rows[head_places]],
         head=batch.head,
         decode_only=False,

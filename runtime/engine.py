@@ -32,25 +32,27 @@ from .peers import Peers
 from .rank import OtherRanks, Rank, RanksOfOthers, file_store
 from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
-from .scheduler import (
+from .scheduler import abort, add_request, commit, schedule
+from .scheduler_state import (
+    NUM_BLOCKS_FROM_HOST,
+    NUM_BLOCKS_TO_HOST,
+    NUM_HOST_HIT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
     NUM_PREFIX_QUERY_TOKENS,
     NUM_RUNNING,
+    NUM_SWAPPED,
     NUM_WAITING,
     PLAN_ADMITTED,
+    PLAN_COPIES,
     PLAN_FINISHED,
     PLAN_SIZE,
     PLAN_TOKENS,
     Plan,
-    abort,
-    add_request,
     change_limits,
-    commit,
     grow,
     new_plan,
     new_state,
-    schedule,
 )
 from .spec import BadSpec, Deployment, Pool
 from .token_store import TokenStore
@@ -77,11 +79,13 @@ class Request:
 
     request_id        the caller's, unique among live requests
     prompt_token_ids  (n,) int32, n >= 1
+    priority          lower goes first, where the spec schedules by priority; else it is not looked at
     """
 
     request_id: int
     prompt_token_ids: NDArray[np.int32]
     sampling: SamplingParams
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,12 @@ class Output:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the engine began, and what it holds now."""
+    """Counts since the engine began, and what it holds now.
+
+    preemptions        times that a request gave its blocks back; `swaps` of these keep them on the host
+    prefix_hit_tokens  found on the device; `host_hit_tokens` on the host only
+    host_blocks_used   held or cached
+    """
 
     running: int
     waiting: int
@@ -113,6 +122,12 @@ class EngineStats:
     prefix_query_tokens: int
     prefix_hit_tokens: int
     steps: int
+    swaps: int = 0
+    host_hit_tokens: int = 0
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
+    blocks_to_host: int = 0
+    blocks_from_host: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,7 @@ class Engine:
         self.shape = ModelShape.load(model_dir)
         check_runnable(deployment, self.shape)
         self.pool = self._built = deployment.pool
+        self._policy = deployment.scheduler_policy
         if launch is not None:
             launch.check(self.pool)
         check_memory(self.shape, self.pool, replicas=1, ranks=None if launch is None else launch.local)
@@ -202,7 +218,7 @@ class Engine:
 
     def _reset(self) -> None:
         self._store = TokenStore(self.pool.block_size)
-        self._state = new_state(self.pool, hashes=self._store.hashes)
+        self._state = new_state(self.pool, policy=self._policy, hashes=self._store.hashes)
         self._plans = [new_plan(self.pool) for _ in self._rank.batches]
         self._flights: deque[_Flight] = deque()
         self._begun = 0
@@ -241,10 +257,11 @@ class Engine:
         self._store.tokens[first : first + len(prompt)] = prompt
         num_hashes = len(prompt) // self.pool.block_size if self.pool.enable_prefix_caching else 0
         self._store.hash_blocks(unit, 0, num_hashes)
-        slot = add_request(self._state, request.request_id, len(prompt), max_num_tokens, unit, num_hashes)
+        row = (request.request_id, len(prompt), max_num_tokens, unit, num_hashes, request.priority)
+        slot = add_request(self._state, *row)
         if slot < 0:
             self._grow()
-            slot = add_request(self._state, request.request_id, len(prompt), max_num_tokens, unit, num_hashes)
+            slot = add_request(self._state, *row)
         self._sampler.put(slot, request.sampling)
         self._slot_of[request.request_id] = slot
 
@@ -370,6 +387,7 @@ class Engine:
         schedule(state, plan)
         rows = int(plan.counts[PLAN_SIZE])
         if rows == 0:
+            assert plan.counts[PLAN_COPIES] == 0, "copies are made by the step that they belong to"
             return False
         # those admitted stand last in the plan
         first_admitted = rows - int(plan.counts[PLAN_ADMITTED])
@@ -412,7 +430,8 @@ class Engine:
         state = self._state
         full = append_tokens(state, plan, self._store.tokens, tokens, self._num_cached, self._full)
         for slot in self._full[:full].tolist():
-            last = int(state.num_computed_tokens[slot]) // self.pool.block_size
+            sampled = state.num_computed_tokens[slot] == state.num_tokens[slot]
+            last = int(state.num_tokens[slot] + sampled) // self.pool.block_size
             self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
             state.num_hashes[slot] = last
 
@@ -431,6 +450,12 @@ class Engine:
             prefix_query_tokens=int(counts[NUM_PREFIX_QUERY_TOKENS]),
             prefix_hit_tokens=int(counts[NUM_PREFIX_HIT_TOKENS]),
             steps=self._steps,
+            swaps=int(counts[NUM_SWAPPED]),
+            host_hit_tokens=int(counts[NUM_HOST_HIT_TOKENS]),
+            host_blocks_used=self.pool.host_kv_blocks - int(self._state.host_blocks.counts[kv_cache.FREE]),
+            host_blocks_total=self.pool.host_kv_blocks,
+            blocks_to_host=int(counts[NUM_BLOCKS_TO_HOST]),
+            blocks_from_host=int(counts[NUM_BLOCKS_FROM_HOST]),
         )
 
     def close(self) -> None:

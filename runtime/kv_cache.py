@@ -42,7 +42,7 @@ class BlockPool(NamedTuple):
 
 def new_block_pool(num_blocks: int) -> BlockPool:
     """A pool of `num_blocks` free blocks; the first to be taken is block 0."""
-    places = 1 << max(4, (2 * num_blocks - 1).bit_length())
+    places = 1 << max(4, max(0, 2 * num_blocks - 1).bit_length())
     return BlockPool(
         ref_count=np.zeros(num_blocks, np.int32),
         block_hash=np.zeros(num_blocks, np.int64),
@@ -68,7 +68,7 @@ def _home(pool: BlockPool, content_hash: int) -> int:
 
 @njit
 def find(pool: BlockPool, content_hash: int) -> int:
-    """The block whose content has this hash, held or cached; -1 if there is none."""
+    """The block whose content has this hash, held or cached, the first of several; -1 if there is none."""
     mask = pool.table_hash.shape[0] - 1
     place = _home(pool, content_hash)
     while pool.table_hash[place] != 0:
@@ -84,9 +84,10 @@ def _forget(pool: BlockPool, block: int) -> None:
     pool.block_hash[block] = 0
     mask = pool.table_hash.shape[0] - 1
     place = _home(pool, content_hash)
-    while pool.table_hash[place] != content_hash:
+    while pool.table_hash[place] != content_hash or pool.table_block[place] != block:
         place = (place + 1) & mask
-    # backward-shift deletion keeps every chain unbroken without tombstones (Knuth, TAOCP 3, 6.4, algorithm R)
+    # backward-shift deletion keeps every chain unbroken, and blocks of equal content in
+    # the order they came, without tombstones (Knuth, TAOCP 3, 6.4, algorithm R)
     hole = place
     while True:
         place = (place + 1) & mask
@@ -103,7 +104,14 @@ def _forget(pool: BlockPool, block: int) -> None:
 @njit
 def remember(pool: BlockPool, block: int, content_hash: int) -> None:
     """Say what a held, full block contains; the hash is well mixed, not 0. A second block of that content gets none."""
-    if pool.block_hash[block] != 0 or find(pool, content_hash) >= 0:
+    if pool.block_hash[block] == 0 and find(pool, content_hash) < 0:
+        remember_also(pool, block, content_hash)
+
+
+@njit
+def remember_also(pool: BlockPool, block: int, content_hash: int) -> None:
+    """Say what a held, full block contains, even if others contain the same; `find` gives the first of them."""
+    if pool.block_hash[block] != 0:
         return
     mask = pool.table_hash.shape[0] - 1
     place = _home(pool, content_hash)
@@ -123,13 +131,19 @@ def _unlink(pool: BlockPool, block: int) -> None:
 
 
 @njit
+def oldest(pool: BlockPool) -> int:
+    """The cached block unused for longest; there is one."""
+    return int(pool.lru_next[pool.ref_count.shape[0]])
+
+
+@njit
 def take(pool: BlockPool) -> int:
     """Take one block to write into: a free one, else the cached one unused for longest; -1 if there is none."""
     if pool.counts[FREE] > 0:
         pool.counts[FREE] -= 1
         block = int(pool.free_stack[pool.counts[FREE]])
     elif pool.counts[CACHED] > 0:
-        block = int(pool.lru_next[pool.ref_count.shape[0]])
+        block = oldest(pool)
         _unlink(pool, block)
         _forget(pool, block)
     else:

@@ -44,7 +44,7 @@ def memory_need(
     here = _shares(shape, pool, ranks)
     return MemoryNeed(
         weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in here),
-        kv_cache_bytes=replicas * pool.num_kv_blocks * _block_bytes(shape, pool, ranks),
+        kv_cache_bytes=replicas * (pool.num_kv_blocks + pool.host_kv_blocks) * _block_bytes(shape, pool, ranks),
         activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in here),
         process_bytes=replicas * len(here) * _PROCESS_BYTES,
     )

@@ -62,6 +62,7 @@ class Rank:
             load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles),
             self._share,
             num_kv_blocks=pool.num_kv_blocks,
+            host_kv_blocks=pool.host_kv_blocks,
             block_size=pool.block_size,
             kv_cache_dtype=pool.kv_cache_dtype,
             max_model_len=pool.max_model_len,

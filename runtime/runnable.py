@@ -34,6 +34,9 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     ):
         if value not in allowed:
             raise BadSpec(f"pools.0.{field}", value, f"{', '.join(allowed)}, for the bundled engine")
+    if pool.host_kv_blocks and pool.pipeline_parallel_size > 1:
+        found = f"{pool.host_kv_blocks} with pipeline_parallel_size {pool.pipeline_parallel_size}"
+        raise BadSpec("pools.0.host_kv_blocks", found, "0 with several stages, for the bundled engine")
     if shape is None:
         return
     if pool.max_model_len > shape.max_position_embeddings:
@@ -79,4 +82,4 @@ def _changes_while_running(name: str, built: Pool, pool: Pool) -> bool:
     # the ranks of a sharded replica are not told of tiles
     if name == "tiles":
         return Layout.of(pool).size == 1
-    return name == "max_queued_requests"
+    return name in ("max_queued_requests", "long_prefill_token_threshold")

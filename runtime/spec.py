@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 CPU = "cpu"
 SMALL_MODEL = "paretune/small"
 SMALL_TERNARY_MODEL = "paretune/small-ternary"
+_VLLM_ADMISSIONS = ("on_demand", "first_chunk", "watermark")
 
 
 class BadSpec(Exception):
@@ -106,6 +107,25 @@ class Pool(_Part):
     max_queued_requests: int = Field(
         0, ge=0, description="most requests that wait for a replica; the server answers more with 429; 0 = no limit"
     )
+    scheduling: Literal["fcfs", "priority"] = Field(
+        "fcfs", description="who goes first: who came first, or the lowest `priority` of a request"
+    )
+    admission: Literal["on_demand", "first_chunk", "watermark", "estimated_peak"] = Field(
+        "on_demand", description="which blocks must be there before a waiting request may start"
+    )
+    watermark: float = Field(
+        0.0, ge=0, lt=1, description="share of the blocks that admission 'watermark' keeps free for those that run"
+    )
+    preemption: Literal["recompute", "swap"] = Field(
+        "recompute",
+        description="a request that had to give its blocks back computes them again, or fetches them",
+    )
+    host_kv_blocks: int = Field(
+        0, ge=0, description="blocks in host memory, of each replica: a second tier of the KV cache; 0: none"
+    )
+    long_prefill_token_threshold: int = Field(
+        0, ge=0, description="most tokens of one prompt in a step that others wait for, too; 0: no such limit"
+    )
     tiles: Tiles = Field(default_factory=TileTable, description="tile of each operator by precision and row bucket")
 
     @field_validator("block_size")
@@ -122,10 +142,27 @@ class Pool(_Part):
                 f"enable_chunked_prefill is false, so max_num_batched_tokens ({self.max_num_batched_tokens}) must be "
                 f"at least max_model_len ({self.max_model_len}): a prompt must fit into one step"
             )
+        if not self.enable_chunked_prefill and self.long_prefill_token_threshold:
+            raise ValueError(
+                f"enable_chunked_prefill is false, so long_prefill_token_threshold "
+                f"({self.long_prefill_token_threshold}) must be 0: a prompt must fit into one step"
+            )
         if self.num_kv_blocks * self.block_size < self.max_model_len:
             raise ValueError(
                 f"num_kv_blocks ({self.num_kv_blocks}) x block_size ({self.block_size}) holds fewer tokens than one "
                 f"request of max_model_len ({self.max_model_len}) needs"
+            )
+        if (self.admission == "watermark") != (self.watermark > 0):
+            raise ValueError(
+                f"watermark ({self.watermark:g}) must be above 0 with admission 'watermark', and 0 with any other "
+                f"(found {self.admission!r})"
+            )
+        if self.preemption == "swap" and self.host_kv_blocks == 0:
+            raise ValueError("host_kv_blocks (0) must be at least 1 with preemption 'swap': it is where blocks go")
+        if self.host_kv_blocks and self.preemption == "recompute" and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_kv_blocks ({self.host_kv_blocks}) would hold nothing: enable_prefix_caching is false, and "
+                "preemption is not 'swap'"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -189,7 +226,9 @@ class Deployment(_Part):
         SMALL_MODEL, min_length=1, description="model directory; 'paretune/small' ships with the package"
     )
     engine: Literal["paretune", "vllm", "sglang", "trtllm"] = Field("paretune", description="the server that runs it")
-    scheduler_policy: Literal["paretune"] = Field("paretune", description="how steps are composed")
+    scheduler_policy: Literal["paretune", "vllm_v1"] = Field(
+        "paretune", description="how steps are composed: our way, or as vLLM's V1 scheduler decides"
+    )
     pools: tuple[Pool, ...] = Field((Pool(),), min_length=1, max_length=16)
     targets: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     predicted: tuple[Prediction, ...] = ()
@@ -199,6 +238,19 @@ class Deployment(_Part):
     @classmethod
     def _canonical_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Target.parse(text)) for text in value)
+
+    @model_validator(mode="after")
+    def _vllm_can(self) -> Self:
+        for pool in self.pools if self.scheduler_policy == "vllm_v1" else ():
+            for name, allowed in (
+                ("preemption", ("recompute",)),
+                ("admission", _VLLM_ADMISSIONS),
+                ("host_kv_blocks", (0,)),
+            ):
+                found = getattr(pool, name)
+                if found not in allowed:
+                    raise ValueError(f"{name} ({found}) must be one of {allowed} with scheduler_policy 'vllm_v1'")
+        return self
 
     @property
     def pool(self) -> Pool:

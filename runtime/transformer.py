@@ -87,6 +87,7 @@ class Transformer:
         share: Share,
         *,
         num_kv_blocks: int,
+        host_kv_blocks: int,
         block_size: int,
         kv_cache_dtype: str,
         max_model_len: int,
@@ -104,7 +105,8 @@ class Transformer:
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
         sizes = (kv_cache_dtype, block_size, self._kv_heads, shape.head_dim)
-        cache = (len(share.layers), num_kv_blocks, block_bytes(*sizes))
+        # host blocks come behind those of the device, and no attention reads them: both are memory of this machine
+        cache = (len(share.layers), num_kv_blocks + host_kv_blocks, block_bytes(*sizes))
         self.cache_blocks = zeros_on_huge_pages(cache, torch.uint8)
         self._cache = [PagedCache(layer, *sizes) for layer in self.cache_blocks]
         self._kv_cache_dtype = kv_cache_dtype
@@ -118,6 +120,15 @@ class Transformer:
         self._weights = retiled(self._weights, tiles)
         self._decode_tiles, self._prefill_tiles = decode, prefill
 
+    def copy_blocks(self, copies: Tensor) -> None:
+        """Copy whole blocks, one pair after the other: what one reads, a later one may overwrite.
+
+        Args:
+            copies: (C, 2) int32, from and to; from num_kv_blocks on they are host blocks.
+        """
+        for source, destination in copies.tolist():
+            self.cache_blocks[:, destination] = self.cache_blocks[:, source]
+
     def forward(self, batch: Batch | ContextPart, hidden: Tensor | None = None) -> Tensor:
         """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32.
 
@@ -125,6 +136,7 @@ class Transformer:
             hidden: (T, hidden) fp32, what the pipeline stage before gave; None on the first stage. Overwritten.
         Returns: the logits where this rank has the head; before the last stage what the next one takes as `hidden`.
         """
+        self.copy_blocks(batch.copies)
         weights, eps = self._weights, self._shape.rms_norm_eps
         residual = self._embedded(batch.token_ids) if hidden is None else hidden
         x = rms_norm(residual, weights.layers[0].input_norm, eps)

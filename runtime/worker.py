@@ -5,7 +5,7 @@ length. One message carries all outputs of a step. An idle replica blocks on the
 the socket, or dies.
 
 to the replica    (START, deployment, model folder, number of the replica, step log or None), once and first
-                  (ADD, request_id, prompt token ids: bytes of int32, sampling: dict for SamplingParams)
+                  (ADD, request_id, prompt token ids: bytes of int32, sampling: dict for SamplingParams, priority)
                   (ABORT, request_id)
                   (CHANGE, pool), between two steps; answered by CHANGED
 from the replica  (READY,)
@@ -63,6 +63,12 @@ class Stats(NamedTuple):
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     steps: int = 0
+    swaps: int = 0
+    host_hit_tokens: int = 0
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
+    blocks_to_host: int = 0
+    blocks_from_host: int = 0
 
 
 class Queue(NamedTuple):
@@ -220,9 +226,9 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
             break
         for message in messages:
             if message[0] == ADD:
-                _, request_id, prompt, sampling = message
+                _, request_id, prompt, sampling, priority = message
                 prompt_token_ids = np.frombuffer(prompt, dtype=np.int32)
-                engine.add(Request(request_id, prompt_token_ids, SamplingParams(**sampling)))
+                engine.add(Request(request_id, prompt_token_ids, SamplingParams(**sampling), priority))
                 taken += 1
             elif message[0] == CHANGE:
                 connection.sendall(frame((CHANGED, _changed(engine, Pool.model_validate(message[1])))))

@@ -72,10 +72,15 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
         "max_queued_requests": 5,
+        "scheduling": "priority",
+        "admission": "first_chunk",
+        "long_prefill_token_threshold": 64,
         "tiles": TileTable(((("linear", "bf16", 8), Tile("linear", "cpp", (("row_tile", 4),))),)),
     }
     plain = deployment()
-    assert {*changes, "role"} == set(type(plain.pool).model_fields)
+    refused = {"role", "preemption", "host_kv_blocks"}
+    assert {*changes, *refused, "watermark"} == set(type(plain.pool).model_fields)
+    assert "--watermark 0.1" in " ".join(export(plain.with_pool(admission="watermark", watermark=0.1)).argv)
     for name, value in changes.items():
         assert export(plain.with_pool(**{name: value})) != export(plain), name
 
@@ -95,6 +100,9 @@ def test_threads_are_bound_rank_by_rank():
         ({"kv_cache_dtype": "int8"}, "pools.0.kv_cache_dtype"),
         ({"block_size": 4}, "pools.0.block_size"),
         ({"role": "prefill"}, "pools"),
+        ({"preemption": "swap", "host_kv_blocks": 8}, "pools.0.preemption"),
+        ({"host_kv_blocks": 8}, "pools.0.host_kv_blocks"),
+        ({"admission": "estimated_peak"}, "pools.0.admission"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_by_the_fields_name(changes, where):

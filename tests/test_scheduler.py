@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from paretune.runtime import kv_cache, scheduler
-from paretune.runtime.scheduler import (
+from paretune.runtime import kv_cache, scheduler_state
+from paretune.runtime.scheduler import abort, add_request, commit, schedule
+from paretune.runtime.scheduler_state import (
     NUM_FREE_LANES,
     NUM_FREE_SLOTS,
     NUM_PREEMPTIONS,
     NUM_RUNNING,
     NUM_WAITING,
+    PLAN_COPIES,
     PLAN_FINISHED,
+    PLAN_PREEMPTED,
     PLAN_SIZE,
     PLAN_TOKENS,
+    POLICIES,
     WAITING_HEAD,
     Plan,
     State,
-    abort,
-    add_request,
-    commit,
     grow,
     new_plan,
     new_state,
-    schedule,
 )
 from paretune.runtime.spec import Pool
 
@@ -67,27 +67,42 @@ def check_conservation(state: State, in_flight: bool = False) -> None:
     """Every block is held, free or cached, and never two of them; every slot and lane is in one place."""
     blocks = state.blocks
     held = np.zeros(len(blocks.ref_count), np.int64)
+    on_host = np.zeros(len(state.host_blocks.ref_count), np.int64)
+    for slot in waiting(state):
+        assert state.num_blocks[slot] == 0
+        place = int(state.first_swapped[slot])
+        for _ in range(state.num_swapped_blocks[slot]):
+            on_host[place] += 1
+            place = int(state.next_swapped[place])
+    check_pool(state.host_blocks, on_host)
     for slot in running(state):
+        assert state.num_swapped_blocks[slot] == 0
         row = state.block_table[state.lane[slot], : state.num_blocks[slot]]
         assert len(set(row.tolist())) == len(row)
         np.add.at(held, row, 1)
-        needed = -(-state.num_computed_tokens[slot] // state.limits[scheduler.BLOCK_SIZE])
+        needed = -(-state.num_computed_tokens[slot] // state.limits[scheduler_state.BLOCK_SIZE])
         assert state.num_blocks[slot] >= needed
         assert 0 <= state.num_computed_tokens[slot] <= state.num_tokens[slot]
+    check_pool(blocks, held, unique=state.limits[scheduler_state.POLICY] == scheduler_state.PARETUNE)
+    live = running(state) + waiting(state)
+    assert len(set(live)) == len(live)
+    assert len(live) + state.counts[NUM_FREE_SLOTS] == len(state.request_id)
+    assert len(running(state)) + state.counts[NUM_FREE_LANES] == state.limits[scheduler_state.MAX_NUM_SEQS]
+    assert not state.ends.any()
+
+
+def check_pool(blocks: kv_cache.BlockPool, held: np.ndarray, unique: bool = True) -> None:
+    """Every block is held as often as it should be, free or cached; the table knows each content, once if `unique`."""
     assert held.tolist() == blocks.ref_count.tolist()
     free = blocks.free_stack[: blocks.counts[kv_cache.FREE]].tolist()
     cached = cached_blocks(blocks)
     assert len(cached) == blocks.counts[kv_cache.CACHED]
     assert sorted(free + cached + np.flatnonzero(held).tolist()) == list(range(len(held)))
     assert all(blocks.block_hash[block] != 0 for block in cached)
-    named = {int(h): b for b, h in enumerate(blocks.block_hash) if h != 0}
-    assert len(named) == int((blocks.block_hash != 0).sum())
+    named = [(int(h), b) for b, h in enumerate(blocks.block_hash) if h != 0]
     assert int((blocks.table_hash != 0).sum()) == len(named)
-    assert all(kv_cache.find(blocks, content) == block for content, block in named.items())
-    live = running(state) + waiting(state)
-    assert len(set(live)) == len(live)
-    assert len(live) + state.counts[NUM_FREE_SLOTS] == len(state.request_id)
-    assert len(running(state)) + state.counts[NUM_FREE_LANES] == state.limits[scheduler.MAX_NUM_SEQS]
+    assert len({content for content, _ in named}) == len(named) or not unique
+    assert all(blocks.block_hash[kv_cache.find(blocks, content)] == content for content, _ in named)
 
 
 def run_step(state: State, plan: Plan) -> list[int]:
@@ -99,30 +114,99 @@ def run_step(state: State, plan: Plan) -> list[int]:
     return [int(state.request_id[slot]) for slot in plan.finished[: plan.counts[PLAN_FINISHED]]]
 
 
+class Contents:
+    """What the blocks of a cache hold, as an engine that makes a plan's copies and computes its tokens would fill them.
+
+    A token's content is (its family, its place) within a shared prefix, else (its request, its place).
+    """
+
+    def __init__(self, state: State, shared: dict[int, tuple[int, int]]) -> None:
+        blocks = len(state.blocks.ref_count) + len(state.host_blocks.ref_count)
+        self.cells = [[None] * int(state.limits[scheduler_state.BLOCK_SIZE]) for _ in range(blocks)]
+        self.shared = shared
+
+    def token(self, request: int, place: int) -> tuple[str, int, int]:
+        family, length = self.shared[request]
+        return ("family", family, place) if place < length else ("own", request, place)
+
+    def run(self, state: State, plan: Plan) -> None:
+        """Make the copies, write the new tokens, and look whether each request reads its own context."""
+        size = int(state.limits[scheduler_state.BLOCK_SIZE])
+        for source, destination in plan.copies[: plan.counts[PLAN_COPIES]].tolist():
+            self.cells[destination] = list(self.cells[source])
+        rows = range(int(plan.counts[PLAN_SIZE]))
+        for row in rows:
+            slot, start = int(plan.slot[row]), int(plan.start[row])
+            for place in range(start, start + int(plan.num_tokens[row])):
+                block = int(state.block_table[state.lane[slot]][place // size])
+                self.cells[block][place % size] = self.token(int(state.request_id[slot]), place)
+        for row in rows:
+            slot = int(plan.slot[row])
+            for place in range(int(plan.start[row] + plan.num_tokens[row])):
+                block = int(state.block_table[state.lane[slot]][place // size])
+                assert self.cells[block][place % size] == self.token(int(state.request_id[slot]), place)
+
+
 class AnyTraffic(RuleBasedStateMachine):
-    """Requests come, are aborted, run, share prefixes and run out of blocks, with up to two plans in flight."""
+    """Requests come, are aborted, run, share prefixes and run out of blocks, with up to two plans in flight.
+
+    Under every policy, scheduling, admission and preemption, with and without a second tier; and whatever is copied and
+    shared, each request reads its own context.
+    """
 
     stages = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.rng = np.random.default_rng(7)
-        self.pool = pool(num_kv_blocks=16, pipeline_parallel_size=self.stages)
+        self.shared: dict[int, tuple[int, int]] = {}
+        self.start("paretune", "fcfs", "on_demand", "recompute", 0, 0, False)
+
+    @initialize(
+        policy=st.sampled_from(POLICIES),
+        scheduling=st.sampled_from(["fcfs", "priority"]),
+        admission=st.sampled_from(["on_demand", "first_chunk", "watermark", "estimated_peak"]),
+        preemption=st.sampled_from(["recompute", "swap"]),
+        host=st.sampled_from([0, 5, 30]),
+        threshold=st.sampled_from([0, 7]),
+        own=st.booleans(),
+    )
+    def start(
+        self, policy: str, scheduling: str, admission: str, preemption: str, host: int, threshold: int, own: bool
+    ) -> None:
+        if policy == "vllm_v1":
+            admission = "on_demand" if admission == "estimated_peak" else admission
+            preemption, host = "recompute", 0
+        if self.stages > 1:
+            preemption, host = "recompute", 0
+        self.pool = pool(
+            num_kv_blocks=16,
+            pipeline_parallel_size=self.stages,
+            scheduling=scheduling,
+            admission=admission,
+            watermark=0.2 if admission == "watermark" else 0.0,
+            preemption=preemption if host else "recompute",
+            host_kv_blocks=host,
+            long_prefill_token_threshold=threshold,
+        )
         # eight families of prefixes, sixteen blocks each
-        self.state = new_state(self.pool, hashes=np.arange(1, 129, dtype=np.int64) * 7919)
+        hashes = np.arange(1, 129, dtype=np.int64) * 7919
+        self.state = new_state(self.pool, policy=policy, hashes=hashes, own_content=own)
+        self.contents = Contents(self.state, self.shared)
         self.flying: list[Plan] = []
         self.alive: dict[int, int] = {}
         self.ended: set[int] = set()
         self.number = 0
 
-    @rule(prompt=st.integers(1, 60), answer=st.integers(1, 20), family=st.integers(0, 7), stop=st.integers(0, 9))
-    def arrive(self, prompt: int, answer: int, family: int, stop: int) -> None:
+    @rule(prompt=st.integers(1, 60), answer=st.integers(1, 20), family=st.integers(0, 7), priority=st.integers(-1, 1))
+    def arrive(self, prompt: int, answer: int, family: int, priority: int) -> None:
         total = min(prompt + answer, self.pool.max_model_len)
         prompt = min(prompt, total - 1)
-        slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4)
+        self.shared[self.number] = (family, prompt // 4 * 4)
+        slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4, priority)
         if slot < 0:
             self.state = grow(self.state)
-            slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4)
+            slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4, priority)
         assert slot >= 0
         self.alive[self.number] = slot
         self.number += 1
@@ -137,6 +221,7 @@ class AnyTraffic(RuleBasedStateMachine):
         assert plan.counts[PLAN_TOKENS] == plan.num_tokens[:size].sum() <= self.pool.max_num_batched_tokens
         assert (plan.num_tokens[:size] > 0).all()
         assert len(set(plan.slot[:size].tolist())) == size
+        self.contents.run(self.state, plan)
         self.flying.append(plan)
 
     @rule(stop=st.integers(0, 9))
@@ -171,7 +256,7 @@ class AnyTraffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         while self.flying:
             self.land(0)
-        for _ in range(100_000):
+        for _ in range(10_000):
             if not self.alive:
                 break
             self.launch()
@@ -179,6 +264,7 @@ class AnyTraffic(RuleBasedStateMachine):
         assert not self.alive, "a request was forgotten"
         check_conservation(self.state)
         assert not self.state.blocks.ref_count.any()
+        assert not self.state.host_blocks.ref_count.any()
 
 
 AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
@@ -288,6 +374,38 @@ def test_free_blocks_are_taken_before_cached_ones() -> None:
     kv_cache.release(blocks, named)
     assert kv_cache.take(blocks) != named
     assert kv_cache.find(blocks, 5) == named
+
+
+def test_the_lowest_priority_number_goes_first_and_of_equal_ones_who_came_first() -> None:
+    limits = pool(scheduling="priority", max_num_seqs=1)
+    state, plan = new_state(limits, slots=8), new_plan(limits)
+    for number, priority in enumerate([2, 0, 1, 0, -1]):
+        add_request(state, number, 4, 5, 0, 0, priority)
+    finished = [request for _ in range(5) for request in run_step(state, plan)]
+    assert finished == [4, 1, 3, 2, 0]
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), policy=st.sampled_from(POLICIES))
+def test_by_priority_nobody_is_preempted_for_one_of_less_urgency(seed: int, policy: str) -> None:
+    rng = np.random.default_rng(seed)
+    limits = pool(scheduling="priority", num_kv_blocks=16)
+    state, plan = new_state(limits, policy=policy, slots=40), new_plan(limits)
+    for number in range(20):
+        prompt = int(rng.integers(1, 40))
+        add_request(state, number, prompt, prompt + int(rng.integers(1, 20)), 0, 0, int(rng.integers(0, 3)))
+    finished = preempted = 0
+    for _ in range(2000):
+        schedule(state, plan)
+        gone = plan.preempted[: plan.counts[PLAN_PREEMPTED]].tolist()
+        stays = [(state.priority[slot], state.arrival[slot]) for slot in running(state)]
+        assert all(max(stays, default=(-1, 0)) < (state.priority[slot], state.arrival[slot]) for slot in gone)
+        commit(state, plan)
+        check_conservation(state)
+        finished += int(plan.counts[PLAN_FINISHED])
+        preempted += len(gone)
+    assert finished == 20, "somebody waits for ever"
+    assert preempted == state.counts[NUM_PREEMPTIONS]
 
 
 def test_growing_keeps_the_queue_in_order() -> None:

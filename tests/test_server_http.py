@@ -165,7 +165,9 @@ def running(
     replicas = [Replica(i, lambda one: lost.append(one.index) if one.lost else None) for i in range(len(engines))]
     fleet = Fleet(replicas, Pool(replicas=len(engines), **pool))
     tokenizer, template = (TOKENIZER, ChatTemplate.load(MODEL_DIR)) if text else (None, None)
-    model = ServedModel(MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template)
+    model = ServedModel(
+        MODEL, 4096, MAX_LEN, frozenset({EOS}), tokenizer, template, fleet.pool.scheduling == "priority"
+    )
     request_log = None if log is None else RequestLog(log, block_size=4)
     service = Service(model, fleet, api_keys=api_keys, request_log=request_log)
     server = uvicorn.Server(http_config(service.app()))
@@ -690,3 +692,17 @@ def test_a_conversation_stays_with_its_replica() -> None:
         for engine in server.engines:
             assert len({int(request.prompt_token_ids[0]) for request in engine.seen}) == 1
         assert [len(engine.seen) for engine in server.engines] == [3, 3]
+
+
+def test_the_priority_of_a_request_reaches_the_engine_where_the_spec_schedules_by_it() -> None:
+    with running(Echo(), scheduling="priority") as server:
+        server.complete("one", priority=-3)
+        server.complete("two")
+        assert [request.priority for request in server.engines[0].seen] == [-3, 0]
+
+
+def test_a_priority_that_would_change_nothing_is_refused_by_name() -> None:
+    with running(Echo()) as server:
+        server.complete("one", priority=0)
+        response = server.post("/v1/completions", {"model": MODEL, "prompt": "one", "priority": 1})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "priority")

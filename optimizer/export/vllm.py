@@ -26,7 +26,7 @@ _KV_DTYPE = {"bf16": "bfloat16", "fp8": "fp8"}
 # sizes. Not confirmed for every back end: a size that one lacks is refused by vLLM at its start.
 _BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
-Value = str | int | bool
+Value = str | int | float | bool
 
 
 class CannotExport(Exception):
@@ -118,6 +118,15 @@ def _checked(deployment: Deployment) -> Pool:
     if pool.kv_cache_dtype == "fp32" and pool.weight_dtype != "fp32":
         todo = "set kv_cache_dtype to bf16, or weight_dtype to fp32"
         raise CannotExport("pools.0.kv_cache_dtype", "fp32", "bf16, fp8; fp32 only with weight_dtype fp32", todo)
+    if pool.preemption == "swap":
+        todo = "set preemption to recompute"
+        raise CannotExport("pools.0.preemption", "swap", "recompute: vLLM's V1 has no swap", todo)
+    if pool.host_kv_blocks:
+        todo = "set it to 0, or give vLLM --kv-offloading-size by hand: its tier holds other blocks than ours"
+        raise CannotExport("pools.0.host_kv_blocks", pool.host_kv_blocks, "0", todo)
+    if pool.admission == "estimated_peak":
+        todo = "pick one of these"
+        raise CannotExport("pools.0.admission", "estimated_peak", "on_demand, first_chunk, watermark", todo)
     if pool.block_size not in _BLOCK_SIZES:
         allowed = ", ".join(map(str, _BLOCK_SIZES))
         raise CannotExport("pools.0.block_size", pool.block_size, allowed, "tune with one of these")
@@ -139,6 +148,14 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
         flags.append(("data-parallel-size", pool.replicas))
     if pool.max_queued_requests:
         flags.append(("max-num-queued-reqs", pool.max_queued_requests))
+    if pool.scheduling == "priority":
+        flags.append(("scheduling-policy", "priority"))
+    if pool.long_prefill_token_threshold:
+        flags.append(("long-prefill-token-threshold", pool.long_prefill_token_threshold))
+    if pool.admission == "first_chunk":
+        flags.append(("scheduler-reserve-full-isl", False))
+    if pool.admission == "watermark":
+        flags.append(("watermark", pool.watermark))
     return [
         *flags,
         ("max-model-len", pool.max_model_len),
@@ -173,6 +190,8 @@ def _environment(pool: Pool) -> dict[str, str]:
 def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[str, ...]:
     pool = deployment.pool
     notes = ["predictions in the spec are of the bundled runtime and its scheduler, not of vLLM's"]
+    if deployment.scheduler_policy == "vllm_v1":
+        notes = ["predictions in the spec are of the bundled runtime, with vLLM's rules but no asynchronous scheduling"]
     if len(pool.tiles):
         notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
     if pool.replicas > 1 or pool.router != "round_robin":

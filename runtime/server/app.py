@@ -43,6 +43,7 @@ class ServedModel:
 
     end_token_ids  tokens that end an answer and are not shown
     tokenizer      None: token ids only
+    by_priority    requests may say how urgent they are
     """
 
     name: str
@@ -51,6 +52,7 @@ class ServedModel:
     end_token_ids: frozenset[int]
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
+    by_priority: bool = False
 
 
 class Service:
@@ -131,6 +133,8 @@ class Service:
         if self.model.tokenizer is None and (call.stop or call.logprobs is not None):
             field = "stop" if call.stop else "logprobs"
             raise ApiError(400, f"{field}: the model has no tokenizer.json, so there is no text", field)
+        if call.priority and not self.model.by_priority:
+            raise ApiError(400, "priority: this server schedules first come, first served; it takes only 0", "priority")
         self._check_token_ids(np.array(call.sampling["stop_token_ids"], dtype=np.int64), "stop_token_ids")
         prompts = [await self._chat_prompt(call)] if call.chat else [await self._prompt(one) for one in call.prompts]
         end_token_ids = self.model.end_token_ids | set(call.sampling["stop_token_ids"])

@@ -267,6 +267,7 @@ def _served_model(deployment: Deployment, shape: ModelShape, model_dir: Path, na
         end_token_ids=frozenset(shape.eos_token_ids),
         tokenizer=Tokenizer.load(model_dir),
         chat_template=ChatTemplate.load(model_dir),
+        by_priority=deployment.pool.scheduling == "priority",
     )
 
 

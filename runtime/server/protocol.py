@@ -2,9 +2,9 @@
 
 A field that is not known, or asks for what this server does not do, is refused by name. Fields of OpenAI's
 that it cannot honor are taken where they ask for nothing (`n=1`, `presence_penalty=0`, `tools=[]`, ...).
-Reference: https://platform.openai.com/docs/api-reference; top_k, min_tokens, stop_token_ids, ignore_eos and
-return_token_ids are vLLM's extensions, and so is stream_options.continuous_usage_stats.
-`user`, `safety_identifier` and `prompt_cache_key` are taken, and not used.
+Reference: https://platform.openai.com/docs/api-reference; top_k, min_tokens, stop_token_ids, ignore_eos,
+return_token_ids and priority are vLLM's extensions, and so is stream_options.continuous_usage_stats. `user`,
+`safety_identifier` and `prompt_cache_key` are taken, and not used.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ class _Common(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    priority: int | None = Field(None, ge=-_INT32_MAX, le=_INT32_MAX)
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -210,6 +211,7 @@ class Call:
     """One HTTP request, understood: what to compute and how to answer.
 
     max_tokens  None: as many as the model's length leaves
+    priority    lower goes first
     logprobs    most likely tokens to show beside each token; None: no log-probabilities
     """
 
@@ -225,6 +227,7 @@ class Call:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    priority: int
     app: str | None
     session: str | None
 
@@ -288,6 +291,7 @@ def _call(
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
+        priority=body.priority or 0,
         app=metadata.get("app"),
         session=metadata.get("session"),
     )

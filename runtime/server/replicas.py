@@ -80,7 +80,8 @@ class Replica(asyncio.Protocol):
         self.live[request_id] = generation
         self._sent += 1
         self.outstanding_tokens += most_tokens(generation)
-        self._send((ADD, request_id, generation.prompt_token_ids.tobytes(), generation.sampling))
+        prompt, priority = generation.prompt_token_ids.tobytes(), generation.call.priority
+        self._send((ADD, request_id, prompt, generation.sampling, priority))
 
     @property
     def unseen(self) -> int:

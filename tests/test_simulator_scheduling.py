@@ -1,0 +1,119 @@
+"""The simulator under every scheduling knob: jumps equal steps, all is served, and it sees what the engine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paretune.profiler.simulator import simulate
+from paretune.runtime.engine import Engine, Request
+from paretune.runtime.random_model import write_random_model
+from paretune.runtime.sampler import SamplingParams
+from paretune.runtime.spec import Deployment
+from paretune.traces.metrics import TTFT
+from paretune.traces.trace import PrefixHashes, Trace
+
+from .test_simulator import pool, tables, trace
+
+
+@st.composite
+def knobs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    policy = draw(st.sampled_from(["paretune", "vllm_v1"]))
+    ours = policy == "paretune"
+    admissions = ["on_demand", "first_chunk", "watermark", *(["estimated_peak"] if ours else [])]
+    admission = draw(st.sampled_from(admissions))
+    host = draw(st.sampled_from([0, 12, 200])) if ours else 0
+    return policy, {
+        "admission": admission,
+        "watermark": 0.1 if admission == "watermark" else 0.0,
+        "scheduling": draw(st.sampled_from(["fcfs", "priority"])),
+        "long_prefill_token_threshold": draw(st.sampled_from([0, 48])),
+        "host_kv_blocks": host,
+        "preemption": draw(st.sampled_from(["recompute", "swap"])) if host else "recompute",
+    }
+
+
+def repeated_prefixes(requests: Trace, seed: int) -> Trace:
+    """The same requests with prefixes of blocks of 16 tokens out of five families."""
+    family = np.random.default_rng(seed).integers(0, 5, len(requests))
+    counts = requests.input_tokens.astype(np.int64) // 16
+    hashes = np.concatenate([1000 * f + np.arange(n) for f, n in zip(family, counts)]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    prefix = PrefixHashes(hashes=hashes, offsets=offsets, block_size=16)
+    return Trace(requests.arrival_s, requests.input_tokens, requests.output_tokens, prefix=prefix)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), shared=st.booleans())
+def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
+    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], shared: bool
+) -> None:
+    policy, changes = chosen
+    limits = pool(num_kv_blocks=40, **changes)
+    requests = trace(50, rate, seed)
+    if shared:
+        requests = repeated_prefixes(requests, seed)
+    priority = np.random.default_rng(seed).integers(0, 3, len(requests)).tolist()
+    fast = simulate(requests, limits, tables(limits), policy=policy, priority=priority)
+    slow = simulate(requests, limits, tables(limits), policy=policy, priority=priority, jump=False)
+    assert slow.times.finished.all()
+    for name in ("steps", "preemptions", "swaps", "prefix_hit_tokens", "host_hit_tokens", "blocks_to_host"):
+        assert getattr(fast, name) == getattr(slow, name), name
+    np.testing.assert_allclose(fast.times.end_s, slow.times.end_s, rtol=1e-9)
+    again = simulate(requests, limits, tables(limits), policy=policy, priority=priority)
+    assert again.times.end_s.tobytes() == fast.times.end_s.tobytes()
+
+
+def test_urgent_requests_wait_less() -> None:
+    limits = pool(scheduling="priority", max_num_seqs=2)
+    requests = trace(200, 4.0, 5)
+    priority = np.arange(200) % 2
+    result = simulate(requests, limits, tables(limits), priority=priority.tolist())
+    waits = result.times.values(TTFT)
+    assert np.mean(waits[priority == 0]) < 0.2 * np.mean(waits[priority == 1])
+
+
+@pytest.mark.parametrize("admission", ["watermark", "estimated_peak"])
+def test_admitting_less_preempts_less(admission: str) -> None:
+    requests = trace(300, 50.0, 1)
+    limits = pool(num_kv_blocks=60)
+    careful = pool(num_kv_blocks=60, admission=admission, watermark=0.15 if admission == "watermark" else 0.0)
+    assert (
+        simulate(requests, careful, tables(limits)).preemptions < simulate(requests, limits, tables(limits)).preemptions
+    )
+
+
+def test_a_priority_for_each_request_or_none() -> None:
+    limits = pool()
+    with pytest.raises(ValueError, match="priority"):
+        simulate(trace(3, 1.0, 0), limits, tables(limits), priority=[1, 2])
+
+
+def test_a_preempted_request_finds_its_own_blocks_as_in_the_engine(tmp_path: Path) -> None:
+    """All at once and greedy, so that engine and simulator take the same steps: the same hits, and the same steps."""
+    limits = pool(
+        max_model_len=96, max_num_seqs=4, max_num_batched_tokens=48, block_size=4, num_kv_blocks=26, weight_dtype="fp32"
+    )
+    inputs, outputs = np.array([20, 25, 30, 18, 22, 27]), np.array([30, 24, 28, 35, 20, 25])
+    model = write_random_model(
+        tmp_path / "tiny", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    engine = Engine(Deployment(pools=(limits,)), model)
+    rng = np.random.default_rng(0)
+    for number, (prompt, answer) in enumerate(zip(inputs.tolist(), outputs.tolist())):
+        sampling = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
+        engine.add(Request(number, rng.integers(0, 64, prompt).astype(np.int32), sampling))
+    for _ in range(2000):
+        if engine.has_work:
+            engine.step()
+    measured = engine.stats()
+    simulated = simulate(Trace(np.zeros(6), inputs, outputs), limits, tables(limits))
+    assert measured.preemptions == simulated.preemptions > 0
+    assert measured.prefix_hit_tokens == simulated.prefix_hit_tokens > 0
+    assert measured.steps == simulated.steps
