@@ -133,7 +133,9 @@ class Reloader:
             raise
         service = self._service
         service.fleet.replace(processes.replicas, deployment.pool)
-        service.model = dataclasses.replace(service.model, max_model_len=deployment.pool.max_model_len)
+        pool = deployment.pool
+        by_priority = pool.scheduling == "priority"
+        service.model = dataclasses.replace(service.model, max_model_len=pool.max_model_len, by_priority=by_priority)
         self._go_on(self._retire(self._processes))
         self._processes = processes
 
