@@ -6,9 +6,8 @@ between two input channels that share a scale is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .weight_formats import WEIGHT_FORMATS, WeightFormat
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MOST_E2M1, _MOST_E4M3, _MOST_FP16 = 6.0, 448.0, 65504.0
 _INT4_SCALES = (1.0, 0.9, 0.8)
+_BLOCK_NUMBERS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,59 +148,77 @@ def _store_int4(weight: Tensor) -> StoredWeight:
     """Of three scales for each group the one with the least squared error.
 
     The number furthest from 0 becomes -8, which leaves 15 of the 16 codes for the others (as llama.cpp's q4_0); shorter
-    scales round the rest finer and clip that one.
+    scales round the rest finer and clip that one. Root mean square error of the small model's weights: 9.4 %; 11.0 %
+    with codes -7 to 7, 9.7 % with one scale, 9.2 % with seven.
     """
-    grouped = _grouped(weight, WEIGHT_FORMATS["int4"].group)
-    furthest = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-    best = torch.full(furthest.shape, torch.inf)
-    scale = torch.zeros_like(furthest, dtype=torch.bfloat16)
-    codes = torch.zeros(grouped.shape, dtype=torch.int8)
-    for share in _INT4_SCALES:
-        tried = (furthest * (share / -8)).to(torch.bfloat16)
-        rounded = (grouped * _inverse(tried.float())[:, :, None]).round_().clamp_(-8, 7)
-        error = (rounded * tried.float()[:, :, None] - grouped).square_().sum(dim=2)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, tried, scale)
-        codes = torch.where(better[:, :, None], rounded.to(torch.int8), codes)
-    return StoredWeight("int4", _ungrouped(codes, weight.shape[1]), scale)
+
+    def rounded(grouped: Tensor) -> tuple[Tensor, Tensor]:
+        least, most = grouped.amin(dim=2), grouped.amax(dim=2)  # argmax and gather take five times as long
+        furthest = torch.where(most >= -least, most, least)
+        best = torch.full(furthest.shape, torch.inf)
+        scale = torch.zeros_like(furthest, dtype=torch.bfloat16)
+        codes = torch.zeros(grouped.shape, dtype=torch.int8)
+        for share in _INT4_SCALES:
+            tried = (furthest * (share / -8)).to(torch.bfloat16)
+            nearest = (grouped * _inverse(tried.float())[:, :, None]).round_().clamp_(-8, 7)
+            error = (nearest * tried.float()[:, :, None]).sub_(grouped).square_().sum(dim=2)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, tried, scale)
+            codes = torch.where(better[:, :, None], nearest.to(torch.int8), codes)
+        return codes, scale
+
+    return StoredWeight("int4", *_by_blocks(weight, "int4", rounded))
 
 
 def _store_nvfp4(weight: Tensor) -> StoredWeight:
     """The tensor's scale brings the largest block scale to 448, the most that e4m3 holds."""
     tensor_scale = (weight.abs().max() / (_MOST_E2M1 * _MOST_E4M3)).clamp(min=torch.finfo(torch.float32).tiny)
-    grouped = _grouped(weight, WEIGHT_FORMATS["nvfp4"].group) / tensor_scale
-    scale = (grouped.abs().amax(dim=2) / _MOST_E2M1).clamp(max=_MOST_E4M3).to(torch.float8_e4m3fn)
-    codes = _e2m1_codes(grouped * _inverse(scale.float())[:, :, None])
+
+    def rounded(grouped: Tensor) -> tuple[Tensor, Tensor]:
+        relative = grouped / tensor_scale
+        scale = (relative.abs().amax(dim=2) / _MOST_E2M1).clamp(max=_MOST_E4M3).to(torch.float8_e4m3fn)
+        return _e2m1_codes(relative * _inverse(scale.float())[:, :, None]), scale
+
     channel_scale = tensor_scale.expand(weight.shape[0]).contiguous()
-    return StoredWeight("nvfp4", _ungrouped(codes, weight.shape[1]), scale, channel_scale)
+    return StoredWeight("nvfp4", *_by_blocks(weight, "nvfp4", rounded), channel_scale)
 
 
 def _store_mxfp4(weight: Tensor) -> StoredWeight:
     """Block exponents as in the OCP specification 1.0, section 6.3: that of the largest number, less e2m1's 2."""
-    grouped = _grouped(weight, WEIGHT_FORMATS["mxfp4"].group)
-    exponent = torch.frexp(grouped.abs().amax(dim=2)).exponent.clamp(-123, 127) - 1 - 2
-    codes = _e2m1_codes(torch.ldexp(grouped, -exponent[:, :, None]))
-    return StoredWeight("mxfp4", _ungrouped(codes, weight.shape[1]), (exponent + 127).to(torch.uint8))
+
+    def rounded(grouped: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = torch.frexp(grouped.abs().amax(dim=2)).exponent.clamp(-123, 127) - 1 - 2
+        codes = _e2m1_codes(grouped * torch.exp2(-exponent.float())[:, :, None])
+        return codes, (exponent + 127).to(torch.uint8)
+
+    return StoredWeight("mxfp4", *_by_blocks(weight, "mxfp4", rounded))
 
 
 def _e2m1_codes(scaled: Tensor) -> Tensor:
-    """The nearest e2m1 code (uint8), halfway to the even one; beyond 6 saturates."""
-    edges = torch.tensor([(low + high) / 2 for low, high in pairwise(E2M1)])
-    magnitude = scaled.abs()
-    above = torch.bucketize(magnitude, edges, right=False)  # edges below the number
-    at_edge = torch.bucketize(magnitude, edges, right=True) != above
-    codes = above + (at_edge & (above % 2 == 1))
-    return (codes + 8 * (scaled < 0)).to(torch.uint8)
+    """The nearest e2m1 code (uint8), halfway to the even one; beyond 6 saturates.
+
+    Below 2 the codes are 0.5 apart, below 4 they are 1 apart, and then 2; in these units rounding to even is e2m1's.
+    """
+    magnitude = scaled.abs().clamp_(max=_MOST_E2M1)
+    beyond = (magnitude >= 2).to(torch.uint8) + (magnitude >= 4).to(torch.uint8)
+    units = (magnitude * torch.exp2(1 - beyond.float())).round_().to(torch.uint8)
+    return units + 2 * beyond + 8 * (scaled < 0).to(torch.uint8)
+
+
+def _by_blocks(
+    weight: Tensor, precision: str, rounded: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Codes (out, in) and group scales (out, groups); a few rows at a time, so that the rest stays in a cache."""
+    rows = max(1, _BLOCK_NUMBERS // weight.shape[1])
+    blocks = [rounded(_grouped(block, WEIGHT_FORMATS[precision].group)) for block in torch.split(weight, rows)]
+    codes = torch.cat([block_codes for block_codes, _ in blocks])
+    return codes.flatten(1)[:, : weight.shape[1]], torch.cat([scale for _, scale in blocks])
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
     """(out, in) -> (out, groups, group), zeros where the last group is not full."""
     return torch.nn.functional.pad(weight, (0, -weight.shape[1] % group)).view(weight.shape[0], -1, group)
-
-
-def _ungrouped(codes: Tensor, in_features: int) -> Tensor:
-    return codes.flatten(1)[:, :in_features]
 
 
 def _inverse(scale: Tensor) -> Tensor:
