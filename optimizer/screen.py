@@ -114,24 +114,31 @@ def _alone(
     outputs: NDArray[np.int64],
     cached: NDArray[np.int64],
     most_tokens: int,
+    stages: int,
     k: int,
     first_s: NDArray[np.float64],
     kth_s: NDArray[np.float64],
     end_s: NDArray[np.float64],
 ) -> None:
-    """When the first, k-th and last token of each request would come if it had the replica to itself."""
+    """When the first, k-th and last token of each request would come if it had the replica to itself.
+
+    In a pipeline the chunks of a prompt follow each other from stage to stage.
+    """
     outside_s = tables.request_s[0] + tables.request_s[1]
     for i in range(inputs.shape[0]):
         done = cached[i]
-        now_s = outside_s
+        now_s = left_s = outside_s  # the next chunk begins; the last one leaves the last stage
         while done < inputs[i]:
             part = min(most_tokens, inputs[i] - done)
             samples = 1 if done + part == inputs[i] else 0
             if part == 1:
-                now_s += composed_time_s(tables, 1, 1, samples, done + 1.0, 0.0)
+                step_s = composed_time_s(tables, 1, 1, samples, done + 1.0, 0.0)
             else:
-                now_s += composed_time_s(tables, part, 1, samples, 0.0, part * (done + 0.5 * (part + 1)))
+                step_s = composed_time_s(tables, part, 1, samples, 0.0, part * (done + 0.5 * (part + 1)))
+            left_s = max(now_s + step_s, left_s + step_s / stages)
+            now_s += step_s / stages
             done += part
+        now_s = left_s
         first_s[i] = now_s
         step_s = composed_time_s(tables, 1, 1, 1, inputs[i] + 1.0, 0.0)
         last_s = composed_time_s(tables, 1, 1, 1, float(inputs[i] + outputs[i]), 0.0)
@@ -160,7 +167,9 @@ def estimate(means: Means, pool: Pool, tables: StepTables, k: int) -> Estimate:
     held = means.input_tokens + means.output_tokens
     by_cache = pool.num_kv_blocks * pool.block_size / held
     by_tokens = pool.max_num_batched_tokens / (1 + means.input_tokens / means.output_tokens)
-    most_rows = max(1, int(min(pool.max_num_seqs, by_cache, by_tokens)))
+    most_seqs = max(1, int(min(pool.max_num_seqs, by_cache)))
+    stages = min(pool.pipeline_parallel_size, most_seqs)  # at steps of their own, each with its share of the requests
+    most_rows = max(1, int(min(most_seqs / stages, by_tokens)))
     out = np.empty(2)
     _mean_field(
         tables,
@@ -168,7 +177,7 @@ def estimate(means: Means, pool: Pool, tables: StepTables, k: int) -> Estimate:
         means.input_tokens,
         means.output_tokens,
         means.prefill_pairs,
-        means.rate_per_s / pool.replicas,
+        means.rate_per_s / pool.replicas / stages,
         out,
     )
     times = [np.empty(len(means.sample_input)) for _ in range(3)]
@@ -178,10 +187,11 @@ def estimate(means: Means, pool: Pool, tables: StepTables, k: int) -> Estimate:
         means.sample_output,
         means.sample_cached,
         pool.max_num_batched_tokens,
+        pool.pipeline_parallel_size,
         k,
         *times,
     )
-    return Estimate(float(out[0]), float(out[1]), *times)
+    return Estimate(stages * float(out[0]), float(out[1]), *times)
 
 
 def alone_s(metric: Metric, found: Estimate, means: Means) -> NDArray[np.float64]:

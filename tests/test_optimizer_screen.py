@@ -32,8 +32,22 @@ def test_the_mean_field_is_within_its_margin_of_the_simulated_saturation(seed):
     assert 1 / MARGIN < carried_per_s / found.saturation_per_s < MARGIN
 
 
-def test_one_request_alone_waits_as_long_as_the_simulator_says():
-    trace, pool = poisson_trace(200, rate_per_s=0.001), deployment(max_num_batched_tokens=64).pool
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("seqs", [1, 16])
+def test_a_pipeline_carries_no_more_than_its_screen_says(stages, seqs):
+    trace, pool = poisson_trace(600), deployment(max_num_seqs=seqs, pipeline_parallel_size=stages).pool
+    tables = step_model(pool).tables
+    found = estimate(means_of(trace, (), False), pool, tables, 30)
+    flooded = simulate(trace, pool, tables, rate=10 * found.saturation_per_s / trace.rate_per_s)
+    carried_per_s = tokens_per_s(flooded) / float(trace.output_tokens.mean())
+    # less where the steps of the stages differ in length, and one waits for the other
+    assert 0.4 < carried_per_s / found.saturation_per_s < MARGIN
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_one_request_alone_waits_as_long_as_the_simulator_says(stages):
+    trace = poisson_trace(200, rate_per_s=0.001)
+    pool = deployment(max_num_batched_tokens=64, pipeline_parallel_size=stages).pool
     tables = step_model(pool).tables
     means = means_of(trace, (), False)
     found = estimate(means, pool, tables, 30)

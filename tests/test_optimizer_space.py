@@ -108,3 +108,11 @@ def test_the_default_space_shards_by_powers_of_two_as_far_as_the_cores_go(cores)
     # powers of two alone: those are what a profile measures
     assert max(held) == 1 << (cores.bit_length() - 1)
     assert all(isinstance(each.pool, Pool) for each in found.deployments)
+
+
+def test_stages_and_parts_hold_devices_like_ranks_and_threads():
+    space = small_space(pipeline_parallel_size=(1, 2), context_parallel_size=(1, 2), router=("prefix_affinity",))
+    found = space.candidates()
+    held = {each.pool.replicas * each.pool.devices_per_replica for each in found.deployments}
+    assert held == {1, 2}
+    assert {each.pool.pipeline_parallel_size * each.pool.context_parallel_size for each in found.deployments} == {1, 2}
