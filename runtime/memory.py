@@ -50,11 +50,11 @@ def memory_need(
     )
 
 
-def memory_table(need: MemoryNeed, available: int) -> str:
-    """What takes how many GiB, a line each, for people."""
+def memory_text(need: MemoryNeed, available: int) -> str:
+    """What takes how many GiB, and how many there are, for people."""
     parts = {name.removesuffix("_bytes").replace("_", " "): value for name, value in asdict(need).items()}
-    rows = [*parts.items(), ("together", need.total_bytes), ("available", available)]
-    return "\n".join(f"  {name:<12}{value / _GIB:8.2f} GiB" for name, value in rows)
+    shown = ", ".join(f"{name} {value / _GIB:.2f}" for name, value in parts.items())
+    return f"{need.total_bytes / _GIB:.2f} GiB ({shown}) of {available / _GIB:.2f} GiB available"
 
 
 def rank_weight_bytes(shape: ModelShape, share: Share, weight_dtype: str) -> int:

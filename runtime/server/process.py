@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from ...traces.whole_file import write_whole
 from ..launch import Launch
-from ..memory import available_bytes, check_memory, memory_need, memory_table
+from ..memory import available_bytes, check_memory, memory_need, memory_text
 from ..model_shape import BadModel, ModelShape, resolve_model
 from ..parallel import RankFailed
 from ..request_log import BadRequestLog, RequestLog
@@ -109,7 +109,7 @@ def run(
     except (BadOption, BadSpec, BadModel, BadTokenizer, BadRequestLog, CannotListen, CannotWrite) as error:
         _say(str(error))
         return error.exit_code
-    _say(f"loading {deployment.model}\n{memory_table(memory_need(shape, deployment.pool, ranks=ranks), available)}")
+    _say(f"loading {deployment.model}: {memory_text(memory_need(shape, deployment.pool, ranks=ranks), available)} ...")
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     process = _Process(deployment, model, model_dir, step_log, ready_file)
