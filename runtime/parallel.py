@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import ModelShape
 from .spec import Pool
 
@@ -49,6 +50,16 @@ def share_of(shape: ModelShape, rank: int, size: int, group: int = 1) -> Share:
         intermediate=_grouped_part(shape.intermediate_size, rank, size, group),
         vocab=_part(shape.vocab_size, rank, size),
     )
+
+
+def keeps_scales_whole(shape: ModelShape, weight_dtype: str, size: int) -> bool:
+    """Whether `size` ranks can share the weights with every group of input channels of one scale on one rank.
+
+    o is cut by whole heads; down anywhere, so between groups, of which each rank needs one.
+    """
+    group = WEIGHT_FORMATS[weight_dtype].sharded_by
+    heads_fit = shape.num_heads // size * shape.head_dim % group == 0
+    return size == 1 or (heads_fit and size <= -(-shape.intermediate_size // group))
 
 
 def _part(total: int, rank: int, size: int) -> range:

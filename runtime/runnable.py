@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import BadModel, ModelShape
+from .parallel import keeps_scales_whole
 from .spec import CPU, BadSpec, Deployment
 
 WEIGHT_DTYPES = tuple(WEIGHT_FORMATS)
@@ -48,12 +49,8 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         raise BadSpec(
             "pools.0.tensor_parallel_size", pool.tensor_parallel_size, f"{divisors}, which divide the KV heads"
         )
-    group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
-    columns = shape.num_heads // pool.tensor_parallel_size * shape.head_dim
-    most = -(-shape.intermediate_size // group)
-    if pool.tensor_parallel_size > 1 and (columns % group or pool.tensor_parallel_size > most):
-        found = (
-            f"{pool.tensor_parallel_size}, which cuts o_proj or down_proj within {group} input channels of one scale"
-        )
-        allowed_sizes = f"ranks with a multiple of {group} such channels each, with {pool.weight_dtype} weights"
-        raise BadSpec("pools.0.tensor_parallel_size", found, allowed_sizes)
+    if not keeps_scales_whole(shape, pool.weight_dtype, pool.tensor_parallel_size):
+        group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
+        found = f"{pool.tensor_parallel_size}, which cuts within {group} input channels that share a scale"
+        sizes = f"ranks with a multiple of {group} input channels of o_proj and down_proj, for {pool.weight_dtype}"
+        raise BadSpec("pools.0.tensor_parallel_size", found, sizes)
