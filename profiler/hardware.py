@@ -54,6 +54,9 @@ class Accelerator:
     source: str
     as_of: str
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.as_of))
+
     def flops_per_s(self, precision: str) -> float:
         """Peak rate of arithmetic in `precision`. Raises: BadHardware: no source gives one; none takes its place."""
         rate = self.peak_flops_per_s.get(precision)

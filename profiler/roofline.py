@@ -8,6 +8,8 @@ engines take longer: a share of the peaks, and time between kernels. Both are fi
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,12 +72,31 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
 
 def step_bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> dict[str, float]:
     """Least time of each operator of a step, seconds by operator."""
-    tp = pool.tensor_parallel_size
-    work = step_work(shape, step, tensor_parallel_size=tp, weight_dtype=pool.weight_dtype, kv_dtype=pool.kv_cache_dtype)
-    plain = "fp32" if pool.weight_dtype == "fp32" else "bf16"
+    return _bound_s(accelerator, shape, step, _Sharding.of(pool))
+
+
+class _Sharding(NamedTuple):
+    """What of a pool decides how long a step of a given composition takes."""
+
+    tensor_parallel_size: int
+    weight_dtype: str
+    kv_dtype: str
+
+    @classmethod
+    def of(cls, pool: Pool) -> _Sharding:
+        return cls(pool.tensor_parallel_size, pool.weight_dtype, pool.kv_cache_dtype)
+
+
+def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sharding: _Sharding) -> dict[str, float]:
+    work = step_work(shape, step, **sharding._asdict())
+    plain = "fp32" if sharding.weight_dtype == "fp32" else "bf16"
+    stored = _ARITHMETIC[sharding.weight_dtype]
     return {
         w.name: operator_bound_s(
-            w, accelerator, plain if "attention" in w.name or w.name == "head" else _ARITHMETIC[pool.weight_dtype], tp
+            w,
+            accelerator,
+            plain if "attention" in w.name or w.name == "head" else stored,
+            sharding.tensor_parallel_size,
         )
         for w in work
     }
@@ -99,37 +120,47 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
         raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalog", todo)
     check_kv_blocks(accelerator, shape, pool)
 
-    def sampled(size: int, samples: bool) -> NDArray[np.float64]:
-        at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.int64)
-        bounds = []
-        for n in at.tolist():
-            step = Composition(1, 1, n, 0.0, 0.0) if samples else Composition(n, 1, 0, 0.0, 0.0)
-            bound = step_bound_s(accelerator, shape, step, pool)
-            bounds.append(sum(s for name, s in bound.items() if name.startswith("head") == samples))
-        table = np.interp(np.arange(size + 1), at, np.array(bounds) / EFFICIENCY)
-        table[0] = 0.0
-        return table
-
-    def attention(decode: bool) -> NDArray[np.float64]:
-        name = "decode_attention" if decode else "prefill_attention"
-        table = []
-        for work in WORK_GRID.tolist():
-            # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
-            tokens = 1 if decode else max(1, math.ceil(math.sqrt(2 * work) - 1))
-            step = Composition(tokens, 1, 0, work if decode else 0.0, 0.0 if decode else work)
-            table.append(step_bound_s(accelerator, shape, step, pool)[name] / EFFICIENCY)
-        return np.maximum.accumulate(np.array(table))
-
-    tokens_s = sampled(pool.max_num_batched_tokens, samples=False)
+    key = (accelerator, shape, _Sharding.of(pool))
+    tokens_s = _linear_s(*key, pool.max_num_batched_tokens, False).copy()
     tokens_s[1:] += shape.num_layers * LAYER_OVERHEAD_S
     return StepTables(
         tokens_s=tokens_s,
         rows_s=np.zeros(pool.max_num_seqs + 1),
-        samples_s=sampled(pool.max_num_seqs, samples=True),
-        decode_attention_s=attention(decode=True),
-        prefill_attention_s=attention(decode=False),
+        samples_s=_linear_s(*key, pool.max_num_seqs, True).copy(),
+        decode_attention_s=_attention_s(*key, True).copy(),
+        prefill_attention_s=_attention_s(*key, False).copy(),
         request_s=np.zeros(2),
     )
+
+
+# A search asks for a thousand pools of a few shardings: these tables were a sixth of its time.
+@lru_cache(maxsize=256)
+def _linear_s(
+    accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, size: int, samples: bool
+) -> NDArray[np.float64]:
+    """(size + 1,) seconds of 0 to `size` tokens (of samples: of the vocabulary projection), attention left out."""
+    at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.int64)
+    bounds = []
+    for n in at.tolist():
+        step = Composition(1, 1, n, 0.0, 0.0) if samples else Composition(n, 1, 0, 0.0, 0.0)
+        bound = _bound_s(accelerator, shape, step, sharding)
+        bounds.append(sum(s for name, s in bound.items() if name.startswith("head") == samples))
+    table = np.interp(np.arange(size + 1), at, np.array(bounds) / EFFICIENCY)
+    table[0] = 0.0
+    return table
+
+
+@lru_cache(maxsize=256)
+def _attention_s(accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, decode: bool) -> NDArray[np.float64]:
+    """Seconds of attention at each point of WORK_GRID."""
+    name = "decode_attention" if decode else "prefill_attention"
+    table = []
+    for work in WORK_GRID.tolist():
+        # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
+        tokens = 1 if decode else max(1, math.ceil(math.sqrt(2 * work) - 1))
+        step = Composition(tokens, 1, 0, work if decode else 0.0, 0.0 if decode else work)
+        table.append(_bound_s(accelerator, shape, step, sharding)[name] / EFFICIENCY)
+    return np.maximum.accumulate(np.array(table))
 
 
 def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:

@@ -10,7 +10,7 @@ import psutil
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import ModelShape
-from .parallel import Layout, Share, held_shape, shares
+from .parallel import Layout, Share, held_shape, keeps_scales_whole, shares
 from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
@@ -138,6 +138,8 @@ def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int, ranks
     for count in range(replicas, 0, -1):
         for dtype in dict.fromkeys((pool.weight_dtype, *_SMALLER)):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):
+                continue
+            if not keeps_scales_whole(shape, dtype, pool.tensor_parallel_size):
                 continue
             smaller = pool.model_copy(update={"weight_dtype": dtype, "num_kv_blocks": 0})
             blocks = (available - memory_need(shape, smaller, count, ranks).total_bytes) // (count * block_bytes)

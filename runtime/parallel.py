@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import ModelShape
 from .spec import Pool
 
@@ -136,6 +137,16 @@ def held_shape(shape: ModelShape, share: Share) -> ModelShape:
         intermediate_size=len(share.intermediate),
         vocab_size=len(share.vocab),
     )
+
+
+def keeps_scales_whole(shape: ModelShape, weight_dtype: str, size: int) -> bool:
+    """Whether `size` ranks can share the weights with every group of input channels of one scale on one rank.
+
+    o is cut by whole heads; down anywhere, so between groups, of which each rank needs one.
+    """
+    group = WEIGHT_FORMATS[weight_dtype].sharded_by
+    heads_fit = shape.num_heads // size * shape.head_dim % group == 0
+    return size == 1 or (heads_fit and size <= -(-shape.intermediate_size // group))
 
 
 def _part(total: int, rank: int, size: int) -> range:

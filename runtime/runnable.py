@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .model_shape import BadModel, ModelShape
-from .parallel import Layout, tensor_parallel_sizes
+from .parallel import Layout, keeps_scales_whole, tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
 
 # the arrays of a batch are as large as the limits that the engine was built with
@@ -56,15 +56,11 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
-    group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
-    columns = shape.num_heads // pool.tensor_parallel_size * shape.head_dim
-    groups = -(-shape.intermediate_size // group)
-    if pool.tensor_parallel_size > 1 and (columns % group or pool.tensor_parallel_size > groups):
-        found = (
-            f"{pool.tensor_parallel_size}, which cuts o_proj or down_proj within {group} input channels of one scale"
-        )
-        allowed_sizes = f"ranks with a multiple of {group} such channels each, with {pool.weight_dtype} weights"
-        raise BadSpec("pools.0.tensor_parallel_size", found, allowed_sizes)
+    if not keeps_scales_whole(shape, pool.weight_dtype, pool.tensor_parallel_size):
+        group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
+        found = f"{pool.tensor_parallel_size}, which cuts within {group} input channels that share a scale"
+        fit = f"ranks with a multiple of {group} input channels of o_proj and down_proj, for {pool.weight_dtype}"
+        raise BadSpec("pools.0.tensor_parallel_size", found, fit)
 
 
 def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:

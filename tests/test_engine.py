@@ -1,5 +1,6 @@
 """The engine as its callers see it: answers, endings, accounting, refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -352,3 +353,12 @@ def test_memory_is_reckoned_before_loading_and_the_hint_fits() -> None:
 def test_a_cache_beyond_the_machine_is_refused_before_it_is_taken(model_dir: Path) -> None:
     with pytest.raises(BadSpec, match="num_kv_blocks"):
         Engine(deployment(num_kv_blocks=10**10), model_dir)
+
+
+def test_the_hint_goes_down_to_int4_where_int8_does_not_fit() -> None:
+    shape = replace(ModelShape.load(MODEL_DIR), hidden_size=4096, intermediate_size=14336, num_layers=32)
+    pool = Pool(num_kv_blocks=128, max_model_len=2048)
+    room = memory_need(shape, pool.model_copy(update={"weight_dtype": "int4"})).total_bytes
+    with pytest.raises(BadSpec) as refused:
+        check_memory(shape, pool, available=room)
+    assert "weight_dtype: int4" in refused.value.todo

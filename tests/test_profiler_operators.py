@@ -116,8 +116,11 @@ def test_more_ranks_than_kv_heads_hold_one_head_each() -> None:
     assert qkv.out_features == (2 + 2) * 128
 
 
-@pytest.mark.parametrize(("dtype", "item"), [("fp32", 4), ("bf16", 2), ("fp8", 1), ("int8", 1)])
-def test_a_narrower_dtype_moves_as_many_bytes_less(dtype: str, item: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "item"),
+    [("fp32", 4), ("bf16", 2), ("fp8", 1), ("int8", 1), ("int4", 0.5 + 2 / 64), ("nvfp4", 0.5 + 1 / 16)],
+)
+def test_a_narrower_dtype_moves_as_many_bytes_less(dtype: str, item: float) -> None:
     step = Composition(1, 1, 1, 100.0, 0.0)
     wide = sum(one.weight_bytes for one in work(LLAMA_8B, step, weight="bf16").values())
     assert sum(one.weight_bytes for one in work(LLAMA_8B, step, weight=dtype).values()) == wide * item / 2
@@ -136,3 +139,10 @@ def test_the_published_config_is_the_shape_used_here(data_dir: Path) -> None:
     path = data_dir / "models/hf_configs/meta-llama--Meta-Llama-3.1-8B.json"
     published = ModelShape.from_config(json.loads(path.read_text()))
     assert linears(published, 1) == linears(LLAMA_8B, 1)
+
+
+def test_the_head_of_a_ternary_model_moves_bf16() -> None:
+    step = Composition(1, 1, 1, 100.0, 0.0)
+    ternary, bf16 = (work(LLAMA_8B, step, weight=dtype) for dtype in ("ternary", "bf16"))
+    assert ternary["head"].weight_bytes == bf16["head"].weight_bytes
+    assert ternary["down"].weight_bytes == bf16["down"].weight_bytes / 8

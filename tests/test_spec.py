@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paretune.kernels.tiles import Tile, TileTable
+from paretune.runtime.runnable import WEIGHT_DTYPES
 from paretune.runtime.safe_yaml import BadYaml, load_yaml
 from paretune.runtime.spec import (
     BadSpec,
@@ -31,7 +32,7 @@ def deployments(draw: st.DrawFn) -> Deployment:
         replicas=draw(st.integers(1, 4)),
         tensor_parallel_size=draw(st.sampled_from([1, 2])),
         num_threads=draw(st.integers(1, 2)),
-        weight_dtype=draw(st.sampled_from(["fp32", "bf16", "int8"])),
+        weight_dtype=draw(st.sampled_from(WEIGHT_DTYPES)),
         max_num_seqs=draw(st.integers(1, 256)),
         max_num_batched_tokens=draw(st.integers(2048, 8192)),
         block_size=draw(st.sampled_from([8, 16, 32])),
