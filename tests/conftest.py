@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +14,11 @@ from hypothesis import settings
 # Two busy cores: how long an example took says nothing about the code.
 settings.register_profile("paretune", deadline=None)
 settings.load_profile("paretune")
+
+
+# A shell that runs the suite in the background lets it ignore Ctrl-C, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(component: str, how_to_get_it: str) -> NoReturn:
