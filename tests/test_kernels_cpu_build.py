@@ -70,6 +70,23 @@ k_cache, v_cache = torch.zeros(2, 4, 2, 6), torch.zeros(2, 4, 2, 6)
 fused.rope_and_cache(q, k, v, positions, cos, sin, k_cache, v_cache, torch.tensor([0, 7, -1, 3, 4]))
 check(q, oracle)
 check(k_cache.view(8, 2, 6)[7], fused.reference_rope(k, positions, cos, sin)[1])
+import numpy
+from paretune.kernels.lora import Delta, LoraSlots, Matrix, adapter_rows, pack_adapter, reference as lora_reference
+for in_features, parts, ranks in ((1, (1,), (1,)), (37, (33, 70), (7, 64))):
+    matrix = Matrix(in_features, parts)
+    adapters = [
+        {p: Delta(torch.randn(r, in_features), torch.randn(n, r), 0.5) for p, (r, n) in enumerate(zip(ranks, parts))}
+        for _ in range(3)
+    ]
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
+        slots = LoraSlots([matrix], 3, 64, precision)
+        for slot, deltas in enumerate(adapters):
+            slots.put(slot, pack_adapter({(0, p): delta for p, delta in deltas.items()}, [matrix], precision))
+        slot_of_row = numpy.array([2, -1, 0] + [1] * 40, numpy.int32)
+        x, y = torch.randn(43, in_features), torch.zeros(43, sum(parts))
+        oracle = lora_reference(x, y, slot_of_row, adapters, parts)
+        slots.add(0, x, y, adapter_rows(slot_of_row, 3))
+        check(y, oracle, tolerance)
 print("all right", build.load().instructions)
 """
 

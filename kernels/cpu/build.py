@@ -83,6 +83,11 @@ class Library:
             "rope_and_cache", None, pointer, size, pointer, size, pointer, size, number, pointer, pointer, pointer,
             pointer, pointer, number, pointer, *([size] * 4), number,
         )  # fmt: skip
+        self.lora_ranks: int = bind("lora_ranks", c_int)()
+        self.lora = bind(
+            "lora", None, pointer, size, number, pointer, size, size, pointer, size, pointer, pointer, pointer, size,
+            number,
+        )  # fmt: skip
 
 
 class _Attempt(NamedTuple):
