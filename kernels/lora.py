@@ -256,7 +256,7 @@ class LoraSlots:
         rows["b"] += base
         self._table[:, slot] = rows
         self._touched[slot] = (adapter.parts["rank"] > 0).any(axis=1)
-        self._anybody = [bool(some) for some in self._touched.any(axis=0)]
+        self._anybody = list(map(bool, np.logical_or.reduce(self._touched)))
 
     def add(self, matrix: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
         """y += every row's own delta of this matrix, IN PLACE.

@@ -27,6 +27,9 @@ _SIMULATOR_LEAVES_OUT = (
     "them anew; near a full KV cache predictions are too slow",
     "sampling other than greedy; the cores that HTTP, text and clients use, which are not priced either",
 )
+_ADAPTERS_LEAVE_OUT = (
+    "what LoRA adapters add to a step, and the time to fill a slot: waiting for slots is simulated, these are not",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Sources:
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
         found = step_tables(source, self.shape, pool)
-        return replace(found, not_modeled=(*found.not_modeled, *_SIMULATOR_LEAVES_OUT))
+        adapters = _ADAPTERS_LEAVE_OUT if pool.max_loras else ()
+        return replace(found, not_modeled=(*found.not_modeled, *_SIMULATOR_LEAVES_OUT, *adapters))
 
     def price(self, pool: Pool) -> Price:
         """Of one device of a pool. Raises: BadHardware: the price book has none."""

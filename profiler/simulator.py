@@ -53,6 +53,7 @@ class _Requests(NamedTuple):
 
     arrival_s (n,) float64 when the scheduler sees it; scheduled_s (n,) float64 when the client wanted it sent;
     input_tokens, max_num_tokens, hash_start, num_hashes (n,) int64
+    adapter (n,) int64 number of the adapter, 0 for none
     """
 
     arrival_s: NDArray[np.float64]
@@ -61,6 +62,7 @@ class _Requests(NamedTuple):
     max_num_tokens: NDArray[np.int64]
     hash_start: NDArray[np.int64]
     num_hashes: NDArray[np.int64]
+    adapter: NDArray[np.int64]
 
 
 class _Times(NamedTuple):
@@ -170,6 +172,7 @@ def _run(
             )
             if slot < 0:
                 break
+            state.adapter[slot] = requests.adapter[upcoming]
             upcoming += 1
         if upcoming < number and requests.arrival_s[upcoming] <= now_s:
             status = _OUT_OF_SLOTS
@@ -270,7 +273,9 @@ def simulate(
 ) -> SimulationResult:
     """Serve a trace on a virtual clock.
 
-    Requests go to the pool's replicas in turn (round robin), as the server's router sends them.
+    Requests go to the pool's replicas in turn (round robin), as the server's router sends them. With max_loras they
+    wait for their adapters' slots and share prefixes with those of their adapter alone, as in the engine; a pool that
+    takes no adapters serves them on the base.
 
     Args:
         trace: the requests; their recorded output lengths are taken as known to the client, not to the scheduler.
@@ -295,6 +300,9 @@ def simulate(
     # a trace's arrays are read-only, which is another type to Numba: without the copy everything compiles twice
     hashes = np.zeros(0, np.int64) if trace.prefix is None else trace.prefix.hashes.copy()
     per_hash = 1 if trace.prefix is None else blocks_per_hash(trace.prefix.block_size, pool.block_size)
+    adapters = np.zeros(n, np.int64)
+    if trace.adapter is not None and pool.max_loras > 0:
+        adapters = trace.adapter.codes.astype(np.int64) + 1  # a request without one has the code -1
     bounds = _bounds(trace, give_up, k)
     # blocks beyond those of every request together are never touched: a huge cache costs no memory here
     touched = int((-(-max_num_tokens[fits] // pool.block_size)).sum())
@@ -312,6 +320,7 @@ def simulate(
             max_num_tokens=max_num_tokens[rows],
             hash_start=offsets[:-1][rows],
             num_hashes=np.diff(offsets)[rows],
+            adapter=adapters[rows],
         )
         part = _Times(*(np.full(len(rows), np.nan) for _ in range(3)))
         governed = bounds._replace(governs=np.ascontiguousarray(bounds.governs[:, rows]))

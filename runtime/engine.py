@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kv_cache
+from .adapter_slots import NO_ADAPTER
+from .adapters import AdapterNames, BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .memory import check_memory
 from .model_shape import ModelShape
@@ -36,6 +38,7 @@ from .scheduler import (
     NUM_PREFIX_QUERY_TOKENS,
     NUM_RUNNING,
     NUM_WAITING,
+    PLAN_ADMITTED,
     PLAN_FINISHED,
     PLAN_SIZE,
     PLAN_TOKENS,
@@ -51,6 +54,7 @@ from .spec import Deployment
 from .token_store import TokenStore
 
 __all__ = [
+    "BadAdapter",
     "BadRequest",
     "Engine",
     "EngineStats",
@@ -72,11 +76,13 @@ class Request:
 
     request_id        the caller's, unique among live requests
     prompt_token_ids  (n,) int32, n >= 1
+    adapter           name of a loaded adapter; None: the base alone
     """
 
     request_id: int
     prompt_token_ids: NDArray[np.int32]
     sampling: SamplingParams
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,8 @@ class Engine:
         model_dir: what `resolve_model(deployment.model)` gives.
         keep_logits: put the logits of every computed token into `kept_logits`, for tests and for perplexity.
 
-    Raises: BadSpec: a field that this engine cannot honor, or more memory than there is; BadModel; BadTile; RankFailed.
+    Raises: BadSpec: a field that this engine cannot honor, or more memory than there is; BadModel; BadAdapter; BadTile;
+        RankFailed.
     """
 
     def __init__(self, deployment: Deployment, model_dir: Path, *, keep_logits: bool = False) -> None:
@@ -165,8 +172,11 @@ class Engine:
             self._rank = Rank(self.pool, self.shape, model_dir, peers)
             if self._others is not None:
                 self._others.wait_until_loaded()
+            self._adapter_names = AdapterNames()
             self._reset()
             self._warm_up()
+            for adapter in deployment.adapters:
+                self.load_adapter(adapter.name, Path(adapter.path))
         except BaseException:
             self.close()
             raise
@@ -179,6 +189,7 @@ class Engine:
         self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
         self._num_cached = np.zeros(slots, np.int64)
         self._full = np.zeros(self.pool.max_num_seqs, np.int64)
+        self._in_slot = np.zeros(self.pool.max_loras, np.int64)
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._steps = 0
@@ -197,9 +208,11 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Its answer ends at max_model_len if max_tokens would go beyond.
 
-        Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token.
+        Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token or
+            adapter. BadAdapter: its files are no longer what they were when it was loaded.
         """
         prompt = self._checked_prompt(request)
+        adapter = self._checked_adapter(request)
         max_num_tokens = min(len(prompt) + request.sampling.max_tokens, self.pool.max_model_len)
         unit = self._store.hold(max_num_tokens)
         if self._store.hashes is not self._state.hashes:
@@ -212,6 +225,9 @@ class Engine:
         if slot < 0:
             self._grow()
             slot = add_request(self._state, request.request_id, len(prompt), max_num_tokens, unit, num_hashes)
+        self._state.adapter[slot] = adapter
+        if adapter != NO_ADAPTER:
+            self._adapter_names.begin(adapter)
         self._sampler.put(slot, request.sampling)
         self._slot_of[request.request_id] = slot
 
@@ -228,6 +244,47 @@ class Engine:
             found = f"ids from {prompt.min()} to {prompt.max()}"
             raise BadRequest("prompt_token_ids", found, f"0 to {self.shape.vocab_size - 1} (vocab_size - 1)")
         return prompt.astype(np.int32, copy=False)
+
+    def _checked_adapter(self, request: Request) -> int:
+        """Number of the request's adapter, which lies in host memory from here on until no live request names it."""
+        if request.adapter is None:
+            return NO_ADAPTER
+        names = self._adapter_names
+        if request.adapter not in names or self._rank.adapters is None:
+            allowed = ", ".join(names.names()[:20]) or "none: no adapter is loaded"
+            raise BadRequest("adapter", request.adapter, allowed)
+        number = names.number(request.adapter)
+        self._rank.adapters.read(number, names.folder(number), keep=names.live)
+        return number
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Let requests name an adapter.
+
+        Raises: BadAdapter: it does not fit this base, the name is taken, or the deployment takes no adapters.
+        """
+        names = self._adapter_names
+        if self._rank.adapters is None:
+            raise BadAdapter("max_loras", 0, "at least 1", "set it to the most adapters in one step")
+        if name in names:
+            raise BadAdapter("adapter", name, "a name that no adapter has", "unload it, or choose another name")
+        folder = folder.resolve()
+        self._rank.adapters.read(names.next_number(), folder, keep=names.live)
+        names.add(name, folder)
+
+    def unload_adapter(self, name: str) -> bool:
+        """Let no more requests name it; those that do go on. False: there is no such adapter."""
+        if name not in self._adapter_names:
+            return False
+        self._adapter_names.remove(name)
+        return True
+
+    def _fill_slots(self) -> None:
+        """Put the adapters into their slots that the plan's newcomers need."""
+        wanted = self._state.adapter_slots.number
+        for slot in np.flatnonzero(wanted != self._in_slot).tolist():
+            number = int(wanted[slot])
+            self._rank.fill_slot(slot, number, self._adapter_names.folder(number), self._adapter_names.live)
+            self._in_slot[slot] = number
 
     def _grow(self) -> None:
         self._state = grow(self._state)
@@ -297,10 +354,12 @@ class Engine:
         """Tokens (and log-probabilities, where any are wanted) of the plan's sampling rows."""
         head = ARGMAX if self._sampler.argmax_will_do(slots, generated) else LOGITS
         head = ALL_LOGITS if self._keep_logits else head
-        used = write_wire(self._state, self._plan, self._store.tokens, head, self._rank.batch.wire)
         try:
             if self._others is not None:
                 self._others.check()
+            if self._plan.counts[PLAN_ADMITTED]:
+                self._fill_slots()
+            used = write_wire(self._state, self._plan, self._store.tokens, head, self._rank.batch.wire)
             result = self._rank.run(used)
         except RuntimeError as error:
             if self._others is None:
@@ -336,6 +395,8 @@ class Engine:
 
     def _forget(self, slot: int) -> None:
         del self._slot_of[int(self._state.request_id[slot])]
+        if self._state.adapter[slot] != NO_ADAPTER:
+            self._adapter_names.end(int(self._state.adapter[slot]))
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
 
     def stats(self) -> EngineStats:

@@ -22,10 +22,12 @@ class MemoryNeed:
     kv_cache_bytes: int
     activation_bytes: int
     process_bytes: int
+    adapter_bytes: int = 0  # slots and host memory, each full of adapters of max_lora_rank on every matrix
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.process_bytes
+        held = self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
+        return held + self.process_bytes + self.adapter_bytes
 
 
 def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> MemoryNeed:
@@ -44,7 +46,18 @@ def memory_need(shape: ModelShape, pool: Pool, replicas: int | None = None) -> M
         kv_cache_bytes=replicas * kv_cache,
         activation_bytes=replicas * 4 * (tokens * width + logits + ranks * angles),
         process_bytes=replicas * ranks * _PROCESS_BYTES,
+        adapter_bytes=replicas * _adapter_bytes(shape, pool),
     )
+
+
+def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
+    """A and B of q, k, v, gate, up, o and down. Each rank holds one of the two cut, which is not taken off here."""
+    wide, hidden, inter = shape.num_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size
+    narrow = shape.num_kv_heads * shape.head_dim
+    values = 7 * hidden + 2 * wide + 2 * narrow + 3 * inter
+    itemsize = 4 if pool.weight_dtype == "fp32" else 2
+    adapters = pool.max_loras + (pool.max_cpu_loras or pool.max_loras)
+    return adapters * shape.num_layers * values * pool.max_lora_rank * itemsize * pool.tensor_parallel_size
 
 
 def available_bytes() -> int:

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .batch import ARGMAX, Batch
+from .adapters import RankAdapters
+from .batch import ARGMAX, FILL_SLOT, HEAD, Batch, read_fill, write_fill
 from .model_shape import ModelShape
 from .parallel import RankFailed, share_of, thread_environment
 from .peers import Peers
@@ -43,6 +45,7 @@ class Rank:
         self._vocab_width = -(-shape.vocab_size // pool.tensor_parallel_size)
         self._vocab_sizes = [len(share_of(shape, r, self._share.size).vocab) for r in range(self._share.size)]
         self.batch = Batch(pool)
+        self.adapters = RankAdapters(shape, self._share, pool) if pool.max_loras else None
         self._transformer = Transformer(
             shape,
             load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles),
@@ -53,6 +56,7 @@ class Rank:
             max_model_len=pool.max_model_len,
             tiles=pool.tiles,
             reduce=peers.all_reduce if peers else None,
+            adapters=None if self.adapters is None else self.adapters.slots,
         )
 
     def run(self, used: int = 0) -> Tensor | None:
@@ -63,6 +67,9 @@ class Rank:
         with torch.inference_mode():
             if self._peers is not None:
                 self._peers.broadcast_wire(self.batch.wire_tensor, used)
+                if self.batch.wire[HEAD] == FILL_SLOT and self.adapters is not None:
+                    self.adapters.put(*read_fill(self.batch.wire))
+                    return None
             self.batch.read()
             logits = self._transformer.forward(self.batch)
             if self._peers is None:
@@ -70,6 +77,18 @@ class Rank:
             if self.batch.head == ARGMAX:
                 return self._merged_argmax(logits, self._peers)
             return self._gathered(logits, self._peers)
+
+    def fill_slot(self, slot: int, number: int, folder: Path, keep: Collection[int]) -> None:
+        """Called on rank 0: every rank puts its share of an adapter into a slot.
+
+        Args:
+            keep: adapters that shall stay in the host memory of this rank.
+        Raises: BadAdapter.
+        """
+        assert self.adapters is not None, "a request named an adapter where max_loras is 0"
+        self.adapters.put(slot, number, folder, keep)
+        if self._peers is not None:
+            self._peers.broadcast_wire(self.batch.wire_tensor, write_fill(self.batch.wire, slot, number, folder))
 
     def _merged_argmax(self, logits: Tensor, peers: Peers) -> Tensor | None:
         """The best token of all ranks: one (logit, token) pair a row travels, in float64, which holds both exactly."""

@@ -9,7 +9,8 @@ simulator with a virtual clock and a step-time model. Several plans may be in fl
 
 The policy: running requests first, in order of admission; when blocks run out the request admitted last gives its own
 back and is computed again later (preemption by recompute); then waiting requests, first come first served, each
-admitted only when the blocks of all its tokens so far are there.
+admitted only when the blocks of all its tokens so far are there. A request whose adapter finds no slot waits, and
+others may pass it (vLLM's rule): with every slot in use for long, it waits for long.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from . import kv_cache
+from . import adapter_slots, kv_cache
+from .adapter_slots import NO_ADAPTER, AdapterSlots, new_adapter_slots
 from .kv_cache import BlockPool, new_block_pool
 from .spec import Pool
 
@@ -66,6 +68,8 @@ class State(NamedTuple):
     aborted                (slots,) bool   ends at its next commit
     lane                   (slots,) int64  its row of block_table while running, else -1
     hash_start, num_hashes (slots,) int64  its block hashes: hashes[hash_start : hash_start + num_hashes]
+    adapter                (slots,) int64  number of its adapter, set by the caller after add_request, or NO_ADAPTER
+    adapter_slot           (slots,) int64  where its adapter lies while it runs, else -1
     free_slots             (slots,) int64  stack
     waiting                (slots,) int64  ring of slots: counts[NUM_WAITING] of them from counts[WAITING_HEAD]
     running                (max_num_seqs,) int64  slots in order of admission
@@ -73,6 +77,7 @@ class State(NamedTuple):
     block_table            (max_num_seqs, max_blocks) int32  block ids by lane, in order of the context
     hashes                 (m,) int64   chained content hashes, each of BLOCKS_PER_HASH whole blocks
     blocks                 BlockPool
+    adapter_slots          AdapterSlots
     """
 
     limits: NDArray[np.int64]
@@ -89,6 +94,8 @@ class State(NamedTuple):
     lane: NDArray[np.int64]
     hash_start: NDArray[np.int64]
     num_hashes: NDArray[np.int64]
+    adapter: NDArray[np.int64]
+    adapter_slot: NDArray[np.int64]
     free_slots: NDArray[np.int64]
     waiting: NDArray[np.int64]
     running: NDArray[np.int64]
@@ -96,6 +103,7 @@ class State(NamedTuple):
     block_table: NDArray[np.int32]
     hashes: NDArray[np.int64]
     blocks: BlockPool
+    adapter_slots: AdapterSlots
 
 
 class Plan(NamedTuple):
@@ -163,6 +171,8 @@ def new_state(
         lane=np.full(slots, -1, np.int64),
         hash_start=np.zeros(slots, np.int64),
         num_hashes=np.zeros(slots, np.int64),
+        adapter=np.zeros(slots, np.int64),
+        adapter_slot=np.full(slots, -1, np.int64),
         free_slots=np.arange(slots - 1, -1, -1, dtype=np.int64),
         waiting=np.zeros(slots, np.int64),
         running=np.zeros(seqs, np.int64),
@@ -170,6 +180,7 @@ def new_state(
         block_table=np.zeros((seqs, max_blocks), np.int32),
         hashes=np.zeros(0, np.int64) if hashes is None else hashes,
         blocks=new_block_pool(pool.num_kv_blocks),
+        adapter_slots=new_adapter_slots(pool.max_loras),
     )
 
 
@@ -203,6 +214,8 @@ _OF_A_REQUEST = (
     "lane",
     "hash_start",
     "num_hashes",
+    "adapter",
+    "adapter_slot",
 )
 
 
@@ -251,6 +264,8 @@ def add_request(
     state.lane[slot] = -1
     state.hash_start[slot] = hash_start
     state.num_hashes[slot] = num_hashes
+    state.adapter[slot] = NO_ADAPTER
+    state.adapter_slot[slot] = -1
     size = state.waiting.shape[0]
     state.waiting[(counts[WAITING_HEAD] + counts[NUM_WAITING]) % size] = slot
     counts[NUM_WAITING] += 1
@@ -259,11 +274,13 @@ def add_request(
 
 @njit
 def block_hash(state: State, slot: int, index: int) -> int:
-    """Content hash of block `index` of a request: the hash that covers it, mixed with its place under that hash."""
+    """Content hash of block `index` of a request: the hash that covers it, mixed with its place under that hash and
+    with the request's adapter: equal tokens give other keys and values under another adapter."""
     per_hash = state.limits[BLOCKS_PER_HASH]
     covering = state.hashes[state.hash_start[slot] + index // per_hash]
     # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), so that a trace's ids 0, 1, 2 spread; 0 is no hash
     mixed = np.uint64(covering) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(index % per_hash + 1)
+    mixed += np.uint64(state.adapter[slot]) * np.uint64(0xD6E8FEB86659FD93)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed = mixed ^ (mixed >> np.uint64(31))
@@ -272,11 +289,16 @@ def block_hash(state: State, slot: int, index: int) -> int:
 
 @njit
 def _release_blocks(state: State, slot: int) -> None:
-    """Give back every block and the lane of a running request. Last blocks first: they are the first to be evicted."""
+    """Give back every block, the lane and the adapter's slot of a running request.
+
+    Last blocks first: they are the first to be evicted.
+    """
     row = state.block_table[state.lane[slot]]
     for i in range(state.num_blocks[slot] - 1, -1, -1):
         kv_cache.release(state.blocks, row[i])
     state.num_blocks[slot] = 0
+    adapter_slots.release_slot(state.adapter_slots, state.adapter_slot[slot])
+    state.adapter_slot[slot] = -1
     state.free_lanes[state.counts[NUM_FREE_LANES]] = state.lane[slot]
     state.counts[NUM_FREE_LANES] += 1
     state.lane[slot] = -1
@@ -381,11 +403,31 @@ def _count_prefix_hits(state: State, slot: int) -> int:
 
 
 @njit
+def _bring_forward(state: State) -> bool:
+    """Put the first waiting request whose adapter finds a slot at the head of the queue; False: there is none.
+
+    The others keep their order. Where nobody has an adapter this is a look at the head.
+    """
+    counts, size = state.counts, state.waiting.shape[0]
+    for i in range(counts[NUM_WAITING]):
+        slot = state.waiting[(counts[WAITING_HEAD] + i) % size]
+        if adapter_slots.has_slot(state.adapter_slots, state.adapter[slot]):
+            for j in range(i, 0, -1):
+                before = state.waiting[(counts[WAITING_HEAD] + j - 1) % size]
+                state.waiting[(counts[WAITING_HEAD] + j) % size] = before
+            state.waiting[counts[WAITING_HEAD]] = slot
+            return True
+    return False
+
+
+@njit
 def _schedule_waiting(state: State, plan: Plan, budget: int) -> None:
     """Admit waiting requests, first come first served, while tokens, lanes and blocks last."""
     counts, limits = state.counts, state.limits
     block_size = limits[BLOCK_SIZE]
     while counts[NUM_WAITING] > 0 and budget > 0 and counts[NUM_RUNNING] < limits[MAX_NUM_SEQS]:
+        if not _bring_forward(state):
+            break
         slot = state.waiting[counts[WAITING_HEAD]]
         # every hit saves a block, so a request that lacks blocks although all its hashed ones hit cannot be admitted
         total_blocks = (state.num_tokens[slot] + block_size - 1) // block_size
@@ -419,6 +461,7 @@ def _schedule_waiting(state: State, plan: Plan, budget: int) -> None:
         counts[NUM_PREFIX_QUERY_TOKENS] += state.num_tokens[slot]
         counts[NUM_PREFIX_HIT_TOKENS] += hits * block_size
         _hold_blocks(state, slot, hits * block_size + num_tokens)
+        state.adapter_slot[slot] = adapter_slots.hold_slot(state.adapter_slots, state.adapter[slot])
         state.running[counts[NUM_RUNNING]] = slot
         counts[NUM_RUNNING] += 1
         plan.counts[PLAN_ADMITTED] += 1

@@ -91,6 +91,11 @@ class Pool(_Part):
     num_kv_blocks: int = Field(2048, ge=1, description="blocks in each replica's KV cache")
     enable_chunked_prefill: bool = Field(True, description="a prompt may be computed over several steps")
     enable_prefix_caching: bool = Field(True, description="blocks of equal prefixes are computed once")
+    max_loras: int = Field(0, ge=0, le=65536, description="most LoRA adapters in one step; 0 takes none")
+    max_cpu_loras: int = Field(
+        0, ge=0, description="adapters kept in host memory, those of live requests besides; 0 = max_loras"
+    )
+    max_lora_rank: int = Field(16, ge=1, le=512, description="highest rank of an adapter")
     tiles: Tiles = Field(default_factory=TileTable, description="tile of each operator by precision and row bucket")
 
     @field_validator("block_size")
@@ -117,6 +122,11 @@ class Pool(_Part):
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request computes one token a step"
             )
+        if self.max_cpu_loras and self.max_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras}), or 0 for as "
+                "many: what takes part in a step comes from host memory"
+            )
         if self.accelerator != CPU and self.num_threads != 1:
             raise ValueError(f"num_threads ({self.num_threads}) is for accelerator 'cpu', not {self.accelerator!r}")
         return self
@@ -125,6 +135,13 @@ class Pool(_Part):
     def devices_per_replica(self) -> int:
         """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
         return self.tensor_parallel_size * (self.num_threads if self.accelerator == CPU else 1)
+
+
+class Adapter(_Part):
+    """A LoRA adapter of the model, in the format of PEFT."""
+
+    name: str = Field(min_length=1, max_length=200, description="what clients ask for as `model`")
+    path: str = Field(min_length=1, description="folder with adapter_config.json and adapter_model.safetensors")
 
 
 class Prediction(_Part):
@@ -171,6 +188,7 @@ class Deployment(_Part):
     engine: Literal["paretune", "vllm", "sglang", "trtllm"] = Field("paretune", description="the server that runs it")
     scheduler_policy: Literal["paretune"] = Field("paretune", description="how steps are composed")
     pools: tuple[Pool, ...] = Field((Pool(),), min_length=1, max_length=16)
+    adapters: tuple[Adapter, ...] = Field((), description="LoRA adapters of the model, loaded at the start")
     targets: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     predicted: tuple[Prediction, ...] = ()
     provenance: Provenance | None = None
@@ -179,6 +197,18 @@ class Deployment(_Part):
     @classmethod
     def _canonical_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Target.parse(text)) for text in value)
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        names = [adapter.name for adapter in self.adapters]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"adapters: the name {twice[0]!r} stands there more than once")
+        if self.model in names:
+            raise ValueError(f"adapters: {self.model!r} is the name of the model itself")
+        if names and any(pool.max_loras == 0 for pool in self.pools):
+            raise ValueError(f"adapters names {len(names)}, and max_loras is 0: set it to the most in one step")
+        return self
 
     @property
     def pool(self) -> Pool:
@@ -189,7 +219,7 @@ class Deployment(_Part):
 
     def signature(self) -> dict[str, Any]:
         """What runs, as plain data; two candidates with equal signatures behave alike."""
-        return self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools"})
+        return self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools", "adapters"})
 
     def digest(self) -> str:
         """Sixteen hex digits that name what runs; stable over processes and machines."""

@@ -17,9 +17,11 @@ from torch import Tensor
 from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
-from ..kernels.linear import linear
+from ..kernels.linear import PackedLinear, linear
+from ..kernels.lora import AdapterRows, LoraSlots
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.tiles import BadTile, Tile, TileTable
+from .adapters import DOWN, GATE_UP, MATRICES, O_PROJ, QKV
 from .batch import Batch
 from .model_shape import ModelShape, Rope
 from .parallel import Share
@@ -79,10 +81,12 @@ class Transformer:
         max_model_len: int,
         tiles: TileTable,
         reduce: Callable[[Tensor], None] | None,
+        adapters: LoraSlots | None = None,
     ) -> None:
         self._shape = shape
         self._weights = weights
         self._reduce = reduce
+        self._adapters = adapters
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
@@ -97,13 +101,16 @@ class Transformer:
         residual = weights.embedding[batch.token_ids].float()
         x = rms_norm(residual, weights.layers[0].input_norm, eps)
         last = len(weights.layers) - 1
+        rows = batch.adapter_rows
         for index, layer in enumerate(weights.layers):
             x = self._attention(x, layer, index, batch)
             if index == last:  # of the last layer's output only the head's rows are ever read
                 x, residual = x[batch.head_rows], residual[batch.head_rows]
-            x = self._summed(linear(x, layer.o))
+                rows = batch.head_adapter_rows
+            x = self._summed(self._adapted(x, layer.o, index, O_PROJ, rows))
             x = add_rms_norm(x, residual, layer.post_norm, eps)
-            x = self._summed(linear(swiglu(linear(x, layer.gate_up)), layer.down))
+            x = swiglu(self._adapted(x, layer.gate_up, index, GATE_UP, rows))
+            x = self._summed(self._adapted(x, layer.down, index, DOWN, rows))
             norm = weights.norm if index == last else weights.layers[index + 1].input_norm
             x = add_rms_norm(x, residual, norm, eps)
         return linear(x, weights.head)
@@ -111,7 +118,7 @@ class Transformer:
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch) -> Tensor:
         """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""
         tokens, heads, kv_heads, head_dim = x.shape[0], self._heads, self._kv_heads, self._shape.head_dim
-        qkv = linear(x, layer.qkv).view(tokens, heads + 2 * kv_heads, head_dim)
+        qkv = self._adapted(x, layer.qkv, index, QKV, batch.adapter_rows).view(tokens, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             eps = self._shape.rms_norm_eps
@@ -129,6 +136,13 @@ class Transformer:
                 q, k_cache, v_cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
             )
         return out.view(tokens, heads * head_dim)
+
+    def _adapted(self, x: Tensor, weight: PackedLinear, layer: int, matrix: int, rows: AdapterRows | None) -> Tensor:
+        """The product with the base's weight, and what the adapters of some rows add to it."""
+        y = linear(x, weight)
+        if self._adapters is not None and rows is not None:
+            self._adapters.add(layer * MATRICES + matrix, x, y, rows)
+        return y
 
     def _summed(self, x: Tensor) -> Tensor:
         if self._reduce is not None and x.shape[0] > 0:
