@@ -208,8 +208,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Its answer ends at max_model_len if max_tokens would go beyond.
 
-        Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token or
-            adapter. BadAdapter: its files are no longer what they were when it was loaded.
+        Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token.
+            BadAdapter: it is not loaded, or its files are no longer what they were when it was.
         """
         prompt = self._checked_prompt(request)
         adapter = self._checked_adapter(request)
@@ -252,7 +252,7 @@ class Engine:
         names = self._adapter_names
         if request.adapter not in names or self._rank.adapters is None:
             allowed = ", ".join(names.names()[:20]) or "none: no adapter is loaded"
-            raise BadRequest("adapter", request.adapter, allowed)
+            raise BadAdapter("adapter", request.adapter, allowed, "load it, or name another")
         number = names.number(request.adapter)
         self._rank.adapters.read(number, names.folder(number), keep=names.live)
         return number

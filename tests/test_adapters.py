@@ -17,7 +17,7 @@ from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.parallel import share_of
 from paretune.runtime.random_adapter import ALL_LINEAR, write_random_adapter
 from paretune.runtime.random_model import write_random_model
-from paretune.runtime.sampler import BadRequest, SamplingParams
+from paretune.runtime.sampler import SamplingParams
 from paretune.runtime.spec import Adapter, BadSpec, Deployment, Pool, parse_deployment
 
 POOL = Pool(
@@ -226,14 +226,14 @@ def test_a_name_that_is_not_loaded_is_refused_and_costs_nothing(tmp_path: Path, 
     shape = ModelShape.load(model_dir)
     folder = write_random_adapter(tmp_path / "a", shape, rank=4)
     engine = engine_with(model_dir, [folder])
-    with pytest.raises(BadRequest, match="adapter: "):
+    with pytest.raises(BadAdapter, match="adapter: "):
         ask(engine, "b")
     assert not engine.has_work
     assert not engine.unload_adapter("b")
     with pytest.raises(BadAdapter, match="a name that no adapter has"):
         engine.load_adapter("a", folder)
     without = engine_with(model_dir, [], max_loras=0)
-    with pytest.raises(BadRequest, match="no adapter is loaded"):
+    with pytest.raises(BadAdapter, match="no adapter is loaded"):
         ask(without, "a")
     with pytest.raises(BadAdapter, match="max_loras"):
         without.load_adapter("a", folder)
@@ -256,7 +256,7 @@ def test_requests_that_name_an_adapter_outlive_its_name_and_its_folder(tmp_path:
         assert engine.unload_adapter(folder.name)
         shutil.rmtree(folder)
     assert drain(engine) == {0: expected[0], 1: expected[1]}
-    with pytest.raises(BadRequest, match="adapter"):
+    with pytest.raises(BadAdapter, match="adapter: "):
         ask(engine, "a")
     with pytest.raises(BadAdapter, match="no adapter_config"):
         engine.load_adapter("a", folders[0])

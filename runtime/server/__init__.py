@@ -25,6 +25,7 @@ def serve(
     served_model_name: str | None = None,
     ready_file: str | Path | None = None,
     allow_anyone: bool = False,
+    adapter_dir: str | Path | None = None,
 ) -> int:
     """Serve a deployment until SIGTERM or SIGINT; call it in the main thread.
 
@@ -40,6 +41,7 @@ def serve(
         served_model_name: the model's name for clients; None = deployment.model.
         ready_file: file that appears, whole, when every replica has loaded: JSON with url, host, port, model and pid.
         allow_anyone: listen on a host that other machines reach without an api_key.
+        adapter_dir: folder of LoRA adapters that clients may load while the server runs; None = they may not.
     Returns: the exit code. 0: ended by a signal; 1: port in use, a log that cannot be written, or a replica that died;
         2: a spec, model or option that cannot be served. What was wrong is one line on stderr.
     """
@@ -55,4 +57,5 @@ def serve(
         served_model_name=served_model_name,
         ready_file=None if ready_file is None else Path(ready_file),
         allow_anyone=allow_anyone,
+        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
     )

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from ..request_log import FinishedRequest, RequestLog
 from ..text import BadMessages, ChatTemplate, Tokenizer
 from . import metrics
+from .adapters import ServedAdapters
 from .answers import error_event
 from .generation import Generation, Reply
 from .protocol import ApiError, Call, parse_chat, parse_completion
@@ -55,10 +56,17 @@ class Service:
     """The handlers, and what they share."""
 
     def __init__(
-        self, model: ServedModel, fleet: Fleet, *, api_key: str | None = None, request_log: RequestLog | None = None
+        self,
+        model: ServedModel,
+        fleet: Fleet,
+        *,
+        api_key: str | None = None,
+        request_log: RequestLog | None = None,
+        adapters: ServedAdapters | None = None,
     ) -> None:
         self.model = model
         self.fleet = fleet
+        self.adapters = adapters or ServedAdapters(model.name, (), fleet, None)
         self.metrics = metrics.Metrics(model.name, fleet.stats)
         self._api_key = None if api_key is None else api_key.encode()
         self._request_log = request_log
@@ -67,6 +75,10 @@ class Service:
     def app(self) -> Starlette:
         """The ASGI application."""
         v1 = self._for_key_holders
+        changes = [
+            Route("/v1/load_lora_adapter", v1(self.load_adapter), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", v1(self.unload_adapter), methods=["POST"]),
+        ]
         return Starlette(
             routes=[
                 Route("/health", self.health, methods=["GET"]),
@@ -75,6 +87,7 @@ class Service:
                 Route("/v1/models/{name:path}", v1(self.one_model), methods=["GET"]),
                 Route("/v1/completions", v1(self.completions), methods=["POST"]),
                 Route("/v1/chat/completions", v1(self.chat_completions), methods=["POST"]),
+                *(changes if self.adapters.may_change else []),
             ],
             exception_handlers={
                 ApiError: _api_error,
@@ -96,11 +109,19 @@ class Service:
         return Response(self.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        return _json(json.dumps({"object": "list", "data": [self._model_object()]}).encode())
+        return _json(json.dumps({"object": "list", "data": [self._model_object(), *self.adapters.objects()]}).encode())
 
     async def one_model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return _json(json.dumps(self._model_object()).encode())
+        name = request.path_params["name"]
+        self._check_model(name)
+        found = self.adapters.object(name) if name in self.adapters else self._model_object()
+        return _json(json.dumps(found).encode())
+
+    async def load_adapter(self, request: Request) -> Response:
+        return Response(await self.adapters.load(await _body(request)), media_type="text/plain")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        return Response(self.adapters.unload(await _body(request)), media_type="text/plain")
 
     async def completions(self, request: Request) -> Response | Answer:
         received = await _body(request)
@@ -115,6 +136,8 @@ class Service:
             call, f"{kind}-{secrets.token_hex(12)}", self.metrics, app=request.headers.get("x-app") or call.app
         )
         self._check_model(call.model)
+        # decided here and now: an adapter that is unloaded while the prompt is read must not become the base
+        adapter = call.model if call.model in self.adapters else None
         if not self.fleet.ready:
             raise ApiError(503, "the server is loading or shutting down: wait for GET /health to answer 200")
         if self.model.tokenizer is None and (call.stop or call.logprobs is not None):
@@ -132,6 +155,7 @@ class Service:
                 tokenizer=self.model.tokenizer,
                 end_token_ids=end_token_ids,
                 on_finish=self._finished,
+                adapter=adapter,
             )
             reply.add(generation)
         for generation in reply.generations:
@@ -188,7 +212,7 @@ class Service:
         return most if call.max_tokens is None else call.max_tokens
 
     def _check_model(self, name: str) -> None:
-        if name != self.model.name:
+        if name != self.model.name and name not in self.adapters:
             message = f"there is no model {name[:80]!r}; this server has {self.model.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
@@ -215,7 +239,8 @@ class Service:
         if self._request_log is not None and reason != "error":
             finished = FinishedRequest(
                 created=generation.created,
-                model=self.model.name,
+                model=generation.adapter or self.model.name,
+                adapter=generation.adapter,
                 app=generation.app,
                 session=generation.call.session,
                 prompt_token_ids=generation.prompt_token_ids,

@@ -25,6 +25,7 @@ from ..request_log import BadRequestLog, RequestLog
 from ..runnable import check_runnable
 from ..spec import BadSpec, Deployment
 from ..text import BadTokenizer, ChatTemplate, Tokenizer
+from .adapters import ServedAdapters
 from .app import ServedModel, Service
 from .protocol import ApiError
 from .replicas import Fleet, Replica, ReplicaProcesses
@@ -85,6 +86,7 @@ def run(
     served_model_name: str | None,
     ready_file: Path | None,
     allow_anyone: bool,
+    adapter_dir: Path | None,
 ) -> int:
     """See `serve`."""
     try:
@@ -95,6 +97,7 @@ def run(
         check_runnable(deployment, shape)
         check_memory(shape, deployment.pool)
         model = _served_model(deployment, shape, model_dir, served_model_name)
+        _check_adapters(deployment, model.name, adapter_dir)
         listener = _listen(host, port)
         log = None if request_log is None else RequestLog(request_log, block_size=deployment.pool.block_size)
     except (BadOption, BadSpec, BadModel, BadTokenizer, BadRequestLog, CannotListen, CannotWrite) as error:
@@ -104,7 +107,7 @@ def run(
         ready_file.unlink(missing_ok=True)
     processes = ReplicaProcesses(deployment, model_dir, step_log)
     try:
-        return asyncio.run(_serve(model, processes, listener, log, api_key, ready_file))
+        return asyncio.run(_serve(deployment, model, processes, listener, log, api_key, ready_file, adapter_dir))
     finally:
         processes.stop()
         if log is not None:
@@ -112,12 +115,14 @@ def run(
 
 
 async def _serve(
+    deployment: Deployment,
     model: ServedModel,
     processes: ReplicaProcesses,
     listener: socket.socket,
     request_log: RequestLog | None,
     api_key: str | None,
     ready_file: Path | None,
+    adapter_dir: Path | None,
 ) -> int:
     loop = asyncio.get_running_loop()
     host, port = listener.getsockname()[:2]
@@ -147,7 +152,8 @@ async def _serve(
             replica.fail_live(ApiError(503, "the server ended before this answer did"))
 
     fleet = Fleet([Replica(index, on_change) for index in range(len(processes.connections))])
-    service = Service(model, fleet, api_key=api_key, request_log=request_log)
+    adapters = ServedAdapters(model.name, deployment.adapters, fleet, adapter_dir)
+    service = Service(model, fleet, api_key=api_key, request_log=request_log, adapters=adapters)
     server = _Server(_config(service.app()))
     for replica, connection in zip(fleet.replicas, processes.connections):
         await loop.create_connection(lambda replica=replica: replica, sock=connection)  # type: ignore[misc]
@@ -198,6 +204,18 @@ def _served_model(deployment: Deployment, shape: ModelShape, model_dir: Path, na
         tokenizer=Tokenizer.load(model_dir),
         chat_template=ChatTemplate.load(model_dir),
     )
+
+
+def _check_adapters(deployment: Deployment, name: str, adapter_dir: Path | None) -> None:
+    if name in (adapter.name for adapter in deployment.adapters):
+        raise BadOption("served_model_name", name, "a name that no adapter has", "choose another")
+    if adapter_dir is None:
+        return
+    if deployment.pool.max_loras == 0:
+        todo = "set max_loras in the spec to the most adapters in one step"
+        raise BadOption("adapter_dir", adapter_dir, "only with pools.0.max_loras of at least 1", todo)
+    if not adapter_dir.is_dir():
+        raise BadOption("adapter_dir", adapter_dir, "a folder", "name one that is there")
 
 
 def _check_address(host: str, port: int, api_key: str | None, allow_anyone: bool) -> None:

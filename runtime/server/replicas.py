@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import worker
 from ..parallel import thread_environment
 from ..spec import Deployment
-from ..worker import ABORT, ADD, FAILED, READY, START, Frames, Stats, frame
+from ..worker import ABORT, ADAPTER, ADD, FAILED, LOAD_ADAPTER, READY, START, UNLOAD_ADAPTER, Frames, Stats, frame
 from .generation import Generation
 from .protocol import ApiError
 
@@ -42,6 +42,8 @@ class Replica(asyncio.Protocol):
         self.live: dict[int, Generation] = {}
         self._on_change = on_change
         self._frames = Frames()
+        self._loads: dict[int, asyncio.Future[str | None]] = {}
+        self._load_numbers = itertools.count()
         self._transport: asyncio.WriteTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -55,7 +57,25 @@ class Replica(asyncio.Protocol):
             generation.fail(self._gone())
             return
         self.live[request_id] = generation
-        self._send((ADD, request_id, generation.prompt_token_ids.tobytes(), generation.sampling))
+        prompt = generation.prompt_token_ids.tobytes()
+        self._send((ADD, request_id, prompt, generation.sampling, generation.adapter))
+
+    async def load_adapter(self, name: str, folder: Path) -> str | None:
+        """Why it cannot be loaded; None: requests may name it."""
+        if self.lost:
+            return self._gone().message
+        number = next(self._load_numbers)
+        self._loads[number] = asyncio.get_running_loop().create_future()
+        self._send((LOAD_ADAPTER, number, name, str(folder)))
+        try:
+            return await self._loads[number]
+        finally:
+            del self._loads[number]
+
+    def unload_adapter(self, name: str) -> None:
+        """No more requests name it."""
+        if not self.lost:
+            self._send((UNLOAD_ADAPTER, name))
 
     def close(self) -> None:
         """Let the replica end: it has nothing left to do."""
@@ -70,6 +90,10 @@ class Replica(asyncio.Protocol):
                 self._on_change(self)
             elif message[0] == FAILED:
                 self.failure = (message[1], message[2])
+            elif message[0] == ADAPTER:
+                waiter = self._loads.get(message[1])
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(message[2])
             else:
                 self._step(message, now_s)
 
@@ -77,6 +101,9 @@ class Replica(asyncio.Protocol):
         self.lost = True
         self.ready = False
         self.fail_live(self._gone())
+        for waiter in self._loads.values():
+            if not waiter.done():
+                waiter.set_result(self._gone().message)
         self._on_change(self)
 
     def fail_live(self, error: ApiError) -> None:
@@ -132,6 +159,19 @@ class Fleet:
 
     def stats(self) -> list[Stats]:
         return [replica.stats for replica in self.replicas]
+
+    async def load_adapter(self, name: str, folder: Path) -> str | None:
+        """Why a replica cannot load it, and then none has it; None: requests may name it."""
+        refusals = await asyncio.gather(*(replica.load_adapter(name, folder) for replica in self.replicas))
+        for refusal in filter(None, refusals):
+            self.unload_adapter(name)
+            return refusal
+        return None
+
+    def unload_adapter(self, name: str) -> None:
+        """No more requests name it."""
+        for replica in self.replicas:
+            replica.unload_adapter(name)
 
     def dispatch(self, generation: Generation) -> None:
         request_id = next(self._ids)

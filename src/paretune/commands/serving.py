@@ -14,6 +14,7 @@ from .studies import RATE, goodput_of, milliseconds, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5
+FOLDER = click.Path(exists=True, file_okay=False)
 
 
 @click.command()
@@ -25,6 +26,7 @@ VERIFICATION_FAILED = 5
 @click.option("--api-key-file", type=EXISTING, help="File with the key that clients must send.")
 @click.option("--served-model-name", help="The model's name for clients.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
+@click.option("--adapter-dir", type=FOLDER, help="LoRA adapters in it may be loaded and unloaded by clients.")
 def serve(
     spec: str,
     host: str,
@@ -34,6 +36,7 @@ def serve(
     api_key_file: str | None,
     served_model_name: str | None,
     allow_anyone: bool,
+    adapter_dir: str | None,
 ) -> None:
     """Serve a deployment over an OpenAI-compatible API until Ctrl-C or SIGTERM; streams that run are finished first.
 
@@ -62,6 +65,7 @@ def serve(
             api_key=api_key,
             served_model_name=served_model_name,
             allow_anyone=allow_anyone,
+            adapter_dir=adapter_dir,
         )
     )
 
