@@ -122,6 +122,8 @@ class Pool(_Part):
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request computes one token a step"
             )
+        if self.max_cpu_loras and not self.max_loras:
+            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) needs max_loras: with 0 no adapter is taken")
         if self.max_cpu_loras and self.max_cpu_loras < self.max_loras:
             raise ValueError(
                 f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras}), or 0 for as "

@@ -280,6 +280,7 @@ def test_an_adapter_that_does_not_fit_ends_the_start_with_its_reason(tmp_path: P
         ({"adapters": [{"name": "m", "path": "x"}], "model": "m", "pools": [{"max_loras": 1}]}, "the model itself"),
         ({"adapters": [{"name": "", "path": "x"}], "pools": [{"max_loras": 1}]}, "adapters.0.name"),
         ({"pools": [{"max_loras": 4, "max_cpu_loras": 3}]}, "max_cpu_loras"),
+        ({"pools": [{"max_cpu_loras": 3}]}, "needs max_loras"),
         ({"pools": [{"max_lora_rank": 513}]}, "max_lora_rank"),
     ],
 )

@@ -60,7 +60,9 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *, replicas: int = 1, may_change: bool = True, log: Path | None = None) -> Iterator[Running]:
+def running(
+    folder: Path, *, replicas: int = 1, may_change: bool = True, log: Path | None = None, pool: Pool = POOL
+) -> Iterator[Running]:
     """A server in a thread of its own, each engine in another; adapters a and b are loaded at the start."""
     shape = ModelShape.load(MODEL_DIR)
     for seed, name in enumerate(["a", "b", "c"]):
@@ -68,7 +70,7 @@ def running(folder: Path, *, replicas: int = 1, may_change: bool = True, log: Pa
     adapters = tuple(Adapter(name=name, path=str(folder / name)) for name in ("a", "b"))
     listener = socket.create_server(("127.0.0.1", 0))
     pairs = [socket.socketpair() for _ in range(replicas)]
-    engines = [Engine(Deployment(pools=(POOL,), adapters=adapters), MODEL_DIR) for _ in pairs]
+    engines = [Engine(Deployment(pools=(pool,), adapters=adapters), MODEL_DIR) for _ in pairs]
     workers = [threading.Thread(target=drive, args=(engine, pair[1])) for engine, pair in zip(engines, pairs)]
     fleet = Fleet([Replica(index, lambda replica: None) for index in range(replicas)])
     model = ServedModel(
@@ -223,10 +225,19 @@ def test_without_a_folder_nobody_changes_adapters(tmp_path: Path) -> None:
         assert server.models() == ["small", "a", "b"]
         assert server.post("/v1/load_lora_adapter", lora_name="late", lora_path="c").status_code == 404
         assert server.post("/v1/unload_lora_adapter", lora_name="a").status_code == 404
-        # what was loaded may vanish from disk: the request ends, and the server goes on
+
+
+def test_an_adapter_that_vanished_ends_its_request_and_not_the_server(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with running(tmp_path, pool=POOL.model_copy(update={"max_loras": 1})) as server:
+        before = server.answer("b")  # host memory holds one adapter: this one
         shutil.rmtree(tmp_path / "a")
         shutil.rmtree(tmp_path / "b")
-        assert server.answer("small")
+        ended = server.post("/v1/completions", model="a", prompt="import os", max_tokens=5)
+        assert (ended.status_code, ended.json()["choices"][0]["finish_reason"]) == (200, "abort")
+        assert server.answer("b") == before
+    assert "no adapter_config.json" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +27,9 @@ class _Body(BaseModel):
 class LoadBody(_Body):
     lora_name: _Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    # of vLLM's fields, what asks for nothing
+    load_inplace: Literal[False] | None = None
+    is_3d_lora_weight: Literal[False] | None = None
 
 
 class UnloadBody(_Body):
