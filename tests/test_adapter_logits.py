@@ -124,6 +124,20 @@ def test_a_mixed_batch_has_the_logits_of_merged_weights(models: Models, family: 
         check(engine, merged, asked, outputs)
 
 
+@pytest.mark.parametrize("case", ["chunked_prefill", "tensor_parallel"])
+def test_greedy_tokens_are_those_of_merged_weights(models: Models, case: str) -> None:
+    """Without kept logits the last layer sees the sampling rows alone, each with its own adapter."""
+    folder, merged = models["llama"]
+    asked = mixed_requests()
+    with Engine(deployment(folder, **CASES[case]), folder) as engine:
+        outputs = run(engine, asked, max_tokens=12)
+    for request_id, (prompt, adapter) in enumerate(asked):
+        answer = [token for output in outputs[request_id] for token in output.token_ids]
+        with torch.no_grad():
+            expected = merged[adapter](torch.tensor([prompt.tolist() + answer])).logits[0]
+        assert answer == expected[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+
+
 def test_adapters_change_the_answers_they_are_tested_on(models: Models) -> None:
     """The claims above could not fail if an adapter said what the base says."""
     _, merged = models["llama"]
