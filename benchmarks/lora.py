@@ -128,6 +128,7 @@ def measure(model_dir: Path, folders: list[Path], rounds: int, threads: int) -> 
         "distinct / one": [a / b for a, b in zip(taken["distinct"], taken["one"])],
         "one / none": [a / b for a, b in zip(taken["one"], taken["none"])],
         **{f"{side}_ms": 1e3 * statistics.median(seconds) for side, seconds in taken.items()},
+        **{f"{side}_fastest_ms": 1e3 * min(seconds) for side, seconds in taken.items()},
         "bytes_one": base_bytes + sizes[0],
         "bytes_distinct": base_bytes + ROWS * sizes[0],
         "read_ms": 1e3 * read_s / len(folders),
