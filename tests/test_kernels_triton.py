@@ -175,6 +175,30 @@ def test_decode_attention_compiles_for_a_gpu_that_is_not_here():
     )
 
 
+def test_both_halves_of_an_adapter_compile_for_a_gpu_that_is_not_here():
+    run(
+        """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from paretune.kernels.triton_lora import expand_kernel, shrink_kernel
+        kinds = dict.fromkeys(("x_ptr", "a_ptr", "b_ptr"), "*bf16")
+        kinds |= dict.fromkeys(("h_ptr", "scale_ptr", "y_ptr"), "*fp32")
+        tables = ("row_ptr", "tile_start_ptr", "tile_end_ptr", "tile_slot_ptr")
+        kinds |= dict.fromkeys(tables, "*i32")
+        for kernel, constants in (
+            (shrink_kernel, dict(RANK=16, BLOCK_M=16, BLOCK_K=64)),
+            (expand_kernel, dict(RANK=16, BLOCK_M=16, BLOCK_N=64)),
+        ):
+            signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
+            assert ".target sm_90" in compiled.asm["ptx"]
+    """,
+        interpret=False,
+    )
+
+
 def test_the_search_space_holds_only_tiles_that_fit():
     run("""
         from paretune.kernels.triton_decode_attention import tiles as decode_tiles
