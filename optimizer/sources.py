@@ -26,6 +26,9 @@ _SIMULATOR_LEAVES_OUT = (
     "log names; and priorities, which a log does not have",
     "sampling other than greedy; the cores that HTTP, text and clients use, which are not priced either",
 )
+_ADAPTERS_LEAVE_OUT = (
+    "what LoRA adapters add to a step, and the time to fill a slot: waiting for slots is simulated, these are not",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Sources:
             left_out.append("max_queued_requests: requests that the server would refuse wait in the simulator")
         if pool.host_kv_blocks:
             left_out.append("the time of copies between device and host blocks")
+        if pool.max_loras:
+            left_out += _ADAPTERS_LEAVE_OUT
         return replace(found, not_modeled=tuple(left_out))
 
     def price(self, pool: Pool) -> Price:

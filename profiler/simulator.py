@@ -74,6 +74,7 @@ class _Requests(NamedTuple):
 
     arrival_s (n,) float64 when the scheduler sees it; scheduled_s (n,) float64 when the client wanted it sent;
     input_tokens, max_num_tokens, hash_start, num_hashes, priority (n,) int64
+    adapter (n,) int64 number of the adapter, 0 for none
     """
 
     arrival_s: NDArray[np.float64]
@@ -83,6 +84,7 @@ class _Requests(NamedTuple):
     hash_start: NDArray[np.int64]
     num_hashes: NDArray[np.int64]
     priority: NDArray[np.int64]
+    adapter: NDArray[np.int64]
 
 
 class _Times(NamedTuple):
@@ -181,6 +183,7 @@ def _admit(
             requests.hash_start[request],
             requests.num_hashes[request],
             requests.priority[request],
+            requests.adapter[request],
         )
         if slot < 0:
             return False
@@ -529,7 +532,9 @@ def simulate(
 ) -> SimulationResult:
     """Serve a trace on a virtual clock.
 
-    Requests go to the pool's replicas as the server's router sends them (runtime/router.py).
+    Requests go to the pool's replicas as the server's router sends them (runtime/router.py). With max_loras they wait
+    for their adapters' slots and share prefixes with those of their adapter alone, as in the engine; a pool that takes
+    no adapters serves them on the base.
 
     Args:
         trace: the requests; their recorded output lengths are taken as known to the client, not to the scheduler.
@@ -559,6 +564,9 @@ def simulate(
     priorities = np.zeros(n, np.int64) if priority is None else np.array(priority, np.int64)
     if priorities.shape != (n,):
         raise ValueError(f"priority must have one number for each of {n} requests, not shape {priorities.shape}")
+    adapters = np.zeros(n, np.int64)
+    if trace.adapter is not None and pool.max_loras > 0:
+        adapters = trace.adapter.codes.astype(np.int64) + 1  # a request without one has the code -1
     bounds = _bounds(trace, give_up, k)
     # blocks beyond those of every request together are never touched: a huge cache costs no memory here
     touched = max(1, int((-(-max_num_tokens[fits] // pool.block_size)).sum()))
@@ -573,6 +581,7 @@ def simulate(
         hash_start=offsets[:-1].copy(),
         num_hashes=np.diff(offsets),
         priority=priorities,
+        adapter=adapters,
     )
     run = _Run(policy, hashes, per_hash, tables, requests, times, bounds, k, jump)
     # the server counts the requests that it takes, so those that are too long take no turn

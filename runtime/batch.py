@@ -5,15 +5,17 @@ parallel ranks receive it as it is, and `Batch.read` makes the same tensors of i
 
     wire[0] requests S · wire[1] tokens T · wire[2] width B of the block tables · wire[3] what the head computes ·
     wire[4] blocks to copy C
-    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · samples? (S) · block tables (S, B) ·
-          copies (C, 2), as `Plan.copies` has them
+    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · samples? (S) · adapter slot or -1 (S)
+          · block tables (S, B) · copies (C, 2), as `Plan.copies` has them
 
 The buffers are allocated once; a step only takes views of them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.jit import njit
+from ..kernels.lora import AdapterRows, sort_by_slot
 from .scheduler_state import BLOCK_SIZE, PLAN_COPIES, PLAN_SIZE, PREFIX_CACHING, Plan, State, new_plan
 from .spec import Pool
 
@@ -35,19 +38,43 @@ HEADER = 5
 ARGMAX = 0  # the best token of each sampling row; ranks send one (logit, token) pair a row
 LOGITS = 1  # the logits of each sampling row
 ALL_LOGITS = 2  # the logits of every row, for tests and perplexity
+FILL_SLOT = 3  # no step: put an adapter into a slot; see write_fill
+_MOST_PATH_BYTES = 4096
 
 
 def new_wire(pool: Pool) -> NDArray[np.int32]:
     """A wire that holds any step within the limits of `pool`."""
     tables = pool.max_num_seqs * -(-pool.max_model_len // pool.block_size)
     copies = new_plan(pool).copies.size
-    return np.zeros(HEADER + pool.max_num_batched_tokens + 3 * pool.max_num_seqs + tables + copies, np.int32)
+    fill = HEADER + 3 + _MOST_PATH_BYTES // 4 if pool.max_loras else 0
+    step = HEADER + pool.max_num_batched_tokens + 4 * pool.max_num_seqs + tables + copies
+    return np.zeros(max(step, fill), np.int32)
 
 
 def used_places(header: Sequence[int]) -> int:
     """Places that a step takes of the wire, from its header."""
     rows = header[ROWS]
-    return HEADER + header[TOKENS] + 3 * rows + rows * header[TABLE_WIDTH] + 2 * header[COPIES]
+    return HEADER + header[TOKENS] + 4 * rows + rows * header[TABLE_WIDTH] + 2 * header[COPIES]
+
+
+def write_fill(wire: NDArray[np.int32], slot: int, number: int, folder: Path) -> int:
+    """Write that adapter `number`, which lies in `folder`, goes into a slot; returns the places it takes.
+
+    In the place of token ids: slot, number, bytes of the path, and these, four a place.
+    """
+    path = os.fsencode(folder)
+    packed = np.frombuffer(path + bytes(-len(path) % 4), np.int32)
+    wire[:HEADER] = (0, 3 + len(packed), 0, FILL_SLOT, 0)
+    wire[HEADER : HEADER + 3] = (slot, number, len(path))
+    wire[HEADER + 3 : HEADER + 3 + len(packed)] = packed
+    return used_places(wire[:HEADER].tolist())
+
+
+def read_fill(wire: NDArray[np.int32]) -> tuple[int, int, Path]:
+    """Slot, number and folder that `write_fill` wrote."""
+    slot, number, length = wire[HEADER : HEADER + 3].tolist()
+    packed = wire[HEADER + 3 : HEADER + int(wire[TOKENS])]
+    return slot, number, Path(os.fsdecode(packed.tobytes()[:length]))
 
 
 @njit
@@ -78,7 +105,8 @@ def write_wire(state: State, plan: Plan, tokens: NDArray[np.int32], head: int, w
         wire[place + row] = plan.num_tokens[row]
         wire[place + rows + row] = plan.start[row]
         wire[place + 2 * rows + row] = plan.samples[row]
-    place += 3 * rows
+        wire[place + 3 * rows + row] = state.adapter_slot[plan.slot[row]]
+    place += 4 * rows
     for row in range(rows):
         slot = plan.slot[row]
         held = min(width, state.num_blocks[slot])
@@ -105,11 +133,12 @@ def _expand(
     query_start: NDArray[np.int32],
     lengths: NDArray[np.int32],
     head_rows: NDArray[np.int64],
+    adapter_slots: NDArray[np.int32],
 ) -> int:
     """Fill the arrays of a Batch from a wire; returns the number of head rows."""
     rows, tokens, width = wire[ROWS], wire[TOKENS], wire[TABLE_WIDTH]
     counts = HEADER + tokens
-    tables = counts + 3 * rows
+    tables = counts + 4 * rows
     place = 0
     heads = 0
     query_start[0] = 0
@@ -121,6 +150,7 @@ def _expand(
             token_ids[place + i] = wire[HEADER + place + i]
             positions[place + i] = position
             slots[place + i] = block * block_size + position % block_size
+            adapter_slots[place + i] = wire[counts + 3 * rows + row]
         place += n
         query_start[row + 1] = place
         lengths[row] = start + n
@@ -148,6 +178,9 @@ class Batch:
     head_rows             (H,) int64    tokens whose hidden state the head sees
     copies                (C, 2) int32  blocks to copy before anything is computed, from and to, in order
     head                  what it makes of them: ARGMAX, LOGITS or ALL_LOGITS
+    adapter_slots         (T,) int32    where each token's adapter lies, -1: it has none
+    adapter_rows          which tokens have which adapter; None: none has one
+    head_adapter_rows     the same of head_rows
     decode_only           every request computes one token
     """
 
@@ -161,10 +194,14 @@ class Batch:
     head_rows: Tensor
     copies: Tensor
     head: int
+    adapter_slots: NDArray[np.int32]
+    adapter_rows: AdapterRows | None
+    head_adapter_rows: AdapterRows | None
     decode_only: bool
 
     def __init__(self, pool: Pool) -> None:
         self.wire = new_wire(pool)
+        self.max_loras = pool.max_loras
         self._block_size = pool.block_size
         tokens, seqs = pool.max_num_batched_tokens, pool.max_num_seqs
         self._arrays = (
@@ -174,7 +211,9 @@ class Batch:
             np.zeros(seqs + 1, np.int32),
             np.zeros(seqs, np.int32),
             np.zeros(tokens, np.int64),
+            np.zeros(tokens, np.int32),
         )
+        self._sorted, self._head_sorted = _Sorted(tokens, pool.max_loras), _Sorted(tokens, pool.max_loras)
         self._tensors = tuple(torch.from_numpy(array) for array in self._arrays)
         self.wire_tensor = torch.from_numpy(self.wire)
 
@@ -183,9 +222,9 @@ class Batch:
         wire = self.wire
         rows, tokens, width = int(wire[ROWS]), int(wire[TOKENS]), int(wire[TABLE_WIDTH])
         heads = _expand(wire, self._block_size, *self._arrays)
-        token_ids, positions, slots, query_start, lengths, head_rows = self._tensors
+        token_ids, positions, slots, query_start, lengths, head_rows, _ = self._tensors
         counts = HEADER + tokens
-        tables = counts + 3 * rows
+        tables = counts + 4 * rows
         self.token_ids, self.positions, self.slot_mapping = token_ids[:tokens], positions[:tokens], slots[:tokens]
         self.query_start, self.length, self.head_rows = query_start[: rows + 1], lengths[:rows], head_rows[:heads]
         self.context_len = self.wire_tensor[counts + rows : counts + 2 * rows]
@@ -194,6 +233,28 @@ class Batch:
         self.copies = self.wire_tensor[copies : copies + 2 * int(wire[COPIES])].view(-1, 2)
         self.head = int(wire[HEAD])
         self.decode_only = rows == tokens
+        head_places, adapter_slots = self._arrays[-2:]
+        self.adapter_slots = adapter_slots[:tokens]
+        self.adapter_rows = self._sorted.read(self.adapter_slots)
+        self.head_adapter_rows = None
+        if self.adapter_rows is not None:
+            self.head_adapter_rows = self._head_sorted.read(adapter_slots[head_places[:heads]])
+
+
+class _Sorted:
+    """Buffers of AdapterRows."""
+
+    def __init__(self, tokens: int, max_loras: int) -> None:
+        sizes = (max_loras, tokens, max_loras + 1, max_loras)
+        self._arrays = tuple(np.zeros(size, np.int32) for size in sizes)
+        self._tensors = tuple(torch.from_numpy(array) for array in self._arrays[1:])
+
+    def read(self, slot_of_row: NDArray[np.int32]) -> AdapterRows | None:
+        if not len(self._arrays[0]):
+            return None
+        groups = sort_by_slot(slot_of_row, *self._arrays)
+        row, start, slot = self._tensors
+        return AdapterRows(row, start[: groups + 1], slot[:groups]) if groups else None
 
 
 @njit

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.lora import AdapterRows, adapter_rows
 from .batch import Batch
 
 # tokens of one request in one step from which the exchange of their keys and values, 0.2 to 0.4 ms a layer over gloo on
@@ -46,6 +47,8 @@ class ContextPart:
     copies: Tensor
     head_rows: Tensor
     head: int
+    adapter_rows: AdapterRows | None
+    head_adapter_rows: AdapterRows | None
     decode_only: bool
     part_slots: tuple[Tensor, ...]
     head_places: Tensor
@@ -67,6 +70,7 @@ def context_part(batch: Batch, part: int, parts: int) -> ContextPart | None:
     place_of = torch.full(batch.token_ids.shape, -1, dtype=torch.int64)
     place_of[own] = torch.arange(len(own))
     head_places = (place_of[batch.head_rows] >= 0).nonzero()[:, 0]
+    head_rows = batch.head_rows[head_places]
     return ContextPart(
         token_ids=batch.token_ids[own],
         positions=batch.positions[own],
@@ -76,8 +80,10 @@ def context_part(batch: Batch, part: int, parts: int) -> ContextPart | None:
         length=context + lengths,
         block_tables=batch.block_tables[rows],
         copies=batch.copies,
-        head_rows=place_of[batch.head_rows[head_places]],
+        head_rows=place_of[head_rows],
         head=batch.head,
+        adapter_rows=adapter_rows(batch.adapter_slots[tokens[part]], batch.max_loras),
+        head_adapter_rows=adapter_rows(batch.adapter_slots[head_rows.numpy()], batch.max_loras),
         decode_only=False,
         part_slots=tuple(batch.slot_mapping[torch.from_numpy(each)] for each in tokens),
         head_places=head_places,

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kv_cache
+from .adapter_slots import NO_ADAPTER
+from .adapters import AdapterNames, BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .launch import Launch
 from .memory import check_memory
@@ -58,6 +60,7 @@ from .spec import BadSpec, Deployment, Pool
 from .token_store import TokenStore
 
 __all__ = [
+    "BadAdapter",
     "BadRequest",
     "Engine",
     "EngineStats",
@@ -80,12 +83,14 @@ class Request:
     request_id        the caller's, unique among live requests
     prompt_token_ids  (n,) int32, n >= 1
     priority          lower goes first, where the spec schedules by priority; else it is not looked at
+    adapter           name of a loaded adapter; None: the base alone
     """
 
     request_id: int
     prompt_token_ids: NDArray[np.int32]
     sampling: SamplingParams
     priority: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +186,8 @@ class Engine:
         launch: the ranks that were started from outside, of which this is rank 0; left out: the engine starts its own.
         keep_logits: put the logits of every computed token into `kept_logits`, for tests and for perplexity.
 
-    Raises: BadSpec: a field that this engine cannot honor, or more memory than there is; BadModel; BadTile; RankFailed.
+    Raises: BadSpec: a field that this engine cannot honor, or more memory than there is; BadModel; BadAdapter; BadTile;
+        RankFailed.
     """
 
     def __init__(
@@ -210,8 +216,11 @@ class Engine:
             self._rank = Rank(self.pool, self.shape, model_dir, peers)
             if self._others is not None:
                 self._others.wait_until_loaded()
+            self._adapter_names = AdapterNames()
             self._reset()
             self._warm_up()
+            for adapter in deployment.adapters:
+                self.load_adapter(adapter.name, Path(adapter.path))
         except BaseException:
             self.close()
             raise
@@ -226,6 +235,7 @@ class Engine:
         self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
         self._num_cached = np.zeros(slots, np.int64)
         self._full = np.zeros(self.pool.max_num_seqs, np.int64)
+        self._in_slot = np.zeros(self.pool.max_loras, np.int64)
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
@@ -247,8 +257,10 @@ class Engine:
         """Queue a request. Its answer ends at max_model_len if max_tokens would go beyond.
 
         Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token.
+            BadAdapter: it is not loaded, or its files are no longer what they were when it was.
         """
         prompt = self._checked_prompt(request)
+        adapter = self._checked_adapter(request)
         max_num_tokens = min(len(prompt) + request.sampling.max_tokens, self.pool.max_model_len)
         unit = self._store.hold(max_num_tokens)
         if self._store.hashes is not self._state.hashes:
@@ -257,11 +269,13 @@ class Engine:
         self._store.tokens[first : first + len(prompt)] = prompt
         num_hashes = len(prompt) // self.pool.block_size if self.pool.enable_prefix_caching else 0
         self._store.hash_blocks(unit, 0, num_hashes)
-        row = (request.request_id, len(prompt), max_num_tokens, unit, num_hashes, request.priority)
+        row = (request.request_id, len(prompt), max_num_tokens, unit, num_hashes, request.priority, adapter)
         slot = add_request(self._state, *row)
         if slot < 0:
             self._grow()
             slot = add_request(self._state, *row)
+        if adapter != NO_ADAPTER:
+            self._adapter_names.begin(adapter)
         self._sampler.put(slot, request.sampling)
         self._slot_of[request.request_id] = slot
 
@@ -278,6 +292,47 @@ class Engine:
             found = f"ids from {prompt.min()} to {prompt.max()}"
             raise BadRequest("prompt_token_ids", found, f"0 to {self.shape.vocab_size - 1} (vocab_size - 1)")
         return prompt.astype(np.int32, copy=False)
+
+    def _checked_adapter(self, request: Request) -> int:
+        """Number of the request's adapter, which lies in host memory from here on until no live request names it."""
+        if request.adapter is None:
+            return NO_ADAPTER
+        names = self._adapter_names
+        if request.adapter not in names or self._rank.adapters is None:
+            allowed = ", ".join(names.names()[:20]) or "none: no adapter is loaded"
+            raise BadAdapter("adapter", request.adapter, allowed, "load it, or name another")
+        number = names.number(request.adapter)
+        self._rank.adapters.read(number, names.folder(number), keep=names.live)
+        return number
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Let requests name an adapter.
+
+        Raises: BadAdapter: it does not fit this base, the name is taken, or the deployment takes no adapters.
+        """
+        names = self._adapter_names
+        if self._rank.adapters is None:
+            raise BadAdapter("max_loras", 0, "at least 1", "set it to the most adapters in one step")
+        if name in names:
+            raise BadAdapter("adapter", name, "a name that no adapter has", "unload it, or choose another name")
+        folder = folder.resolve()
+        self._rank.adapters.read(names.next_number(), folder, keep=names.live)
+        names.add(name, folder)
+
+    def unload_adapter(self, name: str) -> bool:
+        """Let no more requests name it; those that do go on. False: there is no such adapter."""
+        if name not in self._adapter_names:
+            return False
+        self._adapter_names.remove(name)
+        return True
+
+    def _fill_slots(self) -> None:
+        """Put the adapters into their slots that the plan's newcomers need."""
+        wanted = self._state.adapter_slots.number
+        for slot in np.flatnonzero(wanted != self._in_slot).tolist():
+            number = int(wanted[slot])
+            self._rank.fill_slot(slot, number, self._adapter_names.folder(number), self._adapter_names.live)
+            self._in_slot[slot] = number
 
     def _grow(self) -> None:
         self._state = grow(self._state)
@@ -396,9 +451,11 @@ class Engine:
         generated = state.num_tokens[slots] - state.num_prompt_tokens[slots]
         head = ARGMAX if self._sampler.argmax_will_do(slots, generated) else LOGITS
         head = ALL_LOGITS if self._keep_logits else head
-        used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
         if self._others is not None:
             self._others.check()
+        if plan.counts[PLAN_ADMITTED]:
+            self._fill_slots()
+        used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
         self._rank.begin(index, used)
         self._flights.append(_Flight(index, slots, generated, head, started_s))
         self._begun += 1
@@ -436,6 +493,8 @@ class Engine:
             state.num_hashes[slot] = last
 
     def _free(self, slot: int) -> None:
+        if self._state.adapter[slot] != NO_ADAPTER:
+            self._adapter_names.end(int(self._state.adapter[slot]))
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
 
     def stats(self) -> EngineStats:

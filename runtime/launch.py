@@ -68,6 +68,9 @@ class Launch:
             raise BadSpec("environment: WORLD_SIZE", self.size, f"{size} ({sizes})", "start as many ranks")
         if pool.replicas != 1:
             raise BadSpec("pools.0.replicas", pool.replicas, "1 where the ranks are started from outside")
+        if pool.max_loras and len(self.local) < self.size:
+            todo = "start all ranks on one machine: each of them reads the adapters' files"
+            raise BadSpec("pools.0.max_loras", pool.max_loras, "0 where ranks are on other machines", todo)
 
     def store(self) -> Any:
         """torch.distributed's store in which the ranks find each other. Rank 0 listens on `host` alone."""

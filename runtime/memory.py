@@ -26,10 +26,12 @@ class MemoryNeed:
     kv_cache_bytes: int
     activation_bytes: int
     process_bytes: int
+    adapter_bytes: int = 0  # slots and host memory, each full of adapters of max_lora_rank on every matrix
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.process_bytes
+        held = self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
+        return held + self.process_bytes + self.adapter_bytes
 
 
 def memory_need(
@@ -47,6 +49,7 @@ def memory_need(
         kv_cache_bytes=replicas * (pool.num_kv_blocks + pool.host_kv_blocks) * _block_bytes(shape, pool, ranks),
         activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in here),
         process_bytes=replicas * len(here) * _PROCESS_BYTES,
+        adapter_bytes=replicas * len(here) * _adapter_bytes(shape, pool),
     )
 
 
@@ -87,6 +90,17 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
     return 4 * (pool.max_num_batched_tokens * width + logits + angles)
+
+
+def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
+    """Of one rank: A and B of q, k, v, gate, up, o and down. It holds one of the two cut, which is not taken off."""
+    """A and B of q, k, v, gate, up, o and down. Each rank holds one of the two cut, which is not taken off here."""
+    wide, hidden, inter = shape.num_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size
+    narrow = shape.num_kv_heads * shape.head_dim
+    values = 7 * hidden + 2 * wide + 2 * narrow + 3 * inter
+    itemsize = 4 if pool.weight_dtype == "fp32" else 2
+    adapters = pool.max_loras + (pool.max_cpu_loras or pool.max_loras)
+    return adapters * shape.num_layers * values * pool.max_lora_rank * itemsize
 
 
 def available_bytes() -> int:

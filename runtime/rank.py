@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from ..kernels.tiles import TileTable
 from ..kernels.weight_formats import WEIGHT_FORMATS
-from .batch import ARGMAX, Batch
+from .adapters import RankAdapters
+from .batch import ARGMAX, FILL_SLOT, HEAD, Batch, read_fill, write_fill
 from .context_part import ContextPart, context_part
 from .launch import Launch
 from .model_shape import ModelShape
@@ -57,6 +59,7 @@ class Rank:
         self._vocab_sizes = [len(share.vocab) for share in ranks[: layout.shards]]
         self.batches = tuple(Batch(pool) for _ in range(layout.stages))
         self._results: list[Tensor | None] = [None] * layout.stages
+        self.adapters = RankAdapters(shape, self._share, pool) if pool.max_loras else None
         self._transformer = Transformer(
             shape,
             load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles),
@@ -69,6 +72,7 @@ class Rank:
             tiles=pool.tiles,
             reduce=peers.all_reduce if peers and layout.shards > 1 else None,
             parts=peers if layout.parts > 1 else None,
+            adapters=None if self.adapters is None else self.adapters.slots,
         )
 
     def begin(self, index: int, used: int) -> None:
@@ -108,6 +112,9 @@ class Rank:
                 self._peers.receive_wire(batch.wire_tensor)
             except RuntimeError:  # its connection is closed
                 return False
+            if batch.wire[HEAD] == FILL_SLOT and self.adapters is not None:
+                self.adapters.put(*read_fill(batch.wire))
+                return True
             batch.read()
             result = self._computed(batch)
             if result is not None and self._peers.layout.stages > 1:
@@ -136,6 +143,19 @@ class Rank:
     def use_tiles(self, tiles: TileTable) -> None:
         """Compute with other tiles from the next step on. Raises: BadTile, and nothing changed."""
         self._transformer.use_tiles(tiles)
+
+    def fill_slot(self, slot: int, number: int, folder: Path, keep: Collection[int]) -> None:
+        """Called on rank 0: every rank puts its share of an adapter into a slot.
+
+        Args:
+            keep: adapters that shall stay in the host memory of this rank.
+        Raises: BadAdapter.
+        """
+        assert self.adapters is not None, "a request named an adapter where max_loras is 0"
+        self.adapters.put(slot, number, folder, keep)
+        if self._peers is not None:
+            batch = self.batches[0]
+            self._peers.send_wire(batch.wire_tensor, write_fill(batch.wire, slot, number, folder))
 
     def _merged_argmax(self, logits: Tensor, peers: Peers) -> Tensor | None:
         """The best token of all ranks: one (logit, token) pair a row travels, in float64, which holds both exactly."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..kernels.jit import njit
 from . import kv_cache
+from .adapter_slots import release_slot
 from .host_blocks import fetch_block, take_block
 from .scheduler_state import (
     BLOCK_SIZE,
@@ -36,7 +37,8 @@ def num_named_blocks(state: State, slot: int) -> int:
 
 @njit
 def block_hash(state: State, slot: int, index: int) -> int:
-    """Content hash of block `index` of a request: the hash that covers it, mixed with its place under that hash.
+    """Content hash of block `index` of a request: the hash that covers it, mixed with its place under that hash and
+    with the request's adapter: equal tokens give other keys and values under another adapter.
 
     Beyond the hashes it is the request's own: its id, mixed with the place.
     """
@@ -45,6 +47,7 @@ def block_hash(state: State, slot: int, index: int) -> int:
     if index < state.num_hashes[slot] * per_hash:
         covering = state.hashes[state.hash_start[slot] + index // per_hash]
         mixed = np.uint64(covering) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(index % per_hash + 1)
+        mixed += np.uint64(state.adapter[slot]) * np.uint64(0xD6E8FEB86659FD93)
     else:
         own = np.uint64(state.request_id[slot] + 1) * np.uint64(0xD1342543DE82EF95)
         mixed = own ^ (np.uint64(index + 1) * np.uint64(0x2545F4914F6CDD1D))
@@ -114,11 +117,16 @@ def name_own_blocks(state: State, slot: int) -> None:
 
 @njit
 def release_blocks(state: State, slot: int) -> None:
-    """Give back every block and the lane of a running request. Last blocks first: they are the first to be evicted."""
+    """Give back every block, the lane and the adapter's slot of a running request.
+
+    Last blocks first: they are the first to be evicted.
+    """
     row = state.block_table[state.lane[slot]]
     for i in range(state.num_blocks[slot] - 1, -1, -1):
         kv_cache.release(state.blocks, row[i])
     state.num_blocks[slot] = 0
+    release_slot(state.adapter_slots, state.adapter_slot[slot])
+    state.adapter_slot[slot] = -1
     state.free_lanes[state.counts[NUM_FREE_LANES]] = state.lane[slot]
     state.counts[NUM_FREE_LANES] += 1
     state.lane[slot] = -1

@@ -100,6 +100,7 @@ class FinishedRequest:
     ttft_s: float | None
     e2e_s: float
     finish_reason: str
+    adapter: str | None = None
 
 
 class RequestLog:
@@ -144,7 +145,7 @@ class RequestLog:
 
     def _object(self, request: FinishedRequest) -> dict[str, Any]:
         data: dict[str, Any] = {"created": request.created, "model": request.model}
-        data |= {name: value for name in ("app", "session") if (value := getattr(request, name)) is not None}
+        data |= {name: value for name in ("app", "session", "adapter") if (value := getattr(request, name)) is not None}
         prompt_tokens = len(request.prompt_token_ids)
         data["usage"] = {
             "prompt_tokens": prompt_tokens,

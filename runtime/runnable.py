@@ -37,6 +37,9 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.host_kv_blocks and pool.pipeline_parallel_size > 1:
         found = f"{pool.host_kv_blocks} with pipeline_parallel_size {pool.pipeline_parallel_size}"
         raise BadSpec("pools.0.host_kv_blocks", found, "0 with several stages, for the bundled engine")
+    if pool.max_loras and pool.pipeline_parallel_size > 1:
+        found = f"{pool.max_loras} with pipeline_parallel_size {pool.pipeline_parallel_size}"
+        raise BadSpec("pools.0.max_loras", found, "0 with several stages, for the bundled engine")
     if shape is None:
         return
     if pool.max_model_len > shape.max_position_embeddings:

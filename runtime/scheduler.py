@@ -9,7 +9,8 @@ simulator with a virtual clock and a step-time model. Several plans may be in fl
 
 Running requests come first, in order of admission; when blocks run out the request admitted last (by priority: the last
 in rank) gives its own back (preemption.py). Then come waiting requests in the order of the queue, each when it may
-(admission.py).
+(admission.py). A request whose adapter finds no slot waits, and others may pass it (vLLM's rule, under either policy):
+with every slot in use for long, it waits for long.
 
 Policy `vllm_v1` decides as the scheduler of vLLM 0.32 (vllm/v1/core) does without asynchronous scheduling. It differs:
 blocks are named when they are planned, so that a request finds what another computes in the same step (its KV is
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from ..kernels.jit import njit
 from . import waiting_queue
+from .adapter_slots import NO_ADAPTER, hold_slot
 from .admission import first_tokens
 from .host_blocks import drop_swapped, swap_in
 from .preemption import preempt, remove_running, victim
@@ -62,6 +64,7 @@ def add_request(
     hash_start: int,
     num_hashes: int,
     priority: int = 0,
+    adapter: int = NO_ADAPTER,
 ) -> int:
     """Queue a request; its slot, or -1 when every slot is taken (then `grow`).
 
@@ -89,6 +92,8 @@ def add_request(
     state.lane[slot] = -1
     state.hash_start[slot] = hash_start
     state.num_hashes[slot] = num_hashes
+    state.adapter[slot] = adapter
+    state.adapter_slot[slot] = -1
     waiting_queue.put(state, slot)
     return int(slot)
 
@@ -153,11 +158,14 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
     """Admit waiting requests, in the order of the queue, while tokens, lanes and blocks last."""
     counts, limits = state.counts, state.limits
     while counts[NUM_WAITING] > 0 and budget > 0 and counts[NUM_RUNNING] < limits[MAX_NUM_SEQS]:
-        slot = waiting_queue.first(state)
+        place = waiting_queue.first_place(state)
+        if place < 0:
+            break
+        slot = waiting_queue.at(state, place)
         computed, num_tokens = first_tokens(state, slot, budget, most)
         if num_tokens == 0:
             break
-        waiting_queue.take_first(state)
+        waiting_queue.take(state, place)
         counts[NUM_FREE_LANES] -= 1
         state.lane[slot] = state.free_lanes[counts[NUM_FREE_LANES]]
         if state.num_swapped_blocks[slot] > 0:
@@ -165,6 +173,7 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
         else:
             hold_prefix(state, plan, slot, computed // limits[BLOCK_SIZE])
         hold_blocks(state, plan, slot, computed + num_tokens)
+        state.adapter_slot[slot] = hold_slot(state.adapter_slots, state.adapter[slot])
         state.running[counts[NUM_RUNNING]] = slot
         counts[NUM_RUNNING] += 1
         plan.counts[PLAN_ADMITTED] += 1

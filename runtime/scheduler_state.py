@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapter_slots import AdapterSlots, new_adapter_slots
 from .kv_cache import BlockPool, new_block_pool
 from .spec import Pool
 
@@ -88,6 +89,8 @@ class State(NamedTuple):
     aborted                (slots,) bool   ends at its next commit
     lane                   (slots,) int64  its row of block_table while running, else -1
     hash_start, num_hashes (slots,) int64  its block hashes: hashes[hash_start : hash_start + num_hashes]
+    adapter                (slots,) int64  number of its adapter, or NO_ADAPTER
+    adapter_slot           (slots,) int64  where its adapter lies while it runs, else -1
     free_slots             (slots,) int64  stack
     waiting                (slots,) int64  ring of slots: counts[NUM_WAITING] of them from counts[WAITING_HEAD]
     running                (max_num_seqs,) int64  slots in order of admission
@@ -98,6 +101,7 @@ class State(NamedTuple):
     host_blocks            BlockPool    second tier (host_blocks.py)
     next_swapped           (host blocks,) int64  the host block that follows in the same request
     ends                   (max_blocks + 1, 2) int64  scratch of admission.estimated_peak, zeros between its calls
+    adapter_slots          AdapterSlots
     """
 
     limits: NDArray[np.int64]
@@ -119,6 +123,8 @@ class State(NamedTuple):
     lane: NDArray[np.int64]
     hash_start: NDArray[np.int64]
     num_hashes: NDArray[np.int64]
+    adapter: NDArray[np.int64]
+    adapter_slot: NDArray[np.int64]
     free_slots: NDArray[np.int64]
     waiting: NDArray[np.int64]
     running: NDArray[np.int64]
@@ -129,6 +135,7 @@ class State(NamedTuple):
     host_blocks: BlockPool
     next_swapped: NDArray[np.int64]
     ends: NDArray[np.int64]
+    adapter_slots: AdapterSlots
 
 
 class Plan(NamedTuple):
@@ -220,6 +227,8 @@ def new_state(
         lane=np.full(slots, -1, np.int64),
         hash_start=np.zeros(slots, np.int64),
         num_hashes=np.zeros(slots, np.int64),
+        adapter=np.zeros(slots, np.int64),
+        adapter_slot=np.full(slots, -1, np.int64),
         free_slots=np.arange(slots - 1, -1, -1, dtype=np.int64),
         waiting=np.zeros(slots, np.int64),
         running=np.zeros(seqs, np.int64),
@@ -230,6 +239,7 @@ def new_state(
         host_blocks=new_block_pool(pool.host_kv_blocks),
         next_swapped=np.zeros(pool.host_kv_blocks, np.int64),
         ends=np.zeros((max_blocks + 1, 2), np.int64),
+        adapter_slots=new_adapter_slots(pool.max_loras),
     )
 
 
@@ -281,6 +291,8 @@ _OF_A_REQUEST = (
     "lane",
     "hash_start",
     "num_hashes",
+    "adapter",
+    "adapter_slot",
 )
 
 

@@ -126,6 +126,11 @@ class Pool(_Part):
     long_prefill_token_threshold: int = Field(
         0, ge=0, description="most tokens of one prompt in a step that others wait for, too; 0: no such limit"
     )
+    max_loras: int = Field(0, ge=0, le=65536, description="most LoRA adapters in one step; 0 takes none")
+    max_cpu_loras: int = Field(
+        0, ge=0, description="adapters kept in host memory, those of live requests besides; 0 = max_loras"
+    )
+    max_lora_rank: int = Field(16, ge=1, le=512, description="highest rank of an adapter")
     tiles: Tiles = Field(default_factory=TileTable, description="tile of each operator by precision and row bucket")
 
     @field_validator("block_size")
@@ -169,6 +174,13 @@ class Pool(_Part):
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request computes one token a step"
             )
+        if self.max_cpu_loras and not self.max_loras:
+            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) needs max_loras: with 0 no adapter is taken")
+        if self.max_cpu_loras and self.max_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras}), or 0 for as "
+                "many: what takes part in a step comes from host memory"
+            )
         if self.accelerator != CPU and self.num_threads != 1:
             raise ValueError(f"num_threads ({self.num_threads}) is for accelerator 'cpu', not {self.accelerator!r}")
         return self
@@ -178,6 +190,13 @@ class Pool(_Part):
         """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
         ranks = self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
         return ranks * (self.num_threads if self.accelerator == CPU else 1)
+
+
+class Adapter(_Part):
+    """A LoRA adapter of the model, in the format of PEFT."""
+
+    name: str = Field(min_length=1, max_length=200, description="what clients ask for as `model`")
+    path: str = Field(min_length=1, description="folder with adapter_config.json and adapter_model.safetensors")
 
 
 class Prediction(_Part):
@@ -230,6 +249,7 @@ class Deployment(_Part):
         "paretune", description="how steps are composed: our way, or as vLLM's V1 scheduler decides"
     )
     pools: tuple[Pool, ...] = Field((Pool(),), min_length=1, max_length=16)
+    adapters: tuple[Adapter, ...] = Field((), description="LoRA adapters of the model, loaded at the start")
     targets: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     predicted: tuple[Prediction, ...] = ()
     provenance: Provenance | None = None
@@ -252,6 +272,18 @@ class Deployment(_Part):
                     raise ValueError(f"{name} ({found}) must be one of {allowed} with scheduler_policy 'vllm_v1'")
         return self
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        names = [adapter.name for adapter in self.adapters]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"adapters: the name {twice[0]!r} stands there more than once")
+        if self.model in names:
+            raise ValueError(f"adapters: {self.model!r} is the name of the model itself")
+        if names and any(pool.max_loras == 0 for pool in self.pools):
+            raise ValueError(f"adapters names {len(names)}, and max_loras is 0: set it to the most in one step")
+        return self
+
     @property
     def pool(self) -> Pool:
         """The only pool. Raises: BadSpec: the deployment has several (disaggregated)."""
@@ -261,7 +293,7 @@ class Deployment(_Part):
 
     def signature(self) -> dict[str, Any]:
         """What runs, as plain data; two candidates with equal signatures behave alike."""
-        return self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools"})
+        return self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools", "adapters"})
 
     def digest(self) -> str:
         """Sixteen hex digits that name what runs; stable over processes and machines."""

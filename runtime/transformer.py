@@ -18,10 +18,12 @@ from torch import Tensor
 from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
-from ..kernels.linear import linear
+from ..kernels.linear import PackedLinear, linear
+from ..kernels.lora import AdapterRows, LoraSlots
 from ..kernels.paged_cache import PagedCache, block_bytes
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.tiles import BadTile, Tile, TileTable
+from .adapters import DOWN, GATE_UP, MATRICES, O_PROJ, QKV
 from .batch import Batch
 from .context_part import ContextPart
 from .model_shape import ModelShape, Rope
@@ -94,6 +96,7 @@ class Transformer:
         tiles: TileTable,
         reduce: Callable[[Tensor], None] | None,
         parts: ContextPeers | None = None,
+        adapters: LoraSlots | None = None,
     ) -> None:
         self._is_last = share.is_last
         self._parts = parts
@@ -101,6 +104,7 @@ class Transformer:
         self._weights = weights
         self._reduce = reduce
         self._vocab = share.vocab
+        self._adapters = adapters
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
         self._cos, self._sin = rope_tables(shape, max_model_len)
@@ -141,13 +145,16 @@ class Transformer:
         residual = self._embedded(batch.token_ids) if hidden is None else hidden
         x = rms_norm(residual, weights.layers[0].input_norm, eps)
         last = len(weights.layers) - 1
+        rows = batch.adapter_rows
         for index, layer in enumerate(weights.layers):
             x = self._attention(x, layer, index, batch)
             if index == last and self._is_last:  # of the last layer only the head's rows are ever read
                 x, residual = x[batch.head_rows], residual[batch.head_rows]
-            x = self._summed(linear(x, layer.o))
+                rows = batch.head_adapter_rows
+            x = self._summed(self._adapted(x, layer.o, index, O_PROJ, rows))
             x = add_rms_norm(x, residual, layer.post_norm, eps)
-            x = self._summed(linear(swiglu(linear(x, layer.gate_up)), layer.down))
+            x = swiglu(self._adapted(x, layer.gate_up, index, GATE_UP, rows))
+            x = self._summed(self._adapted(x, layer.down, index, DOWN, rows))
             norm = weights.norm if index == last else weights.layers[index + 1].input_norm
             x = add_rms_norm(x, residual, norm, eps)
         if not self._is_last:
@@ -169,7 +176,7 @@ class Transformer:
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch | ContextPart) -> Tensor:
         """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""
         tokens, heads, kv_heads, head_dim = x.shape[0], self._heads, self._kv_heads, self._shape.head_dim
-        qkv = linear(x, layer.qkv).view(tokens, heads + 2 * kv_heads, head_dim)
+        qkv = self._adapted(x, layer.qkv, index, QKV, batch.adapter_rows).view(tokens, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             eps = self._shape.rms_norm_eps
@@ -189,6 +196,13 @@ class Transformer:
                 q, cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
             )
         return out.view(tokens, heads * head_dim)
+
+    def _adapted(self, x: Tensor, weight: PackedLinear, layer: int, matrix: int, rows: AdapterRows | None) -> Tensor:
+        """The product with the base's weight, and what the adapters of some rows add to it."""
+        y = linear(x, weight)
+        if self._adapters is not None and rows is not None:
+            self._adapters.add(layer * MATRICES + matrix, x, y, rows)
+        return y
 
     def _exchange(self, index: int, batch: ContextPart) -> None:
         """The keys and values of the other parts' tokens into this rank's cache, as they lie in theirs."""

@@ -1,8 +1,12 @@
-"""The queue of those that wait: by priority, then by arrival. Without priorities that is first come, first served."""
+"""The queue of those that wait: by priority, then by arrival. Without priorities that is first come, first served.
+
+Who waits for an adapter's slot keeps its place, and others pass it.
+"""
 
 from __future__ import annotations
 
 from ..kernels.jit import njit
+from .adapter_slots import has_slot
 from .scheduler_state import NUM_WAITING, WAITING_HEAD, State
 
 
@@ -41,15 +45,27 @@ def put_back(state: State, slot: int) -> None:
 
 
 @njit
-def first(state: State) -> int:
-    """The slot of who is next; there is one."""
-    return int(state.waiting[state.counts[WAITING_HEAD]])
+def at(state: State, place: int) -> int:
+    """The slot of who stands at a place."""
+    return int(state.waiting[(state.counts[WAITING_HEAD] + place) % state.waiting.shape[0]])
 
 
 @njit
-def take_first(state: State) -> None:
-    """Take out who is next."""
-    state.counts[WAITING_HEAD] = (state.counts[WAITING_HEAD] + 1) % state.waiting.shape[0]
+def first_place(state: State) -> int:
+    """Place in the queue of the first whose adapter finds a slot, 0 where nobody has an adapter; -1: there is none."""
+    for place in range(state.counts[NUM_WAITING]):
+        if has_slot(state.adapter_slots, state.adapter[at(state, place)]):
+            return place
+    return -1
+
+
+@njit
+def take(state: State, place: int) -> None:
+    """Take out who stands at a place; those before it keep their order."""
+    waiting, head, size = state.waiting, state.counts[WAITING_HEAD], state.waiting.shape[0]
+    for i in range(place, 0, -1):
+        waiting[(head + i) % size] = waiting[(head + i - 1) % size]
+    state.counts[WAITING_HEAD] = (head + 1) % size
     state.counts[NUM_WAITING] -= 1
 
 

@@ -5,13 +5,17 @@ length. One message carries all outputs of a step. An idle replica blocks on the
 the socket, or dies.
 
 to the replica    (START, deployment, model folder, number of the replica, step log or None), once and first
-                  (ADD, request_id, prompt token ids: bytes of int32, sampling: dict for SamplingParams, priority)
+                  (ADD, request_id, prompt token ids: bytes of int32, sampling: dict for SamplingParams, priority,
+                   name of the adapter or None)
                   (ABORT, request_id)
                   (CHANGE, pool), between two steps; answered by CHANGED
+                  (LOAD_ADAPTER, number of the call, name, folder); answered by ADAPTER
+                  (UNLOAD_ADAPTER, name)
 from the replica  (READY,)
                   (STEP, request ids, tokens of each, token ids of all in a row, finish reasons, cached tokens,
                    logprobs of each or None, stats or None, queue)
                   (CHANGED, None, or why nothing changed)
+                  (ADAPTER, number of the call, why it was not loaded or None)
                   (FAILED, exit code, message)
 
 `queue` is a Queue. A step that brings no tokens (a chunk of a prompt) is told, too.
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
     from .engine import EngineStats, Output, Request, StepRecord
     from .sampler import TokenLogprobs
 
-START, ADD, ABORT, CHANGE, READY, STEP, CHANGED, FAILED = range(8)
+START, ADD, ABORT, CHANGE, LOAD_ADAPTER, UNLOAD_ADAPTER, READY, STEP, CHANGED, ADAPTER, FAILED = range(11)
 
 # Statistics ride along with outputs at most this often: Prometheus scrapes every few seconds.
 STATS_EVERY_S = 0.2
@@ -105,6 +109,8 @@ class AnyEngine(Protocol):
     def change(self, pool: Pool) -> None: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: int) -> object: ...
+    def load_adapter(self, name: str, folder: Path) -> object: ...
+    def unload_adapter(self, name: str) -> object: ...
     def step(self) -> list[Output]: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
@@ -215,7 +221,8 @@ def load_engine(deployment: Deployment, model_dir: Path) -> AnyEngine:
 
 def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: StepLog | None = None) -> None:
     """Step the engine while it has work, wait on the socket while it has none; return when the other end closes."""
-    from .engine import Request
+    from .adapters import BadAdapter
+    from .engine import Output, Request
     from .sampler import SamplingParams
 
     told, told_s, taken = Stats(), 0.0, 0
@@ -224,20 +231,28 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
         messages = inbox.take(block=not engine.has_work)
         if messages is None:
             break
+        outputs: list[Output] = []
         for message in messages:
             if message[0] == ADD:
-                _, request_id, prompt, sampling, priority = message
+                _, request_id, prompt, sampling, priority, adapter = message
                 prompt_token_ids = np.frombuffer(prompt, dtype=np.int32)
-                engine.add(Request(request_id, prompt_token_ids, SamplingParams(**sampling), priority))
                 taken += 1
+                try:
+                    engine.add(Request(request_id, prompt_token_ids, SamplingParams(**sampling), priority, adapter))
+                except BadAdapter as error:  # unloaded meanwhile, or its files are no longer what they were
+                    sys.stderr.write(f"paretune serve: {error}\n")
+                    outputs.append(Output(request_id, (), None, "abort", 0))
             elif message[0] == CHANGE:
                 connection.sendall(frame((CHANGED, _changed(engine, Pool.model_validate(message[1])))))
+            elif message[0] == LOAD_ADAPTER:
+                connection.sendall(frame((ADAPTER, message[1], _load_adapter(engine, message[2], message[3]))))
+            elif message[0] == UNLOAD_ADAPTER:
+                engine.unload_adapter(message[1])
             else:
                 engine.abort(message[1])
-        outputs: list[Output] = []
         computed: StepRecord | None = None
         if engine.has_work:
-            outputs = engine.step()
+            outputs += engine.step()
             # a step that only reports what was aborted computes nothing, and leaves the record of the one before
             if engine.last_step is not None and engine.last_step is not recorded:
                 recorded = computed = engine.last_step
@@ -257,6 +272,17 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
             step_log.flush()
     if step_log is not None:
         step_log.flush()
+
+
+def _load_adapter(engine: AnyEngine, name: str, folder: str) -> str | None:
+    """Why it was not loaded; None: it was."""
+    from .adapters import BadAdapter
+
+    try:
+        engine.load_adapter(name, Path(folder))
+    except BadAdapter as error:
+        return str(error)
+    return None
 
 
 def _stats(engine: AnyEngine) -> Stats:

@@ -16,6 +16,8 @@ from paretune.kernels.decode_attention import decode_attention
 from paretune.kernels.decode_attention import reference as decode_reference
 from paretune.kernels.linear import linear, pack
 from paretune.kernels.linear import reference as linear_reference
+from paretune.kernels.lora import Delta, LoraSlots, Matrix, adapter_rows, pack_adapter
+from paretune.kernels.lora import reference as lora_reference
 from paretune.kernels.paged_cache import CACHE_DTYPES, PagedCache
 from paretune.kernels.prefill_attention import prefill_attention
 from paretune.kernels.prefill_attention import reference as prefill_reference
@@ -142,6 +144,28 @@ def sweep_sampling():
                 assert sampling.reference(logits[row], min(top_k, vocab), top_p)[token] > 0
 
 
+def sweep_lora():
+    for rows in SIZES:
+        for in_features, parts, ranks in ((1, (1,), (1,)), (17, (127, 17), (17, 64)), (127, (17, 1, 127), (1, 64, 17))):
+            matrix = Matrix(in_features, parts)
+            sizes = tuple(enumerate(zip(ranks, parts)))
+            adapters = [
+                {part: Delta(torch.randn(r, in_features), torch.randn(n, r), 0.5) for part, (r, n) in sizes}
+                for _ in range(3)
+            ]
+            slot_of_row = np.array(([2, -1, 0] + [1] * rows)[:rows], np.int32)
+            for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
+                slots = LoraSlots([matrix], 3, 64, precision)
+                for slot, deltas in enumerate(adapters):
+                    slots.put(
+                        slot, pack_adapter({(0, part): each for part, each in deltas.items()}, [matrix], precision)
+                    )
+                x, y = torch.randn(rows, in_features), torch.randn(rows, sum(parts))
+                oracle = lora_reference(x, y, slot_of_row, adapters, parts)
+                slots.add(0, x, y, adapter_rows(slot_of_row, 3))
+                check(y, oracle, tolerance)
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         other = build.Library(Path(sys.argv[1]))
@@ -153,6 +177,7 @@ if __name__ == "__main__":
     sweep_attention()
     sweep_fused()
     sweep_sampling()
+    sweep_lora()
     library = build.load()
     assert library is not None
     sys.stdout.write(f"all right {library.instructions}\n")

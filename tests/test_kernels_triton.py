@@ -72,6 +72,33 @@ def test_matmul_is_the_matrix_product():
     """)
 
 
+def test_every_row_gets_the_delta_of_its_own_adapter():
+    run("""
+        import numpy
+        from paretune.kernels.lora import Delta, adapter_rows, reference
+        from paretune.kernels.triton_lora import lora
+        slot_of_row = numpy.array([2, -1, 0, 2] + [1] * 20 + [-1, 0], numpy.int32)
+        for in_features, channels, dtype, tolerance in ((70, 90, torch.float32, 1e-4), (33, 17, torch.float16, 5e-2)):
+            a, b = torch.randn(3, 16, in_features).to(dtype), torch.randn(3, channels, 16).to(dtype)
+            a[0, 5:], b[0, :, 5:] = 0, 0  # a rank of 5, padded
+            scale = torch.tensor([0.5, 0.25, 0.125])
+            x, y = 0.3 * torch.randn(26, in_features).to(dtype), torch.full((26, 7 + channels + 3), float("nan"))
+            y[:, 7 : 7 + channels] = torch.randn(26, channels)
+            deltas = [{0: Delta(a[s], b[s], float(scale[s]))} for s in range(3)]
+            oracle = reference(x, y[:, 7 : 7 + channels], slot_of_row, deltas, (channels,))
+            lora(x, y, a, b, scale, adapter_rows(slot_of_row, 3), first=7)
+            check(y[:, 7 : 7 + channels], oracle, tolerance)
+            assert y[:, :7].isnan().all() and y[:, 7 + channels :].isnan().all()
+        for wrong in (a[:, :8].contiguous(), a.float()):
+            try:
+                lora(x, y, wrong, b, scale, adapter_rows(slot_of_row, 3))
+            except ValueError as error:
+                assert "lora: " in str(error)
+            else:
+                raise AssertionError("took shapes that do not fit")
+    """)
+
+
 def test_prefill_attention_is_causal_softmax_attention():
     run("""
         from paretune.kernels.prefill_attention import reference
@@ -146,6 +173,30 @@ def test_decode_attention_compiles_for_a_gpu_that_is_not_here():
         source = ASTSource(fn=decode_attention_kernel, signature=signature, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
         assert ".target sm_90" in compiled.asm["ptx"]
+    """,
+        interpret=False,
+    )
+
+
+def test_both_halves_of_an_adapter_compile_for_a_gpu_that_is_not_here():
+    run(
+        """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from paretune.kernels.triton_lora import expand_kernel, shrink_kernel
+        kinds = dict.fromkeys(("x_ptr", "a_ptr", "b_ptr"), "*bf16")
+        kinds |= dict.fromkeys(("h_ptr", "scale_ptr", "y_ptr"), "*fp32")
+        tables = ("row_ptr", "tile_start_ptr", "tile_end_ptr", "tile_slot_ptr")
+        kinds |= dict.fromkeys(tables, "*i32")
+        for kernel, constants in (
+            (shrink_kernel, dict(RANK=16, BLOCK_M=16, BLOCK_K=64)),
+            (expand_kernel, dict(RANK=16, BLOCK_M=16, BLOCK_N=64)),
+        ):
+            signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
+            assert ".target sm_90" in compiled.asm["ptx"]
     """,
         interpret=False,
     )

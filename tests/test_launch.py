@@ -155,6 +155,7 @@ def test_ranks_that_are_not_those_of_the_spec_are_refused() -> None:
     for pool, where in (
         (Pool(tensor_parallel_size=2), "environment: WORLD_SIZE"),
         (Pool(tensor_parallel_size=4, replicas=2), "pools.0.replicas"),
+        (Pool(tensor_parallel_size=4, max_loras=1), "pools.0.max_loras"),
     ):
         with pytest.raises(BadSpec) as refused:
             launch.check(pool)

@@ -6,7 +6,7 @@ import yaml
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.optimizer.export.vllm import TESTED_VERSIONS, CannotExport, export
 from paretune.optimizer.export.vllm_flags import FLAGS
-from paretune.runtime.spec import Deployment
+from paretune.runtime.spec import Adapter, Deployment
 
 from .optimizer_examples import deployment
 
@@ -77,12 +77,31 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
         "long_prefill_token_threshold": 64,
         "tiles": TileTable(((("linear", "bf16", 8), Tile("linear", "cpp", (("row_tile", 4),))),)),
     }
-    plain = deployment()
+    of_adapters = {"max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": 64}
+    plain, with_adapters = deployment(), deployment(max_loras=1)
     refused = {"role", "preemption", "host_kv_blocks"}
-    assert {*changes, *refused, "watermark"} == set(type(plain.pool).model_fields)
+    assert {*changes, *refused, *of_adapters, "watermark"} == set(type(plain.pool).model_fields)
     assert "--watermark 0.1" in " ".join(export(plain.with_pool(admission="watermark", watermark=0.1)).argv)
     for name, value in changes.items():
         assert export(plain.with_pool(**{name: value})) != export(plain), name
+    for name, value in of_adapters.items():
+        assert export(with_adapters.with_pool(**{name: value})) != export(with_adapters), name
+
+
+def test_adapters_are_told_to_vllm():
+    spec = deployment(max_loras=4, max_lora_rank=20).model_copy(
+        update={"adapters": (Adapter(name="a", path="/x/a"), Adapter(name="b", path="/x/b"))}
+    )
+    found = export(spec)
+    arguments = " ".join(found.argv)
+    flags = "--enable-lora --max-loras 4 --max-cpu-loras 4 --max-lora-rank 32 --lora-modules a=/x/a b=/x/b"
+    assert flags in arguments
+    assert any("max_lora_rank 20" in note for note in found.not_translated)
+    assert yaml.safe_load(found.config)["lora-modules"] == ["a=/x/a", "b=/x/b"]
+    assert "--enable-lora" not in export(deployment()).argv
+    for name in ("a=b", "-a", "{}"):
+        with pytest.raises(CannotExport, match=r"adapters\.0\.name"):
+            export(spec.model_copy(update={"adapters": (Adapter(name=name, path="x"),)}))
 
 
 def test_threads_are_bound_rank_by_rank():

@@ -14,7 +14,7 @@ from paretune.runtime.spec import Deployment, parse_deployment
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
-MODELS = ("Deployment", "Pool", "Prediction", "Provenance")
+MODELS = ("Deployment", "Pool", "Adapter", "Prediction", "Provenance")
 
 
 def spec_page() -> str:
@@ -95,10 +95,11 @@ def test_spec_page_has_the_fields_of_the_schema(model: str) -> None:
 
 def test_every_combination_the_spec_page_shows_is_read() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", spec_page(), re.DOTALL)
-    whole, tiles = (yaml.safe_load(block) for block in blocks)
+    whole, tiles, adapters = (yaml.safe_load(block) for block in blocks)
     assert parse_deployment(whole).targets == ("ttf30:p95<=600ms",)
     pool = {**whole["pools"][0], **tiles}
     assert len(parse_deployment({**whole, "pools": [pool]}).pool.tiles) == 1
+    assert [adapter.name for adapter in parse_deployment(adapters).adapters] == ["support"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -655,11 +655,11 @@ def test_the_step_log_has_one_line_for_each_step_that_computed(tmp_path: Path) -
     thread.start()
     sampling = {"max_tokens": 1000, "ignore_eos": True}
     prompt = b"\x05\x00\x00\x00"
-    ours.sendall(worker.frame((worker.ADD, 0, prompt, sampling, 0)))
+    ours.sendall(worker.frame((worker.ADD, 0, prompt, sampling, 0, None)))
     wait_until(lambda: engine.steps > 3)
-    ours.sendall(worker.frame((worker.ABORT, 0)))
+    ours.sendall(worker.frame((worker.ABORT, 0, None)))
     wait_until(lambda: not engine.has_work)
-    ours.sendall(worker.frame((worker.ADD, 1, prompt, {"max_tokens": 2}, 0)))
+    ours.sendall(worker.frame((worker.ADD, 1, prompt, {"max_tokens": 2}, 0, None)))
     wait_until(lambda: len(engine.seen) == 2 and not engine.has_work)
     ours.shutdown(socket.SHUT_WR)
     thread.join(60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,10 @@ import httpx
 import pytest
 
 from paretune.kernels.tiles import Tile, TileTable
-from paretune.runtime.spec import Deployment, Pool, save_deployment
+from paretune.runtime.model_shape import ModelShape
+from paretune.runtime.random_adapter import write_random_adapter
+from paretune.runtime.small_model import MODEL_DIR
+from paretune.runtime.spec import Adapter, Deployment, Pool, save_deployment
 
 from .test_server_process import MODEL, POOL, Server, gone, wait_until
 
@@ -24,10 +28,10 @@ RELOAD_LIMIT_S = 120.0
 class Reloaded(Server):
     """A server whose spec file can be changed."""
 
-    def __init__(self, folder: Path, **pool: Any) -> None:
+    def __init__(self, folder: Path, options: dict[str, Any] | None = None, **pool: Any) -> None:
         self.spec = folder / "spec.yaml"
         self.steps = folder / "steps.jsonl"
-        super().__init__(folder, pool=pool, spec_file=str(self.spec), step_log=str(self.steps))
+        super().__init__(folder, pool=pool, spec_file=str(self.spec), step_log=str(self.steps), **(options or {}))
         self.deployment = Deployment().with_pool(**{**POOL, **pool})
         self.write()
         self.wait_until_ready()
@@ -91,10 +95,10 @@ class Traffic:
 def start(tmp_path: Path) -> Iterator[Callable[..., Reloaded]]:
     servers: list[Reloaded] = []
 
-    def start(**pool: Any) -> Reloaded:
+    def start(**options: Any) -> Reloaded:
         folder = tmp_path / str(len(servers))
         folder.mkdir()
-        servers.append(Reloaded(folder, **pool))
+        servers.append(Reloaded(folder, **options))
         return servers[-1]
 
     yield start
@@ -195,6 +199,44 @@ def test_the_old_replica_finishes_what_it_began(start: Callable[..., Reloaded]) 
     stream.join(120)
     assert len(stream.events) == 701
     assert stream.events[-1] == "data: [DONE]"
+
+
+def test_new_replicas_have_the_adapters_of_the_spec_and_those_that_clients_loaded(
+    start: Callable[..., Reloaded], tmp_path: Path
+) -> None:
+    shape = ModelShape.load(MODEL_DIR)
+    for seed, name in enumerate(("a", "b", "c")):
+        write_random_adapter(tmp_path / "adapters" / name, shape, rank=4, std=0.3, seed=seed)
+    folder = str(tmp_path / "adapters")
+    server = start(options={"adapter_dir": folder}, max_loras=2, max_lora_rank=8)
+    adapters = tuple(Adapter(name=name, path=f"{folder}/{name}") for name in ("a", "b"))
+    assert (
+        httpx.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": "c"}).status_code == 200
+    )
+    answer = server.complete(model="c").json()["choices"][0]["text"]
+
+    def names() -> list[str]:
+        return [one["id"] for one in httpx.get(f"{server.url}/v1/models").json()["data"]]
+
+    server.deployment = server.deployment.model_copy(update={"adapters": adapters})
+    assert server.reload() == "replaced"
+    assert names() == [MODEL, "a", "b", "c"]
+    assert {server.complete(model=name).status_code for name in names()} == {200}
+    assert server.complete(model="c").json()["choices"][0]["text"] == answer
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "b"}).status_code == 200
+    assert server.reload(max_lora_rank=16) == "replaced"
+    assert names() == [MODEL, "a", "b", "c"]  # what the spec says is there again
+    server.deployment = server.deployment.model_copy(update={"adapters": adapters[:1]})
+    # what cannot be had there leaves all as it is
+    shutil.rmtree(tmp_path / "adapters" / "c")
+    assert server.reload() == "refused"
+    assert server.reload(max_loras=0) == "refused"
+    assert names() == [MODEL, "a", "b", "c"]
+    assert server.complete(model="c").json()["choices"][0]["text"] == answer
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "c"}).status_code == 200
+    assert server.reload() == "replaced"
+    assert names() == [MODEL, "a"]
+    assert server.complete(model="b").status_code == 404
 
 
 def test_a_spec_that_cannot_be_had_leaves_the_old_one_running(start: Callable[..., Reloaded], tmp_path: Path) -> None:

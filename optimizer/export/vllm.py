@@ -26,7 +26,10 @@ _KV_DTYPE = {"bf16": "bfloat16", "fp8": "fp8"}
 # sizes. Not confirmed for every back end: a size that one lacks is refused by vLLM at its start.
 _BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
-Value = str | int | float | bool
+# MaxLoRARanks of vllm/config/lora.py, 0.32
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+Value = str | int | float | bool | list[str]
 
 
 class CannotExport(Exception):
@@ -71,7 +74,7 @@ def export(deployment: Deployment, *, engine_version: str | None = None, allow_u
     engine_version = engine_version or TESTED_VERSIONS[-1]
     version = _version(engine_version, allow_untested)
     pool = _checked(deployment)
-    flags = _flags(pool)
+    flags = _flags(pool) + _lora_flags(deployment)
     model = str(MODEL_DIR) if deployment.model == SMALL_MODEL else deployment.model
     unknown = [name for name, _ in flags if f"--{name}" not in FLAGS[version]]
     if unknown:
@@ -127,6 +130,10 @@ def _checked(deployment: Deployment) -> Pool:
     if pool.admission == "estimated_peak":
         todo = "pick one of these"
         raise CannotExport("pools.0.admission", "estimated_peak", "on_demand, first_chunk, watermark", todo)
+    for index, adapter in enumerate(deployment.adapters):
+        if "=" in adapter.name or adapter.name.startswith(("-", "{")):
+            todo = "give it a name without"
+            raise CannotExport(f"adapters.{index}.name", adapter.name, "no '=', and no '-' or '{' in front", todo)
     if pool.block_size not in _BLOCK_SIZES:
         allowed = ", ".join(map(str, _BLOCK_SIZES))
         raise CannotExport("pools.0.block_size", pool.block_size, allowed, "tune with one of these")
@@ -168,7 +175,24 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     ]
 
 
+def _lora_flags(deployment: Deployment) -> list[tuple[str, Value]]:
+    pool = deployment.pool
+    if pool.max_loras == 0:
+        return []
+    flags: list[tuple[str, Value]] = [
+        ("enable-lora", True),
+        ("max-loras", pool.max_loras),
+        ("max-cpu-loras", pool.max_cpu_loras or pool.max_loras),
+        ("max-lora-rank", min(rank for rank in _LORA_RANKS if rank >= pool.max_lora_rank)),
+    ]
+    if deployment.adapters:
+        flags.append(("lora-modules", [f"{adapter.name}={adapter.path}" for adapter in deployment.adapters]))
+    return flags
+
+
 def _arguments(name: str, value: Value) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *value]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", str(value)]
@@ -194,6 +218,8 @@ def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[s
         notes = ["predictions in the spec are of the bundled runtime, with vLLM's rules but no asynchronous scheduling"]
     if len(pool.tiles):
         notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
+    if pool.max_loras and pool.max_lora_rank not in _LORA_RANKS:
+        notes.append(f"max_lora_rank {pool.max_lora_rank} is the next that vLLM has: {_LORA_RANKS}")
     if pool.replicas > 1 or pool.router != "round_robin":
         notes.append(f"replicas are vLLM's data-parallel ranks, which it feeds by queue length; ours: {pool.router}")
     if pool.max_queued_requests:

@@ -61,4 +61,7 @@ _0_32 = """
 --weight-transfer-config --worker-cls --worker-extension-cls
 """
 
-FLAGS: dict[str, frozenset[str]] = {"0.32": frozenset(_0_32.split())}
+# of vllm/entrypoints/launchers/cli_args.py, the flags of `vllm serve` itself, those that we emit
+_SERVE_0_32 = "--lora-modules"
+
+FLAGS: dict[str, frozenset[str]] = {"0.32": frozenset([*_0_32.split(), _SERVE_0_32])}

@@ -27,6 +27,7 @@ def serve(
     ready_file: str | Path | None = None,
     allow_anyone: bool = False,
     spec_file: str | Path | None = None,
+    adapter_dir: str | Path | None = None,
 ) -> int:
     """Serve a deployment until SIGTERM or SIGINT; call it in the main thread.
 
@@ -45,6 +46,7 @@ def serve(
         spec_file: the deployment's, which is read again at SIGHUP: limits and tiles change in the replicas that run,
             for the rest new ones are loaded beside them, which takes the memory of both; no request is dropped. None:
             SIGHUP ends the process.
+        adapter_dir: folder of LoRA adapters that clients may load while the server runs; None = they may not.
     Returns: the exit code. 0: ended by a signal; 1: port in use, a log that cannot be written, or a replica that died;
         2: a spec, model or option that cannot be served. What was wrong is one line on stderr.
     """
@@ -61,4 +63,5 @@ def serve(
         ready_file=None if ready_file is None else Path(ready_file),
         allow_anyone=allow_anyone,
         spec_file=None if spec_file is None else Path(spec_file),
+        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
     )

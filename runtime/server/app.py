@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..request_log import FinishedRequest, RequestLog
 from ..text import BadMessages, ChatTemplate, Tokenizer
 from . import metrics
+from .adapters import ServedAdapters
 from .answers import error_event
 from .connections import MAX_HEAD_BYTES, head_too_large
 from .generation import Generation, Reply
@@ -65,10 +66,12 @@ class Service:
         *,
         api_keys: Sequence[str] = (),
         request_log: RequestLog | None = None,
+        adapters: ServedAdapters | None = None,
     ) -> None:
         """api_keys: any of them lets a client in; none: anyone comes in."""
         self.model = model
         self.fleet = fleet
+        self.adapters = adapters or ServedAdapters(model.name, (), fleet, None)
         self.metrics = metrics.Metrics(model.name, model.max_model_len, fleet)
         self._key_digests = [_digest(b"Bearer " + key.encode()) for key in api_keys]
         self._request_log = request_log
@@ -77,6 +80,10 @@ class Service:
     def app(self) -> ASGIApp:
         """The ASGI application."""
         v1 = self._for_key_holders
+        changes = [
+            Route("/v1/load_lora_adapter", v1(self.load_adapter), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", v1(self.unload_adapter), methods=["POST"]),
+        ]
         app = Starlette(
             routes=[
                 Route("/health", self.health, methods=["GET"]),
@@ -85,6 +92,7 @@ class Service:
                 Route("/v1/models/{name:path}", v1(self.one_model), methods=["GET"]),
                 Route("/v1/completions", v1(self.completions), methods=["POST"]),
                 Route("/v1/chat/completions", v1(self.chat_completions), methods=["POST"]),
+                *(changes if self.adapters.may_change else []),
             ],
             exception_handlers={
                 ApiError: _api_error,
@@ -107,11 +115,19 @@ class Service:
         return Response(self.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
-        return _json(json.dumps({"object": "list", "data": [self._model_object()]}).encode())
+        return _json(json.dumps({"object": "list", "data": [self._model_object(), *self.adapters.objects()]}).encode())
 
     async def one_model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return _json(json.dumps(self._model_object()).encode())
+        name = request.path_params["name"]
+        self._check_model(name)
+        found = self.adapters.object(name) if name in self.adapters else self._model_object()
+        return _json(json.dumps(found).encode())
+
+    async def load_adapter(self, request: Request) -> Response:
+        return Response(await self.adapters.load(await _body(request)), media_type="text/plain")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        return Response(self.adapters.unload(await _body(request)), media_type="text/plain")
 
     async def completions(self, request: Request) -> Response | Answer:
         received = await _body(request)
@@ -126,6 +142,8 @@ class Service:
             call, f"{kind}-{secrets.token_hex(12)}", self.metrics, app=request.headers.get("x-app") or call.app
         )
         self._check_model(call.model)
+        # decided here and now: an adapter that is unloaded while the prompt is read must not become the base
+        adapter = call.model if call.model in self.adapters else None
         if not self.fleet.ready:
             raise ApiError(503, "the server is loading or shutting down: wait for GET /health to answer 200")
         # before the work of tokenizing, and again before any of it goes to the replicas
@@ -147,6 +165,7 @@ class Service:
                 tokenizer=self.model.tokenizer,
                 end_token_ids=end_token_ids,
                 on_finish=self._finished,
+                adapter=adapter,
             )
             reply.add(generation)
         self._check_room(call)
@@ -218,7 +237,7 @@ class Service:
         return most if call.max_tokens is None else call.max_tokens
 
     def _check_model(self, name: str) -> None:
-        if name != self.model.name:
+        if name != self.model.name and name not in self.adapters:
             message = f"there is no model {name[:80]!r}; this server has {self.model.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
@@ -245,7 +264,8 @@ class Service:
         if self._request_log is not None and reason != "error":
             finished = FinishedRequest(
                 created=generation.created,
-                model=self.model.name,
+                model=generation.adapter or self.model.name,
+                adapter=generation.adapter,
                 app=generation.app,
                 session=generation.call.session,
                 prompt_token_ids=generation.prompt_token_ids,

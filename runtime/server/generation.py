@@ -39,10 +39,12 @@ class Generation:
         tokenizer: Tokenizer | None,
         end_token_ids: frozenset[int],
         on_finish: Callable[[Generation], None],
+        adapter: str | None = None,
     ) -> None:
         self.index = index
         self.prompt_token_ids = prompt_token_ids
         self.sampling = sampling
+        self.adapter = adapter
         self.call, self.app = reply.call, reply.app
         self.received_s, self.created = reply.received_s, reply.created
         self.abort: Callable[[], None] | None = None

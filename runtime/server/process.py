@@ -27,6 +27,7 @@ from ..request_log import BadRequestLog, RequestLog
 from ..runnable import check_runnable
 from ..spec import BadSpec, Deployment
 from ..text import BadTokenizer, ChatTemplate, Tokenizer
+from .adapters import ServedAdapters
 from .app import ServedModel, Service
 from .connections import KEEP_ALIVE_S, MAX_HEAD_BYTES, SEND_BUFFER_BYTES, Connection, connection_limit
 from .protocol import ApiError
@@ -88,6 +89,7 @@ def run(
     ready_file: Path | None,
     allow_anyone: bool,
     spec_file: Path | None,
+    adapter_dir: Path | None,
 ) -> int:
     """See `serve`."""
     try:
@@ -104,6 +106,7 @@ def run(
         if launch is not None and launch.rank > 0:
             return _follow(deployment, model_dir, launch)
         model = _served_model(deployment, shape, model_dir, served_model_name)
+        _check_adapters(deployment, model.name, adapter_dir)
         listener = listen(host, port)
         log = None if request_log is None else RequestLog(request_log, block_size=deployment.pool.block_size)
     except (BadOption, BadSpec, BadModel, BadTokenizer, BadRequestLog, CannotListen, CannotWrite) as error:
@@ -114,7 +117,7 @@ def run(
         ready_file.unlink(missing_ok=True)
     process = _Process(deployment, model, model_dir, step_log, ready_file)
     try:
-        return asyncio.run(process.serve(listener, shape, log, api_keys, spec_file))
+        return asyncio.run(process.serve(listener, shape, log, api_keys, spec_file, adapter_dir))
     finally:
         process.stop()
         if log is not None:
@@ -164,12 +167,14 @@ class _Process:
         request_log: RequestLog | None,
         api_keys: Sequence[str],
         spec_file: Path | None,
+        adapter_dir: Path | None,
     ) -> int:
         """Serve until a signal, or a replica that is lost; returns the exit code."""
         loop = asyncio.get_running_loop()
         host, port = listener.getsockname()[:2]
         self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        service = Service(self._model, self._fleet, api_keys=api_keys, request_log=request_log)
+        adapters = ServedAdapters(self._model.name, self._processes.deployment.adapters, self._fleet, adapter_dir)
+        service = Service(self._model, self._fleet, api_keys=api_keys, request_log=request_log, adapters=adapters)
         self._server = _Server(http_config(service.app()))
         await self._processes.connect()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -269,6 +274,18 @@ def _served_model(deployment: Deployment, shape: ModelShape, model_dir: Path, na
         chat_template=ChatTemplate.load(model_dir),
         by_priority=deployment.pool.scheduling == "priority",
     )
+
+
+def _check_adapters(deployment: Deployment, name: str, adapter_dir: Path | None) -> None:
+    if name in (adapter.name for adapter in deployment.adapters):
+        raise BadOption("served_model_name", name, "a name that no adapter has", "choose another")
+    if adapter_dir is None:
+        return
+    if deployment.pool.max_loras == 0:
+        todo = "set max_loras in the spec to the most adapters in one step"
+        raise BadOption("adapter_dir", adapter_dir, "only with pools.0.max_loras of at least 1", todo)
+    if not adapter_dir.is_dir():
+        raise BadOption("adapter_dir", adapter_dir, "a folder", "name one that is there")
 
 
 def _check_address(host: str, port: int, api_keys: Sequence[str], allow_anyone: bool) -> None:

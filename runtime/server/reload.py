@@ -1,8 +1,9 @@
 """SIGHUP: the spec is read again and takes effect, and no request is dropped.
 
-Limits and tiles change between two steps of the replicas that run. For the rest new replicas are loaded beside the old
-ones; when they are ready they get the new requests, and the old ones end with the last answer they owe. A spec that
-cannot be had leaves everything as it is.
+Limits and tiles change between two steps of the replicas that run. For the rest (other adapters, too) new replicas are
+loaded beside the old ones; when they are ready they get the new requests, and the old ones end with the last answer
+they owe. Adapters that clients have loaded are loaded there as well. A spec that cannot be had leaves everything as it
+is.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Reloader:
             todo = "start another server for another model"
             raise BadSpec("model", deployment.model, f"{self._running.model}, which clients know this server by", todo)
         check_runnable(deployment, self._shape)
+        self._check_adapters(deployment)
         changes = _changes(self._running, deployment)
         if not changes:
             return "unchanged", f"{self._spec_file} says what runs"
@@ -106,6 +108,13 @@ class Reloader:
             await self._replace(deployment)
         self._running = deployment
         return "replaced" if reasons else "changed", ", ".join(changes)
+
+    def _check_adapters(self, deployment: Deployment) -> None:
+        name, adapters = self._service.model.name, self._service.adapters
+        if name in (adapter.name for adapter in deployment.adapters):
+            raise BadSpec("adapters", name, "names other than the model's for clients", "choose another name")
+        if adapters.may_change and deployment.pool.max_loras == 0:
+            raise BadSpec("pools.0.max_loras", 0, "at least 1: this server was started with a folder for adapters")
 
     async def _change(self, deployment: Deployment) -> list[str]:
         """Let the replicas go on with other limits and tiles; returns why they do not."""
@@ -128,12 +137,12 @@ class Reloader:
                         reason = replica.failure[1] if replica.failure else processes.exit_text(replica.index)
                         raise BadSpec("the new replicas", reason, "replicas that load", "correct the spec")
                 await asyncio.sleep(_POLL_S)
+            async with self._service.adapters.moved(processes.replicas, deployment.adapters):
+                self._service.fleet.replace(processes.replicas, deployment.pool)
         except BaseException:
             processes.close()
             raise
-        service = self._service
-        service.fleet.replace(processes.replicas, deployment.pool)
-        pool = deployment.pool
+        service, pool = self._service, deployment.pool
         by_priority = pool.scheduling == "priority"
         service.model = dataclasses.replace(service.model, max_model_len=pool.max_model_len, by_priority=by_priority)
         self._go_on(self._retire(self._processes))

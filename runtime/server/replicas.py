@@ -24,7 +24,22 @@ from .. import worker
 from ..parallel import thread_environment
 from ..router import new_router, num_prefix_hashes, route
 from ..spec import Deployment, Pool
-from ..worker import ABORT, ADD, CHANGE, CHANGED, FAILED, READY, START, Frames, Queue, Stats, frame
+from ..worker import (
+    ABORT,
+    ADAPTER,
+    ADD,
+    CHANGE,
+    CHANGED,
+    FAILED,
+    LOAD_ADAPTER,
+    READY,
+    START,
+    UNLOAD_ADAPTER,
+    Frames,
+    Queue,
+    Stats,
+    frame,
+)
 from .generation import Generation
 from .protocol import ApiError
 
@@ -65,6 +80,8 @@ class Replica(asyncio.Protocol):
         self._queue = Queue(0, 0, [], 0.0, 0)
         self._changes: deque[asyncio.Future[str | None]] = deque()
         self._frames = Frames()
+        self._loads: dict[int, asyncio.Future[str | None]] = {}
+        self._load_numbers = itertools.count()
         self._transport: asyncio.WriteTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -81,7 +98,7 @@ class Replica(asyncio.Protocol):
         self._sent += 1
         self.outstanding_tokens += most_tokens(generation)
         prompt, priority = generation.prompt_token_ids.tobytes(), generation.call.priority
-        self._send((ADD, request_id, prompt, generation.sampling, priority))
+        self._send((ADD, request_id, prompt, generation.sampling, priority, generation.adapter))
 
     @property
     def unseen(self) -> int:
@@ -102,6 +119,23 @@ class Replica(asyncio.Protocol):
         self._send((CHANGE, pool.model_dump(mode="json")))
         return await answer
 
+    async def load_adapter(self, name: str, folder: Path) -> str | None:
+        """Why it cannot be loaded; None: requests may name it."""
+        if self.lost:
+            return self._gone().message
+        number = next(self._load_numbers)
+        self._loads[number] = asyncio.get_running_loop().create_future()
+        self._send((LOAD_ADAPTER, number, name, str(folder)))
+        try:
+            return await self._loads[number]
+        finally:
+            del self._loads[number]
+
+    def unload_adapter(self, name: str) -> None:
+        """No more requests name it."""
+        if not self.lost:
+            self._send((UNLOAD_ADAPTER, name))
+
     def close(self) -> None:
         """Let the replica end: it has nothing left to do."""
         self.closed = True
@@ -118,6 +152,10 @@ class Replica(asyncio.Protocol):
                 self._changes.popleft().set_result(message[1])
             elif message[0] == FAILED:
                 self.failure = (message[1], message[2])
+            elif message[0] == ADAPTER:
+                waiter = self._loads.get(message[1])
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(message[2])
             else:
                 self._step(message, now_s)
 
@@ -128,6 +166,9 @@ class Replica(asyncio.Protocol):
         for answer in self._changes:
             answer.set_result("the replica has ended")
         self._changes.clear()
+        for waiter in self._loads.values():
+            if not waiter.done():
+                waiter.set_result(self._gone().message)
         self._on_change(self)
 
     def fail_live(self, error: ApiError) -> None:
@@ -237,6 +278,19 @@ class Fleet:
     def stats(self) -> list[Stats]:
         """Of all replicas, and what those that have ended did."""
         return [*(replica.stats for replica in self.all()), self._past]
+
+    async def load_adapter(self, name: str, folder: Path) -> str | None:
+        """Why a replica cannot load it, and then none has it; None: requests may name it."""
+        refusals = await asyncio.gather(*(replica.load_adapter(name, folder) for replica in self.replicas))
+        for refusal in filter(None, refusals):
+            self.unload_adapter(name)
+            return refusal
+        return None
+
+    def unload_adapter(self, name: str) -> None:
+        """No more requests name it."""
+        for replica in self.replicas:
+            replica.unload_adapter(name)
 
     def dispatch(self, generation: Generation) -> None:
         outstanding = np.array([replica.outstanding_tokens for replica in self.replicas], np.int64)

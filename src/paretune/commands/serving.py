@@ -15,6 +15,7 @@ from .studies import goodput_of, milliseconds, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5
+FOLDER = click.Path(exists=True, file_okay=False)
 
 
 @click.command()
@@ -26,6 +27,7 @@ VERIFICATION_FAILED = 5
 @click.option("--api-key-file", type=EXISTING, help="File with the keys that clients may send, one a line.")
 @click.option("--served-model-name", help="The model's name for clients.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
+@click.option("--adapter-dir", type=FOLDER, help="LoRA adapters in it may be loaded and unloaded by clients.")
 def serve(
     spec: str,
     host: str,
@@ -35,6 +37,7 @@ def serve(
     api_key_file: str | None,
     served_model_name: str | None,
     allow_anyone: bool,
+    adapter_dir: str | None,
 ) -> None:
     """Serve a deployment over an OpenAI-compatible API until Ctrl-C or SIGTERM; streams that run are finished first.
 
@@ -72,6 +75,7 @@ def serve(
             served_model_name=served_model_name,
             allow_anyone=allow_anyone,
             spec_file=spec,
+            adapter_dir=adapter_dir,
         )
     )
 
