@@ -16,7 +16,7 @@ settings.register_profile("paretune", deadline=None)
 settings.load_profile("paretune")
 
 
-# A shell that runs the suite in the background lets it ignore Ctrl-C, and so would every process that a test interrupts.
+# A shell that runs the suite in the background lets it ignore Ctrl-C, and so would all that a test interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
