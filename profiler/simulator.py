@@ -1,7 +1,6 @@
 """Replay a trace on a virtual clock, with the runtime's own scheduler and a step-time model.
 
-The event loop is compiled together with the scheduler and the step-time tables. Between two events (an arrival, the end
-of a request, a lack of blocks) a pure decode batch does not change, so the loop jumps over many steps at once.
+Requests go to replicas as the server's router sends them; each replica runs through the event loop (event_loop.py).
 """
 
 from __future__ import annotations
@@ -14,25 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.jit import njit
-from ..runtime.decode_runs import commit_decode_run, decode_run_length, is_decode_run
 from ..runtime.router import new_router, num_prefix_hashes, route
-from ..runtime.scheduler import add_request, commit, schedule
 from ..runtime.scheduler_state import (
-    MAX_NUM_SEQS,
     NUM_BLOCKS_FROM_HOST,
     NUM_BLOCKS_TO_HOST,
     NUM_HOST_HIT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
-    NUM_RUNNING,
     NUM_SWAPPED,
-    PLAN_FINISHED,
-    PLAN_PREEMPTED,
-    PLAN_SIZE,
-    PLAN_TOKENS,
-    Plan,
-    State,
     grow,
     new_plan,
     new_state,
@@ -41,20 +29,22 @@ from ..runtime.spec import Pool
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
 from ..traces.trace import Trace
-from .step_time import WORK_GRID, StepTables, composed_time_s, composition, grid_place
+from .event_loop import (
+    DRAINED,
+    ENDED,
+    GAVE_UP,
+    METRIC_CODE,
+    OUT_OF_SLOTS,
+    QUEUED,
+    STEPS,
+    Bounds,
+    Requests,
+    Times,
+    run_pipeline,
+    run_replica,
+)
+from .step_time import StepTables
 
-# why the event loop returned
-_DRAINED = 0
-_OUT_OF_SLOTS = 1
-_GAVE_UP = 2
-_PAUSED = 3
-
-# places in the cursor of a replica
-_ARRIVED = 0  # requests of its queue that the scheduler has seen
-_QUEUED = 1
-_STEPS = 2
-_ENDED = 3
-_BEGUN = 4  # steps, of a pipeline
 _FIRST_PLACES = 1024  # of a queue that grows
 
 # fields of SimulationResult that the scheduler counts
@@ -66,46 +56,6 @@ _TOTALS = {
     "blocks_to_host": NUM_BLOCKS_TO_HOST,
     "blocks_from_host": NUM_BLOCKS_FROM_HOST,
 }
-_METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
-
-
-class _Requests(NamedTuple):
-    """Requests in order of arrival, n rows.
-
-    arrival_s (n,) float64 when the scheduler sees it; scheduled_s (n,) float64 when the client wanted it sent;
-    input_tokens, max_num_tokens, hash_start, num_hashes, priority (n,) int64
-    adapter (n,) int64 number of the adapter, 0 for none
-    """
-
-    arrival_s: NDArray[np.float64]
-    scheduled_s: NDArray[np.float64]
-    input_tokens: NDArray[np.int64]
-    max_num_tokens: NDArray[np.int64]
-    hash_start: NDArray[np.int64]
-    num_hashes: NDArray[np.int64]
-    priority: NDArray[np.int64]
-    adapter: NDArray[np.int64]
-
-
-class _Times(NamedTuple):
-    """When each request's first, k-th and last token reach the client: (n,) float64 seconds, NaN until then."""
-
-    first_s: NDArray[np.float64]
-    kth_s: NDArray[np.float64]
-    end_s: NDArray[np.float64]
-
-
-class _Bounds(NamedTuple):
-    """Targets after which a run may be given up, t rows: over allowed_late[i] governed requests later than limit_s[i].
-
-    metric (t,) int64; limit_s (t,) float64; allowed_late, late (t,) int64; governs (t, n) bool
-    """
-
-    metric: NDArray[np.int64]
-    limit_s: NDArray[np.float64]
-    allowed_late: NDArray[np.int64]
-    late: NDArray[np.int64]
-    governs: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -137,255 +87,16 @@ class SimulationResult:
     gave_up: bool
 
 
-@njit
-def _is_late(requests: _Requests, times: _Times, bounds: _Bounds, target: int, request: int, k: int) -> bool:
-    scheduled_s, end_s = requests.scheduled_s[request], times.end_s[request]
-    answer = requests.max_num_tokens[request] - requests.input_tokens[request]
-    metric = bounds.metric[target]
-    if metric == 0:
-        value = times.first_s[request] - scheduled_s
-    elif metric == 1:
-        value = (times.kth_s[request] if answer >= k else end_s) - scheduled_s
-    elif metric == 2:
-        value = (end_s - times.first_s[request]) / max(1, answer - 1)
-    else:
-        value = end_s - scheduled_s
-    return bool(value > bounds.limit_s[target])
-
-
-@njit
-def _steps_until(arrival_s: float, now_s: float, first_s: float, growth_s: float, most: int) -> int:
-    """Steps of first_s, first_s + growth_s, ... seconds until one ends at or after an arrival; 1 to `most`."""
-    wait_s = arrival_s - now_s
-    if growth_s * most < 1e-9 * first_s:
-        steps = wait_s / first_s
-    else:
-        # the root of steps * first_s + steps * (steps - 1) / 2 * growth_s = wait_s
-        half = first_s - 0.5 * growth_s
-        steps = (math.sqrt(half * half + 2.0 * growth_s * wait_s) - half) / growth_s
-    return int(max(1.0, min(float(most), math.ceil(steps - 1e-9))))
-
-
-@njit
-def _admit(
-    state: State, requests: _Requests, queue: NDArray[np.int64], cursor: NDArray[np.int64], now_s: float
-) -> bool:
-    """Hand the requests that have arrived to the scheduler; False: it is out of slots."""
-    while cursor[_ARRIVED] < cursor[_QUEUED]:
-        request = queue[cursor[_ARRIVED]]
-        if requests.arrival_s[request] > now_s:
-            break
-        slot = add_request(
-            state,
-            request,
-            requests.input_tokens[request],
-            requests.max_num_tokens[request],
-            requests.hash_start[request],
-            requests.num_hashes[request],
-            requests.priority[request],
-            requests.adapter[request],
-        )
-        if slot < 0:
-            return False
-        cursor[_ARRIVED] += 1
-    return True
-
-
-@njit
-def _note_ended(
-    state: State,
-    plan: Plan,
-    requests: _Requests,
-    times: _Times,
-    bounds: _Bounds,
-    k: int,
-    ended: NDArray[np.int64],
-    cursor: NDArray[np.int64],
-    end_s: float,
-) -> bool:
-    """Write down which requests ended with a committed plan; False: a target can no longer be met."""
-    going_on = True
-    for i in range(plan.counts[PLAN_FINISHED]):
-        request = state.request_id[plan.finished[i]]
-        times.end_s[request] = end_s
-        ended[cursor[_ENDED]] = request
-        cursor[_ENDED] += 1
-        for target in range(bounds.metric.shape[0]):
-            if bounds.governs[target, request] and _is_late(requests, times, bounds, target, request, k):
-                bounds.late[target] += 1
-                going_on = going_on and bounds.late[target] <= bounds.allowed_late[target]
-    return going_on
-
-
-@njit
-def _run(
-    state: State,
-    plan: Plan,
-    tables: StepTables,
-    requests: _Requests,
-    times: _Times,
-    bounds: _Bounds,
-    k: int,
-    jump: bool,
-    queue: NDArray[np.int64],
-    ended: NDArray[np.int64],
-    cursor: NDArray[np.int64],
-    clock: NDArray[np.float64],
-    until_s: float,
-) -> int:
-    """The event loop of one replica; returns why it ended. No step begins at until_s or later.
-
-    queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
-    many as the cursor says; cursor (5,) int64: in the places named above; clock (2, or more,) float64: now, and busy
-    seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
-    """
-    now_s = clock[0]
-    client_s = tables.request_s[1]
-    while True:
-        if not _admit(state, requests, queue, cursor, now_s):
-            status = _OUT_OF_SLOTS
-            break
-        if now_s >= until_s:
-            status = _PAUSED
-            break
-        waits = cursor[_ARRIVED] < cursor[_QUEUED]
-        coming_s = requests.arrival_s[queue[cursor[_ARRIVED]]] if waits else until_s
-
-        schedule(state, plan)
-        size = plan.counts[PLAN_SIZE]
-        if size == 0 and plan.counts[PLAN_PREEMPTED] > 0:
-            continue
-        if size == 0:
-            if not waits:
-                status = _DRAINED
-                break
-            now_s = coming_s
-            continue
-
-        tokens = plan.counts[PLAN_TOKENS]
-        samples, context, pairs = composition(plan)
-        first_s = composed_time_s(tables, tokens, size, samples, context, pairs)
-        growth_s = 0.0
-        steps = 1
-        if jump and is_decode_run(state, plan):
-            # within one segment of the table, attention grows by the same time each step: the jump is exact
-            room = WORK_GRID[grid_place(context) + 1] - context
-            steps = decode_run_length(state, plan, 1 + int(room / size))
-            if steps > 1:
-                last_s = composed_time_s(tables, tokens, size, samples, context + float((steps - 1) * size), pairs)
-                growth_s = (last_s - first_s) / (steps - 1)
-                # with every lane taken a newcomer changes nothing before somebody ends
-                if coming_s < math.inf and state.counts[NUM_RUNNING] < state.limits[MAX_NUM_SEQS]:
-                    steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
-        run_s = steps * first_s + 0.5 * steps * (steps - 1) * growth_s
-
-        for row in range(size):
-            if plan.samples[row]:
-                slot = plan.slot[row]
-                before = state.num_tokens[slot] - state.num_prompt_tokens[slot]
-                request = state.request_id[slot]
-                if before == 0:
-                    times.first_s[request] = now_s + first_s + client_s
-                if before < k <= before + steps:
-                    taken = k - before
-                    kth_s = taken * first_s + 0.5 * taken * (taken - 1) * growth_s
-                    times.kth_s[request] = now_s + kth_s + client_s
-        now_s += run_s
-        clock[1] += run_s
-        cursor[_STEPS] += steps
-        commit_decode_run(state, plan, steps)
-        if not _note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
-            status = _GAVE_UP
-            break
-    clock[0] = now_s
-    return status
-
-
-@njit
-def _run_pipeline(
-    state: State,
-    plans: tuple[Plan, ...],
-    tables: StepTables,
-    requests: _Requests,
-    times: _Times,
-    bounds: _Bounds,
-    k: int,
-    queue: NDArray[np.int64],
-    ended: NDArray[np.int64],
-    cursor: NDArray[np.int64],
-    clock: NDArray[np.float64],
-    until_s: float,
-) -> int:
-    """`_run` for a replica of several pipeline stages, which begins as many steps as it has stages before it ends one.
-
-    A step's time is what it takes through all stages, an equal part in each; rank 0 computes the first stage itself,
-    and a stage takes steps in order. clock (3 + stages,) float64: also when the step begun last leaves the last stage,
-    and when each step under way does.
-    """
-    stages = len(plans)
-    now_s = clock[0]
-    client_s = tables.request_s[1]
-    while True:
-        if not _admit(state, requests, queue, cursor, now_s):
-            status = _OUT_OF_SLOTS
-            break
-        if now_s >= until_s:
-            status = _PAUSED
-            break
-        began_s = now_s
-        while cursor[_BEGUN] - cursor[_STEPS] < stages:
-            number = cursor[_BEGUN] % stages
-            plan = plans[number]
-            schedule(state, plan)
-            size = plan.counts[PLAN_SIZE]
-            if size == 0:
-                break
-            samples, context, pairs = composition(plan)
-            step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
-            clock[2] = max(now_s + step_s, clock[2] + step_s / stages)
-            clock[3 + number] = clock[2]
-            now_s += step_s / stages
-            cursor[_BEGUN] += 1
-        if cursor[_BEGUN] == cursor[_STEPS]:
-            if plan.counts[PLAN_PREEMPTED] > 0:
-                continue
-            if cursor[_ARRIVED] == cursor[_QUEUED]:
-                status = _DRAINED
-                break
-            now_s = requests.arrival_s[queue[cursor[_ARRIVED]]]
-            continue
-        number = cursor[_STEPS] % stages
-        plan = plans[number]
-        now_s = max(now_s, clock[3 + number])
-        clock[1] += now_s - began_s
-        for row in range(plan.counts[PLAN_SIZE]):
-            if plan.samples[row]:
-                slot = plan.slot[row]
-                taken = state.num_tokens[slot] - state.num_prompt_tokens[slot] + 1
-                request = state.request_id[slot]
-                if taken == 1:
-                    times.first_s[request] = now_s + client_s
-                if taken == k:
-                    times.kth_s[request] = now_s + client_s
-        commit(state, plan)
-        cursor[_STEPS] += 1
-        if not _note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
-            status = _GAVE_UP
-            break
-    clock[0] = now_s
-    return status
-
-
-def _bounds(trace: Trace, targets: Sequence[Target], k: int) -> _Bounds:
+def _bounds(trace: Trace, targets: Sequence[Target], k: int) -> Bounds:
     """Targets as arrays; those in metrics the event loop does not see (ITL, other k) are left to the caller."""
-    seen = [t for t in targets if t.metric.name in _METRIC_CODE and t.metric.k in (0, k)]
+    seen = [t for t in targets if t.metric.name in METRIC_CODE and t.metric.k in (0, k)]
     governs = np.zeros((len(seen), len(trace)), np.bool_)
     for i, target in enumerate(seen):
         governs[i] = governed_rows(trace, target)
     # the percentile interpolates between ranks: with this many late requests both neighbors are late
     allowed = [math.ceil((1 - t.percentile / 100) * (int(rows.sum()) - 1)) + 1 for t, rows in zip(seen, governs)]
-    return _Bounds(
-        metric=np.array([_METRIC_CODE[t.metric.name] for t in seen], np.int64),
+    return Bounds(
+        metric=np.array([METRIC_CODE[t.metric.name] for t in seen], np.int64),
         limit_s=np.array([t.limit_s for t in seen], np.float64),
         allowed_late=np.array(allowed, np.int64),
         late=np.zeros(len(seen), np.int64),
@@ -419,9 +130,9 @@ class _Run(NamedTuple):
     hashes: NDArray[np.int64]
     blocks_per_hash: int
     tables: StepTables
-    requests: _Requests
-    times: _Times
-    bounds: _Bounds
+    requests: Requests
+    times: Times
+    bounds: Bounds
     k: int
     jump: bool
 
@@ -429,7 +140,7 @@ class _Run(NamedTuple):
 class _Replica:
     """One replica on its own virtual clock.
 
-    queue, ended, cursor, clock  as in `_run`
+    queue, ended, cursor, clock  as in `run_replica`
     outstanding_tokens           that its requests may take which had not ended at the last `advance`
     """
 
@@ -441,7 +152,7 @@ class _Replica:
         self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
         self.ended = np.zeros_like(self.queue)
         self.cursor = np.zeros(5, np.int64)
-        self.cursor[_QUEUED] = 0 if queue is None else len(queue)
+        self.cursor[QUEUED] = 0 if queue is None else len(queue)
         self.clock = np.zeros(3 + pool.pipeline_parallel_size)
         self.outstanding_tokens = 0
         self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
@@ -449,22 +160,22 @@ class _Replica:
         self._gone = 0
 
     def add(self, request: int) -> None:
-        if self.cursor[_QUEUED] == len(self.queue):
+        if self.cursor[QUEUED] == len(self.queue):
             self.queue, self.ended = (np.concatenate([x, np.zeros_like(x)]) for x in (self.queue, self.ended))
-        self.queue[self.cursor[_QUEUED]] = request
-        self.cursor[_QUEUED] += 1
+        self.queue[self.cursor[QUEUED]] = request
+        self.cursor[QUEUED] += 1
         self.outstanding_tokens += int(self._run.requests.max_num_tokens[request])
 
     def advance(self, until_s: float) -> int:
         """Compute every step that begins before until_s; returns why the loop ended."""
-        if self.clock[0] < until_s and self.cursor[_ENDED] < self.cursor[_QUEUED]:
-            while (status := self._loop(until_s)) == _OUT_OF_SLOTS:
+        if self.clock[0] < until_s and self.cursor[ENDED] < self.cursor[QUEUED]:
+            while (status := self._loop(until_s)) == OUT_OF_SLOTS:
                 self.state = grow(self.state)
         else:
-            status = _DRAINED
+            status = DRAINED
         requests, times = self._run.requests, self._run.times
         client_s = self._run.tables.request_s[1]
-        while self._gone < self.cursor[_ENDED]:
+        while self._gone < self.cursor[ENDED]:
             request = self.ended[self._gone]
             if times.end_s[request] - client_s > until_s:
                 break
@@ -476,23 +187,23 @@ class _Replica:
         run, own = self._run, (self.queue, self.ended, self.cursor, self.clock, until_s)
         shared = (run.tables, run.requests, run.times, run.bounds, run.k)
         if len(self._plans) > 1:
-            return _run_pipeline(self.state, self._plans, *shared, *own)
-        return _run(self.state, self._plans[0], *shared, run.jump, *own)
+            return run_pipeline(self.state, self._plans, *shared, *own)
+        return run_replica(self.state, self._plans[0], *shared, run.jump, *own)
 
     def totals(self) -> _Totals:
         counted = self.state.counts[list(_TOTALS.values())]
-        return _Totals(int(self.cursor[_STEPS]), float(self.clock[1]), counted)
+        return _Totals(int(self.cursor[STEPS]), float(self.clock[1]), counted)
 
 
 def _serve_in_turn(pool: Pool, run: _Run, rows: NDArray[np.int64]) -> tuple[int, list[_Totals]]:
     """Round robin: who gets what is known beforehand, so that one replica after the other runs through."""
     totals = []
-    status = _DRAINED
+    status = DRAINED
     for index in range(pool.replicas):
         replica = _Replica(pool, run, rows[index :: pool.replicas].copy())
         status = replica.advance(math.inf)
         totals.append(replica.totals())
-        if status == _GAVE_UP:
+        if status == GAVE_UP:
             break
     return status, totals
 
@@ -502,19 +213,19 @@ def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: i
     replicas = [_Replica(pool, run) for _ in range(pool.replicas)]
     router = new_router(pool)
     requests = run.requests
-    status = _DRAINED
+    status = DRAINED
     for row in rows.tolist():
         arrival_s = float(requests.arrival_s[row])
-        if _GAVE_UP in [replica.advance(arrival_s) for replica in replicas]:
-            status = _GAVE_UP
+        if GAVE_UP in [replica.advance(arrival_s) for replica in replicas]:
+            status = GAVE_UP
             break
         outstanding = np.array([replica.outstanding_tokens for replica in replicas], np.int64)
         first, hashes = requests.hash_start[row], min(most_hashes, requests.num_hashes[row])
         prefix = run.hashes[first : first + hashes]
         replicas[route(router, outstanding, int(requests.max_num_tokens[row]), prefix)].add(row)
     else:
-        if _GAVE_UP in [replica.advance(math.inf) for replica in replicas]:
-            status = _GAVE_UP
+        if GAVE_UP in [replica.advance(math.inf) for replica in replicas]:
+            status = GAVE_UP
     return status, [replica.totals() for replica in replicas]
 
 
@@ -552,7 +263,7 @@ def simulate(
     if not 0 < rate < math.inf:
         raise ValueError(f"rate must be a positive number, not {rate}")
     n = len(trace)
-    times = _Times(np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan))
+    times = Times(np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan))
     scheduled_s = trace.arrival_s / rate
     input_tokens = trace.input_tokens.astype(np.int64)
     max_num_tokens = input_tokens + trace.output_tokens
@@ -573,7 +284,7 @@ def simulate(
     if pool.admission != "watermark":  # which is a share of all of them
         pool = pool.model_copy(update={"num_kv_blocks": min(pool.num_kv_blocks, touched)})
     pool = pool.model_copy(update={"host_kv_blocks": min(pool.host_kv_blocks, 2 * touched)})
-    requests = _Requests(
+    requests = Requests(
         arrival_s=scheduled_s + tables.request_s[0],
         scheduled_s=scheduled_s,
         input_tokens=input_tokens,
@@ -608,5 +319,5 @@ def simulate(
         busy_s=sum(each.busy_s for each in totals),
         **dict(zip(_TOTALS, counted.tolist())),
         rejected=int((~fits).sum()),
-        gave_up=status == _GAVE_UP,
+        gave_up=status == GAVE_UP,
     )
