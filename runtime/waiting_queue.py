@@ -6,7 +6,7 @@ Who waits for an adapter's slot keeps its place, and others pass it.
 from __future__ import annotations
 
 from ..kernels.jit import njit
-from .adapter_slots import has_slot
+from .adapter_slots import NO_ADAPTER, has_slot
 from .scheduler_state import NUM_WAITING, WAITING_HEAD, State
 
 
@@ -52,7 +52,14 @@ def at(state: State, place: int) -> int:
 
 @njit
 def first_place(state: State) -> int:
-    """Place in the queue of the first whose adapter finds a slot, 0 where nobody has an adapter; -1: there is none."""
+    """Place in the queue, which is not empty, of the first whose adapter finds a slot; -1: there is none."""
+    if state.adapter[at(state, 0)] == NO_ADAPTER:
+        return 0  # mostly, and then what follows shall not be called: it takes all these arrays
+    return _first_place_with_slot(state)
+
+
+@njit
+def _first_place_with_slot(state: State) -> int:
     for place in range(state.counts[NUM_WAITING]):
         if has_slot(state.adapter_slots, state.adapter[at(state, place)]):
             return place

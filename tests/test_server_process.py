@@ -60,7 +60,7 @@ class Server:
 
     def replicas(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "runtime.worker" in " ".join(child.cmdline())]
+        return [child for child in children if is_replica(child)]
 
     def end(self, limit_s: float = 90.0) -> tuple[int, str]:
         """(exit code, stderr) once it has ended; no process of it may be left."""
@@ -73,6 +73,13 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.02)
+
+
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return "runtime.worker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie, too: it has ended
+        return False
 
 
 def gone(processes: list[psutil.Process]) -> bool:
