@@ -105,7 +105,8 @@ class Peers:
         most = 2 * self.layout.stages if self.layout.stages > 1 else 0
         while len(self._wires) > most:
             for work in self._wires.popleft():
-                work.wait()
+                # a rank that waits for its next step has no time limit; one that does not come to wait has
+                work.wait(timedelta(seconds=COLLECTIVE_TIMEOUT_S))
 
     def receive_wire(self, wire: Tensor) -> None:
         """Another rank: wait for the next step."""
