@@ -29,6 +29,15 @@ WORDS = {
     "enable_chunked_prefill": "Long prompts in several steps, so that answers do not stall: {after} (was {before}).",
     "enable_prefix_caching": "Compute equal beginnings of prompts once: {after} (was {before}).",
     "max_queued_requests": "Let {after} requests wait before more are refused, instead of {before} (0: no limit).",
+    "scheduling": "Decide who goes first by {after} (was {before}).",
+    "admission": "Start a waiting request by the rule {after} (was {before}).",
+    "watermark": "Keep {after} of the cache memory free for requests that run (was {before}).",
+    "preemption": "When cache memory runs out, {after} (was {before}).",
+    "host_kv_blocks": "Keep {after} more blocks of cache memory behind the first, instead of {before}.",
+    "long_prefill_token_threshold": "Compute at most {after} tokens of a prompt in one step (was {before}; 0: no limit).",
+    "max_loras": "Compute with at most {after} adapters in one step instead of {before}.",
+    "max_cpu_loras": "Keep {after} adapters in memory instead of {before} (0: as many as one step takes).",
+    "max_lora_rank": "Accept adapters of rank {after} at most (was {before}).",
     "tiles": "Cut the operators' work into blocks as this machine does best: {after} tuned tiles instead of {before}.",
 }
 
@@ -50,6 +59,9 @@ def changes(before: Deployment, after: Deployment) -> tuple[Change, ...]:
         for name in ("model", "engine", "scheduler_policy")
         if (old := getattr(before, name)) != (new := getattr(after, name))
     ]
+    if before.adapters != after.adapters:
+        old, new = (", ".join(each.name for each in spec.adapters) or "none" for spec in (before, after))
+        found.append(Change("adapters", old, new, f"The adapters are {new} (before: {old})."))
     if len(before.pools) != len(after.pools):
         old_pools, new_pools = str(len(before.pools)), str(len(after.pools))
         return (*found, Change("pools", old_pools, new_pools, f"{new_pools} pools of replicas instead of {old_pools}."))

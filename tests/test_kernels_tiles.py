@@ -14,7 +14,7 @@ from paretune.kernels import PRECISIONS, BadTile, Tile, TileTable, bucket
 from paretune.kernels import linear as linear_module
 from paretune.kernels.cpu.build import load
 from paretune.kernels.tile_search import AttentionShape, search
-from paretune.kernels.tiles import PARAMETERS
+from paretune.kernels.tiles import CACHE_PRECISIONS, PARAMETERS
 
 
 @st.composite
@@ -32,9 +32,9 @@ def tiles(draw, operator=None):
 
 @st.composite
 def tables(draw):
-    keys = st.tuples(
-        st.sampled_from(sorted(PARAMETERS)), st.sampled_from(PRECISIONS), st.sampled_from([1, 2, 8, 64, 512])
-    )
+    precisions = {name: PRECISIONS if name == "linear" else CACHE_PRECISIONS for name in sorted(PARAMETERS)}
+    named = [(name, precision) for name, known in precisions.items() for precision in known]
+    keys = st.builds(lambda first, rows: (*first, rows), st.sampled_from(named), st.sampled_from([1, 2, 8, 64, 512]))
     return TileTable(tuple((key, draw(tiles(key[0]))) for key in draw(st.lists(keys, unique=True, max_size=6))))
 
 

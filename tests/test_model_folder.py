@@ -292,12 +292,12 @@ def test_ranks_hold_the_numbers_of_one_rank_in_every_precision(weight_dtype: str
     """Precision times sharding: the ranks' down_proj, whose input channels are cut, add up to that of one rank."""
     shape = ModelShape.load(wide)
     group = WEIGHT_FORMATS[weight_dtype].sharded_by
-    shares = [share_of(shape, rank, size, group) for rank in range(size)]
+    shares = [share_of(shape, Layout(shards=size), rank, group) for rank in range(size)]
     cuts = [slice(share.intermediate.start, share.intermediate.stop) for share in shares]
     assert [cut.start for cut in cuts[1:]] == [cut.stop for cut in cuts[:-1]]
     assert cuts[-1].stop == shape.intermediate_size
     packed = []
-    for share in (share_of(shape, 0, 1), *shares):
+    for share in (share_of(shape, Layout(), 0), *shares):
         # heads of 8 channels: o_proj keeps to one rank here
         whole_heads = replace(share, heads=range(8), kv_heads=range(4))
         packed.append(load_weights(shape, wide, whole_heads, weight_dtype, TileTable()).layers[0].down)

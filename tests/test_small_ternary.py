@@ -155,7 +155,8 @@ def test_two_steps_of_training_write_a_folder_that_the_runtime_loads(tmp_path: P
     stdlib = tmp_path / "stdlib"
     stdlib.mkdir()
     for index in range(200):
-        text = f'"""Module number {index}, written for a test of the recipe."""\n\nVALUE = {index}\n'
+        values = "".join(f"VALUE_{i} = {index * 100 + i}\n" for i in range(40))
+        text = f'"""Module number {index}, written for a test of the recipe."""\n\n{values}'
         (stdlib / f"module_{index}.py").write_text(text)
     out = tmp_path / "twin"
     record = train_ternary(out, schedule=Schedule(steps=2, minutes=5, batch=1, length=256), seed=0, stdlib=stdlib)
