@@ -34,7 +34,7 @@ WORDS = {
     "watermark": "Keep {after} of the cache memory free for requests that run (was {before}).",
     "preemption": "When cache memory runs out, {after} (was {before}).",
     "host_kv_blocks": "Keep {after} more blocks of cache memory behind the first, instead of {before}.",
-    "long_prefill_token_threshold": "Compute at most {after} tokens of a prompt in one step (was {before}; 0: no limit).",
+    "long_prefill_token_threshold": "Compute at most {after} tokens of a prompt in a step (was {before}; 0: no limit).",
     "max_loras": "Compute with at most {after} adapters in one step instead of {before}.",
     "max_cpu_loras": "Keep {after} adapters in memory instead of {before} (0: as many as one step takes).",
     "max_lora_rank": "Accept adapters of rank {after} at most (was {before}).",

@@ -182,7 +182,7 @@ def test_an_aborted_request_reports_it_once_and_gives_everything_back(model_dir:
 
 def test_aborting_everybody_leaves_an_engine_without_work_but_its_reports(model_dir: Path) -> None:
     engine = Engine(deployment(), model_dir)
-    engine.add(Request(0, prompt(20), SamplingParams(max_tokens=20)))
+    engine.add(Request(0, prompt(20), SamplingParams(max_tokens=20, ignore_eos=True)))
     engine.step()
     engine.abort(0)
     assert engine.has_work
