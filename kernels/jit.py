@@ -95,8 +95,9 @@ def njit(function: Function) -> Function:
 
     The function reads and writes arrays it is given and allocates none. So reference counts are switched off: with the
     scheduler's arrays in one tuple, 28 then, they took seven eighths of the simulator's time (40,000 against 300,000
-    requests per CPU-second). And every call is inlined: one that is not copies the descriptors of all these arrays, 50 by
-    now, which took half of the time (295,000 against 585,000); compiling takes no longer. Division by zero gives inf or nan, as in NumPy.
+    requests per CPU-second). And every call is inlined: one that is not copies the descriptors of all these arrays, 50
+    by now, which took half of the time (300,000 against 540,000); compiling takes no longer. Division by zero gives inf
+    or nan, as in NumPy.
 
     With `NUMBA_DISABLE_JIT=1` the plain Python function runs, for debuggers. Results must be the same bytes: accumulate
     in int64 and float64, since Numba widens int32 arithmetic and NumPy does not.
