@@ -141,7 +141,6 @@ class _Replica:
     """One replica on its own virtual clock.
 
     queue, ended, cursor, clock  as in `run_replica`
-    outstanding_tokens           that its requests may take which had not ended at the last `advance`
     """
 
     def __init__(self, pool: Pool, run: _Run, queue: NDArray[np.int64] | None = None) -> None:
@@ -154,7 +153,7 @@ class _Replica:
         self.cursor = np.zeros(5, np.int64)
         self.cursor[QUEUED] = 0 if queue is None else len(queue)
         self.clock = np.zeros(3 + pool.pipeline_parallel_size)
-        self.outstanding_tokens = 0
+        self._outstanding_tokens = 0
         self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
         self._run = run
         self._gone = 0
@@ -164,24 +163,27 @@ class _Replica:
             self.queue, self.ended = (np.concatenate([x, np.zeros_like(x)]) for x in (self.queue, self.ended))
         self.queue[self.cursor[QUEUED]] = request
         self.cursor[QUEUED] += 1
-        self.outstanding_tokens += int(self._run.requests.max_num_tokens[request])
+        self._outstanding_tokens += int(self._run.requests.max_num_tokens[request])
 
     def advance(self, until_s: float) -> int:
         """Compute every step that begins before until_s; returns why the loop ended."""
-        if self.clock[0] < until_s and self.cursor[ENDED] < self.cursor[QUEUED]:
-            while (status := self._loop(until_s)) == OUT_OF_SLOTS:
-                self.state = grow(self.state)
-        else:
-            status = DRAINED
+        if self.clock[0] >= until_s or self.cursor[ENDED] == self.cursor[QUEUED]:
+            return DRAINED
+        while (status := self._loop(until_s)) == OUT_OF_SLOTS:
+            self.state = grow(self.state)
+        return int(status)
+
+    def outstanding_tokens(self, now_s: float) -> int:
+        """Tokens that its requests may take which have not ended; `advance` has brought it to now_s."""
         requests, times = self._run.requests, self._run.times
         client_s = self._run.tables.request_s[1]
         while self._gone < self.cursor[ENDED]:
             request = self.ended[self._gone]
-            if times.end_s[request] - client_s > until_s:
+            if times.end_s[request] - client_s > now_s:
                 break
-            self.outstanding_tokens -= int(requests.max_num_tokens[request])
+            self._outstanding_tokens -= int(requests.max_num_tokens[request])
             self._gone += 1
-        return int(status)
+        return self._outstanding_tokens
 
     def _loop(self, until_s: float) -> int:
         run, own = self._run, (self.queue, self.ended, self.cursor, self.clock, until_s)
@@ -219,7 +221,7 @@ def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: i
         if GAVE_UP in [replica.advance(arrival_s) for replica in replicas]:
             status = GAVE_UP
             break
-        outstanding = np.array([replica.outstanding_tokens for replica in replicas], np.int64)
+        outstanding = np.array([replica.outstanding_tokens(arrival_s) for replica in replicas], np.int64)
         first, hashes = requests.hash_start[row], min(most_hashes, requests.num_hashes[row])
         prefix = run.hashes[first : first + hashes]
         replicas[route(router, outstanding, int(requests.max_num_tokens[row]), prefix)].add(row)
