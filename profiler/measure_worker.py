@@ -98,10 +98,11 @@ class Driver:
             if length + len(levels) * _STEPS_PER_LEVEL < context:
                 yield levels[0] * length, partial(self._decode, length, levels)
         for rows, n in _MIXED:
-            if rows + n <= most and rows < self.pool.max_num_seqs:
+            longest = max(n, 64 + 8)
+            if rows + n <= most and rows < self.pool.max_num_seqs and longest < context:
                 yield 2 * rows * 64 + n, partial(self._mixed, rows, n)
         for rows, n in _SEVERAL:
-            if rows * n <= most and rows <= self.pool.max_num_seqs:
+            if rows * n <= most and rows <= self.pool.max_num_seqs and n < context:
                 yield rows * n, partial(self._prompts, rows, n)
         for budget in _CHUNKS:
             if budget < most and budget < context // 2:

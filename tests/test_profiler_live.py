@@ -17,6 +17,7 @@ from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.calibration import calibrate_serving, read_step_log
 from paretune.profiler.live import ServerFailed, live_server, measure_live
 from paretune.profiler.measure import measure, possible_configurations
+from paretune.profiler.measure_worker import Driver
 from paretune.profiler.profile import Key, Profile
 from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import bound_tables, step_tables
@@ -70,6 +71,14 @@ def test_a_profile_holds_whole_steps_operators_and_peaks(profile: Profile, tmp_p
     assert {point.operator for point in configuration.operators} == {"linear", "decode_attention", "prefill_attention"}
     assert set(profile.peaks[0].flops_per_s) >= {"fp32", "bf16", "int8"}
     assert profile.versions.keys() >= {"python", "torch", "numba", "paretune"}
+
+
+@pytest.mark.parametrize("max_model_len", [32, 64])
+def test_short_contexts_are_measured_with_what_fits_into_them(model_dir: Path, max_model_len: int) -> None:
+    driver = Driver(deployment(model_dir, max_model_len=max_model_len), model_dir)
+    records = [record for _, run in driver.scenarios() for _, record in run()]
+    assert max(record.num_tokens for record in records) > 16
+    assert not driver.engine.has_work
 
 
 def test_tables_of_a_real_profile_never_beat_its_peaks(profile: Profile, model_dir: Path) -> None:
