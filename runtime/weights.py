@@ -89,7 +89,11 @@ class Checkpoint:
     def read(
         self, name: str, shape: tuple[int, ...], *, rows: range | None = None, columns: range | None = None
     ) -> Tensor:
-        """A float tensor that must have this whole shape, or the given rows or columns of it, as stored."""
+        """A float tensor that must have this whole shape, or the given rows or columns of it, as stored.
+
+        It lies in the mapped file: whoever keeps it copies it, or the pages of all that was read count as this
+        process's memory for as long as it lives.
+        """
         return self._read(name, shape, _FLOATS, "fp32, bf16 or fp16", rows=rows, columns=columns)
 
     def read_ternary(self, name: str, shape: tuple[int, int], *, reciprocal: bool) -> StoredWeight:
@@ -196,7 +200,7 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     embedding = head = None
     if share.is_first:
         embedding = checkpoint.read("model.embed_tokens.weight", table, rows=share.vocab)
-        embedding = embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16)
+        embedding = embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16, copy=True)
     if share.has_head:
         name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
         dtype = matrix_dtype("head", weight_dtype)
@@ -206,7 +210,7 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
         layers=tuple(
             _layer(checkpoint, shape, f"model.layers.{index}", share, weight_dtype, tiles) for index in share.layers
         ),
-        norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).float(),
+        norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).to(torch.float32, copy=True),
         head=head,
     )
     elsewhere = [f"model.layers.{index}." for index in range(shape.num_layers) if index not in share.layers]
@@ -254,13 +258,13 @@ def _layer(
         weight = _matrix(checkpoint, shape, f"{layer}.{name}.weight", (hidden, into), weight_dtype, columns=columns)
         bias = None
         if has_bias:
-            bias = checkpoint.read(f"{layer}.{name}.bias", (hidden,))
+            bias = checkpoint.read(f"{layer}.{name}.bias", (hidden,)).clone()
             if share.rank != 0:  # the ranks' products are added up, and the bias belongs into the sum once
                 bias = None
         return pack(weight, bias=bias, tiles=tiles)
 
     def norm(name: str, width: int) -> Tensor:
-        return checkpoint.read(f"{layer}.{name}.weight", (width,)).float()
+        return checkpoint.read(f"{layer}.{name}.weight", (width,)).to(torch.float32, copy=True)
 
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),

@@ -9,22 +9,26 @@ import numpy as np
 
 import paretune
 from paretune.runtime.engine import Engine, Request, SamplingParams
+from paretune.runtime.memory import memory_need
+from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Deployment, Pool
-from workload import report
+from workload import report, resident_mb
 
 
 def main() -> None:
+    imported_mb = resident_mb()
+    model, weight_dtype = Path(sys.argv[1]), sys.argv[2]
     pool = Pool(
         num_threads=2,
-        weight_dtype=sys.argv[2],
+        weight_dtype=weight_dtype,
         kv_cache_dtype="bf16",
         max_model_len=1024,
         max_num_seqs=16,
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=512,
         num_kv_blocks=256,
         enable_prefix_caching=False,
     )
-    engine = Engine(Deployment(model=sys.argv[1], pools=(pool,)), Path(sys.argv[1]))
+    engine = Engine(Deployment(model=str(model), pools=(pool,)), model)
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         asked = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -36,7 +40,9 @@ def main() -> None:
                 out[output.request_id] += output.token_ids
         return out
 
-    report("paretune", paretune.__version__, generate)
+    need = memory_need(ModelShape.load(model), pool)
+    held_mb = (need.weight_bytes + need.kv_cache_bytes) / 2**20
+    report("paretune", paretune.__version__, generate, imported_mb=imported_mb, weights_and_kv_mb=held_mb)
     engine.close()
 
 

@@ -1,4 +1,4 @@
-"""Write a Llama checkpoint of random weights as bf16 GGUF: to_gguf.py MODEL_DIR OUT.gguf."""
+"""Write a Llama checkpoint of random weights as GGUF: to_gguf.py MODEL_DIR OUT.gguf BF16|Q8_0|Q4_0."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def rotary_pairs(weight: Any, heads: int) -> Any:
 
 def main() -> None:
     source, out = Path(sys.argv[1]), sys.argv[2]
+    kind = gguf.GGMLQuantizationType[sys.argv[3]]
     config = json.loads((source / "config.json").read_text())
     weights = load_file(source / "model.safetensors")
     heads, kv_heads, vocab = config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]
@@ -34,7 +35,7 @@ def main() -> None:
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
     writer.add_vocab_size(vocab)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     # random weights speak no language: any vocabulary that the loader accepts will do
     names = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{byte:02X}>".encode() for byte in range(256)]
     names += [f"t{number}".encode() for number in range(vocab - len(names))]
@@ -54,8 +55,7 @@ def main() -> None:
             writer.add_tensor(name, array.astype(np.float32))
             return
         array = rotary_pairs(array, heads_of) if heads_of else array
-        packed = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType.BF16)
-        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
 
     add("token_embd.weight", "model.embed_tokens.weight")
     add("output_norm.weight", "model.norm.weight")

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
@@ -14,6 +15,8 @@ PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
 NEW_TOKENS = 33
 BATCHES = (1, 16)
+# Timed runs of each kind; a prefill of 16 prompts takes seconds, and the rounds of the comparison repeat it anyway.
+REPEATS = {1: 3, 16: 1}
 
 
 def prompts(batch: int, length: int) -> list[list[int]]:
@@ -21,25 +24,38 @@ def prompts(batch: int, length: int) -> list[list[int]]:
     return [[rng.randrange(300, VOCAB_SIZE) for _ in range(length)] for _ in range(batch)]
 
 
-def best_s(generate: Generate, batch: list[list[int]], new_tokens: int, repeats: int) -> float:
-    """Least seconds of several runs after one warm-up: what the engine can do when its neighbors leave it alone."""
-    seconds = []
-    for run in range(repeats + 1):
-        begin = time.perf_counter()
-        out = generate(batch, new_tokens)
-        if run:
-            seconds.append(time.perf_counter() - begin)
-        if [len(tokens) for tokens in out] != [new_tokens] * len(batch):
-            raise SystemExit(f"asked for {new_tokens} tokens each, got {[len(tokens) for tokens in out]}")
-    return min(seconds)
+def seconds(generate: Generate, batch: list[list[int]], new_tokens: int) -> float:
+    begin = time.perf_counter()
+    out = generate(batch, new_tokens)
+    taken = time.perf_counter() - begin
+    if [len(tokens) for tokens in out] != [new_tokens] * len(batch):
+        raise SystemExit(f"asked for {new_tokens} tokens each, got {[len(tokens) for tokens in out]}")
+    return taken
 
 
-def report(engine: str, version: str, generate: Generate, repeats: int = 3) -> None:
+def best_s(generate: Generate, batch: list[list[int]], new_tokens: int) -> float:
+    """Least seconds of several runs: what the engine can do when its neighbors leave it alone."""
+    return min(seconds(generate, batch, new_tokens) for _ in range(REPEATS[len(batch)]))
+
+
+def resident_mb(field: str = "VmRSS") -> float:
+    """Memory of this process, now (VmRSS) or at its peak (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
+def report(engine: str, version: str, generate: Generate, **more: float) -> None:
     """Time `generate(prompts, number of new tokens)`, greedy and never stopping early; print one JSON object."""
-    figures = {"prefill_tokens_per_s": PREFILL_TOKENS / best_s(generate, prompts(1, PREFILL_TOKENS), 1, repeats)}
+    long_prompt = prompts(1, PREFILL_TOKENS)
+    seconds(generate, long_prompt, 1)  # warm-up
+    figures = {"prefill": PREFILL_TOKENS / best_s(generate, long_prompt, 1)}
     for batch in BATCHES:
         asked = prompts(batch, PROMPT_TOKENS)
-        first = best_s(generate, asked, 1, repeats)
-        whole = best_s(generate, asked, NEW_TOKENS, repeats)
-        figures[f"decode_batch{batch}_tokens_per_s"] = batch * (NEW_TOKENS - 1) / (whole - first)
-    print(json.dumps({"engine": engine, "version": version, **figures}), flush=True)
+        seconds(generate, asked, 1)  # warm-up
+        first = best_s(generate, asked, 1)
+        whole = best_s(generate, asked, NEW_TOKENS)
+        figures[f"decode_{batch}"] = batch * (NEW_TOKENS - 1) / (whole - first)
+    memory = {"resident_mb": resident_mb(), "peak_mb": resident_mb("VmHWM")}
+    print(json.dumps({"engine": engine, "version": version, **figures, **memory, **more}), flush=True)

@@ -108,6 +108,15 @@ void tile(int64_t steps, const void* x, const void* w, typename Dot::Out* out, i
 }
 #define PARETUNE_TILE(R) tile<Dot, R>
 
+// Where a tile's sums will go, while it is computed. Each of its rows lies in a line of its own, far from the last: waiting
+// for these lines took a tenth of the time of 100 rows and more (Zen 3).
+inline void prefetch_result(const Step& s, int64_t first_row, int rows, int64_t channel) {
+    const int64_t size = s.x.is_bf16 ? 2 : 4;
+    const char* row = (const char*)s.out + (first_row * s.weight->n + channel) * size;
+    for (int r = 0; r < rows; ++r, row += s.weight->n * size)
+        for (int64_t at = 0; at < PANEL * size; at += 64) __builtin_prefetch(row + at, 1);
+}
+
 template <class Format>
 void run(const Step& s) {
     typedef typename Format::Dot Dot;
@@ -149,6 +158,7 @@ void run(const Step& s) {
                         const int64_t begin = tile_begin(tile, tiles, rows);
                         const int height = (int)(tile_begin(tile + 1, tiles, rows) - begin);
                         Sum* to = blocked ? sums + begin * PANEL : sums;
+                        if (last) prefetch_result(s, block + begin, height, panel * PANEL);
                         tile_of_rows[height - 1](steps, packed + begin * row_words + k * Format::X_WORDS * height, weights,
                                                  to, PANEL, k > 0, s.ahead);
                         if (!last) continue;
