@@ -163,8 +163,11 @@ def retile(packed: PackedLinear, tiles: TileTable) -> PackedLinear:
 
 
 def descriptors(weights: Sequence[PackedLinear]) -> ctypes.Array[_Weight]:
-    """What C++ operators that take several weights read, one after the other; valid as long as the weights live."""
-    return (_Weight * len(weights))(*(packed._descriptor for packed in weights))
+    """What C++ operators that take several weights read, one after the other; valid as long as the weights live.
+
+    All of them were packed for C++.
+    """
+    return (_Weight * len(weights))(*(packed._descriptor for packed in weights if packed._descriptor is not None))
 
 
 def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:

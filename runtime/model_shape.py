@@ -1,6 +1,6 @@
 """What a model is made of, read from a Hugging Face `config.json`: sizes, rotary embedding, biases, bytes. No tensors.
 
-Decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3, also those trained ternary, and their mixtures of experts:
+Decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3, also those trained ternary, and the mixtures of experts
 Mixtral, Qwen2-MoE and Qwen3-MoE. What this code does not compute (another activation, another rotary scaling, other
 quantized checkpoints) is refused by name rather than left out.
 """
@@ -19,13 +19,20 @@ from .spec import SMALL_MODEL, SMALL_TERNARY_MODEL
 
 SPARSE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *SPARSE_FAMILIES)
+# Tensor names: of a gated MLP, and of a sparse layer the module and its experts' gate, up and down.
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2_moe": ("mlp", MLP_NAMES),
+    "qwen3_moe": ("mlp", MLP_NAMES),
+}
 KV_SCALE_BYTES = {"int8": 4}  # beside each token's keys, and values, of a KV head: kernels/paged_cache.py
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 # What transformers takes where config.json is silent (its configuration classes, version 5.17).
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
-_DEFAULT_RMS_NORM_EPS = 1e-6
+_DEFAULT_RMS_NORM_EPS = {"mixtral": 1e-5}
 _DEFAULT_ROPE_THETA = {"mixtral": 1000000.0}
 _DEFAULT_EXPERTS = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -147,6 +154,7 @@ class ModelShape:
         if head_dim % 2:
             raise BadModel(f"{name}: head_dim", head_dim, "an even number (rotary pairs)", "correct the config")
         attention_bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
+        qkv_bias = attention_bias or family == "qwen2" or (family == "qwen2_moe" and bool(config.get("qkv_bias", True)))
         positions = _size(config, "max_position_embeddings", name)
         if family in SPARSE_FAMILIES and config.get("quantization_config"):
             found, allowed = config["quantization_config"], "none: a mixture of experts in fp32, bf16 or fp16"
@@ -163,9 +171,9 @@ class ModelShape:
             head_dim=head_dim,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=positions,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-5 if family == "mixtral" else _DEFAULT_RMS_NORM_EPS)),
+            rms_norm_eps=float(config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS.get(family, 1e-6))),
             rope=_rope(config, name, _DEFAULT_ROPE_THETA.get(family, 10000.0)),
-            qkv_bias=family == "qwen2" or attention_bias or (family == "qwen2_moe" and bool(config.get("qkv_bias", True))),
+            qkv_bias=qkv_bias,
             o_bias=attention_bias,
             mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
             qk_norm=family in ("qwen3", "qwen3_moe"),
