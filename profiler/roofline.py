@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.model_shape import ModelShape
-from ..runtime.runnable import check_experts
 from ..runtime.spec import Pool
 from .hardware import Accelerator, BadHardware
 from .operators import Composition, OperatorWork, kv_bytes_per_token, rank_weight_bytes, step_work
@@ -117,13 +116,11 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
     The chords between the points of the tables lie above the convex bound, so no step is faster than it. Of a mixture
     of experts it is no bound but an expectation, by uniform routing, and not convex: there the points are close.
 
-    Raises: BadHardware: a missing peak rate, or a model that the memory does not hold; BadSpec: experts that cannot be
-        divided so (runtime.runnable.check_experts).
+    Raises: BadHardware: a missing peak rate, or a model that the memory does not hold.
     """
     if accelerator.peak_bytes_per_s == 0:
         todo = "run `paretune profile` and tune with the profile"
         raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalog", todo)
-    check_experts(pool, shape)
     check_kv_blocks(accelerator, shape, pool)
 
     key = (accelerator, shape, _Sharding.of(pool))

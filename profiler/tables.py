@@ -47,7 +47,8 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     Args:
         source: a profile for accelerator "cpu"; any accelerator of the catalog else.
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
-        accelerator is another than the pool's, lacks a peak rate, or does not hold the model.
+        accelerator is another than the pool's, lacks a peak rate, or does not hold the model, or experts are to be
+        divided among more ranks than there are.
     """
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
@@ -60,6 +61,11 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
         if getattr(pool, field) > 1:
             allowed = "1: what more of them bring on an accelerator is not modeled"
             raise BadHardware(f"pool.{field}", getattr(pool, field), allowed, "leave it out")
+    if pool.enable_expert_parallel:
+        most = shape.experts.num_experts if shape.experts else 0
+        if pool.tensor_parallel_size > most:
+            allowed = f"tensor_parallel_size of at most {most}, the model's experts" if most else "false: it has none"
+            raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
     left_out = (
         *_left_out_of_experts(shape, pool),
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",

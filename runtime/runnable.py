@@ -59,7 +59,7 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
-    check_experts(pool, shape)
+    _check_experts(pool, shape)
     if not keeps_scales_whole(shape, pool.weight_dtype, Layout.of(pool)):
         group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
         found = f"{pool.tensor_parallel_size}, which cuts within {group} input channels that share a scale"
@@ -67,8 +67,7 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         raise BadSpec("pools.0.tensor_parallel_size", found, fit)
 
 
-def check_experts(pool: Pool, shape: ModelShape) -> None:
-    """Raises: BadSpec: experts shall be divided among ranks, and the model has none, or fewer than there are ranks."""
+def _check_experts(pool: Pool, shape: ModelShape) -> None:
     if not pool.enable_expert_parallel:
         return
     if shape.experts is None:

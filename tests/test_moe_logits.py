@@ -10,6 +10,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from paretune.runtime.engine import Engine
 
+from .moe_reference import forward
 from .test_model_logits import SIZES, check_logits, deployment, prompts, run
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -23,17 +24,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
         mlp_only_layers=[1], attention_bias=True, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-CASES: dict[str, dict[str, object]] = {
-    "plain": {},
-    "chunked_prefill": {"max_num_batched_tokens": 11},
-    "preemption": {"num_kv_blocks": 16},
-    "two_threads": {"num_threads": 2},
-    "tensor_parallel": {"tensor_parallel_size": 2},
-    "expert_parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-    "expert_parallel_4": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
-    "pipeline": {"pipeline_parallel_size": 2},
-    "context": {"context_parallel_size": 2},
-}
+EP = {"enable_expert_parallel": True}
+CASES: list[tuple[str, dict[str, object]]] = [
+    *((name, case) for name in CONFIGS for case in ({}, {"max_num_batched_tokens": 11}, {"num_kv_blocks": 16})),
+    ("mixtral", {"num_threads": 2}),
+    ("mixtral", {"tensor_parallel_size": 2}),
+    ("mixtral", {"tensor_parallel_size": 2, **EP}),
+    ("qwen2_moe", {"tensor_parallel_size": 2}),
+    ("qwen2_moe", {"tensor_parallel_size": 4, **EP}),
+    ("qwen2_moe", {"pipeline_parallel_size": 2}),
+    ("qwen3_moe", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, **EP}),
+    ("qwen3_moe", {"context_parallel_size": 2}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, to
     return made
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_those_of_transformers(models, name: str, case: str) -> None:
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_logits_are_those_of_transformers(models, name: str, case: dict[str, object]) -> None:
     folder, model = models[name]
-    with Engine(deployment(**CASES[case]), folder, keep_logits=True) as engine:
+    with Engine(deployment(**case), folder, keep_logits=True) as engine:
         outputs = run(engine, prompts(), max_tokens=30)
+        assert (engine.stats().preemptions > 0) == ("num_kv_blocks" in case)
         check_logits(engine, model, prompts(), outputs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plain_reference_of_the_other_tests_is_transformers_too(models, name: str) -> None:
+    folder, model = models[name]
+    tokens = torch.from_numpy(prompts()[0]).long()
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    found = forward(folder, tokens)
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-5
