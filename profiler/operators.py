@@ -20,7 +20,7 @@ from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.model_shape import Experts, ModelShape, matrix_dtype
 
 UNTILED = ("router", "shared_gate")
-"""Matrices that torch multiplies in fp32, whatever tiles and precision a deployment names."""
+"""Matrices, fp32 in every format, that are too small to measure by themselves or to search tiles for."""
 
 
 class Composition(NamedTuple):

@@ -15,7 +15,7 @@ from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
 _SMALLER = ("bf16", "int8", "int4")  # weights to suggest, the least loss of quality first
-ROW_BLOCK = 256  # rows of one expert between its two products at a time, on each thread: kernels/cpu/moe.cpp
+_ROW_BLOCK = 256  # rows of one expert between its two products at a time, on each thread: kernels/cpu/moe.cpp
 _PROCESS_BYTES = 300 << 20  # Python, torch and Numba of one rank, resident: measured with torch 2.13 CPU, 2026-11
 
 
@@ -87,13 +87,14 @@ def _block_bytes(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> 
 def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
     # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
-    hidden, sparse = held.hidden_size, held.experts
-    width = 2 * hidden + max(2 * held.qkv_features, 3 * held.intermediate_size)
-    between = 0
+    hidden, sparse, between = held.hidden_size, held.experts, 0
+    dense = 0 if sparse and len(sparse.layers) == held.num_layers else 3 * held.intermediate_size
+    width = max(2 * held.qkv_features, dense)
     if sparse:  # the shared expert's answer and the sum, the router's logits, and for each choice its answer and place
         chosen = 2 * hidden + sparse.num_experts + sparse.experts_per_token * (hidden + 4)
-        width = 2 * hidden + max(width - 2 * hidden, 3 * sparse.shared_intermediate_size, chosen)
-        between = pool.num_threads * ROW_BLOCK * (hidden + 3 * sparse.intermediate_size)
+        width = max(width, 3 * sparse.shared_intermediate_size, chosen)
+        between = pool.num_threads * _ROW_BLOCK * (hidden + 3 * sparse.intermediate_size)
+    width += 2 * hidden
     logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
     return 4 * (pool.max_num_batched_tokens * width + between + logits + angles)

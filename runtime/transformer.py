@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
@@ -175,11 +174,10 @@ class Transformer:
             return dense
         shape = self._shape.experts
         assert shape is not None
-        routing = route(functional.linear(x, experts.router), shape.experts_per_token, shape.renormalize)
+        logits = linear(x, experts.router)
+        routing = route(logits[:, : shape.num_experts], shape.experts_per_token, shape.renormalize)
         out = moe(x, routing, experts.packed)
-        if dense is not None and experts.shared_gate is not None:
-            out.addcmul_(dense, functional.linear(x, experts.shared_gate).sigmoid_())
-        return out
+        return out if dense is None else out.addcmul_(dense, logits[:, shape.num_experts :].sigmoid())
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """(T,) -> (T, hidden) fp32, summed over the ranks, of which one has the row of a token and the others add 0."""
@@ -228,7 +226,7 @@ class Transformer:
         cache = self._cache[index]
         own = cache.stored(batch.slot_mapping)
         most = max(slots.shape[0] for slots in batch.part_slots)
-        padded = functional.pad(own, (0, 0, 0, most - own.shape[0])).contiguous()
+        padded = torch.nn.functional.pad(own, (0, 0, 0, most - own.shape[0])).contiguous()
         for slots, part in zip(batch.part_slots, self._parts.gather_parts(padded)):
             cache.put_stored(slots, part[: slots.shape[0]])
 

@@ -152,20 +152,19 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class SparseMlp:
-    """A router and the experts of one rank. Router and gate are fp32 whatever the weights are (see `matrix_dtype`).
+    """A router and the experts of one rank.
 
-    router       (experts, hidden), of all experts, on every rank
-    packed       this rank's experts, or its channels of each
-    shared_gate  (1, hidden) of the shared expert, where there is one
+    router  all experts from hidden, and behind them the gate of the shared expert, where there is one; on every rank,
+            fp32 whatever the weights are (see `matrix_dtype`)
+    packed  this rank's experts, or its channels of each
     """
 
-    router: Tensor
+    router: PackedLinear
     packed: PackedExperts
-    shared_gate: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return self.router.nbytes + self.packed.nbytes + (0 if self.shared_gate is None else self.shared_gate.nbytes)
+        return self.router.nbytes + self.packed.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,12 +244,16 @@ def retiled(weights: Weights, tiles: TileTable) -> Weights:
             o=retile(layer.o, tiles),
             gate_up=layer.gate_up and retile(layer.gate_up, tiles),
             down=layer.down and retile(layer.down, tiles),
-            experts=layer.experts and replace(layer.experts, packed=retile_experts(layer.experts.packed, tiles)),
+            experts=layer.experts and _retiled_experts(layer.experts, tiles),
         )
         for layer in weights.layers
     )
     head = None if weights.head is None else retile(weights.head, tiles)
     return replace(weights, layers=layers, head=head)
+
+
+def _retiled_experts(experts: SparseMlp, tiles: TileTable) -> SparseMlp:
+    return SparseMlp(retile(experts.router, tiles), retile_experts(experts.packed, tiles))
 
 
 def _layer(
@@ -293,12 +296,11 @@ def _layer(
         block, names = EXPERT_NAMES[shape.family]
         width, part = sparse.intermediate_size, share.expert_intermediate
         each = [mlp(_named(f"{block}.experts.{expert}", names), width, part) for expert in share.experts]
-        router = checkpoint.read(f"{layer}.{block}.gate.weight", (sparse.num_experts, hidden)).float()
-        gate = None
+        router = [checkpoint.read(f"{layer}.{block}.gate.weight", (sparse.num_experts, hidden)).float()]
         if sparse.shared_intermediate_size:
-            gate = checkpoint.read(f"{layer}.{block}.shared_expert_gate.weight", (1, hidden)).float()
+            router.append(checkpoint.read(f"{layer}.{block}.shared_expert_gate.weight", (1, hidden)).float())
         packed = pack_experts([first for first, _ in each], [last for _, last in each], share.experts.start)
-        return SparseMlp(router, packed, gate)
+        return SparseMlp(pack(torch.cat(router), matrix_dtype("router", weight_dtype), tiles=tiles), packed)
 
     sparse = shape.experts if shape.experts and index in shape.experts.layers else None
     gate_up: PackedLinear | None
