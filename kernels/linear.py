@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -159,6 +160,14 @@ def retile(packed: PackedLinear, tiles: TileTable) -> PackedLinear:
     for tile in chosen:
         _check_tile(tile, tuple(held), library)
     return replace(packed, tiles=chosen)
+
+
+def descriptors(weights: Sequence[PackedLinear]) -> ctypes.Array[_Weight]:
+    """What C++ operators that take several weights read, one after the other; valid as long as the weights live.
+
+    All of them were packed for C++.
+    """
+    return (_Weight * len(weights))(*(packed._descriptor for packed in weights if packed._descriptor is not None))
 
 
 def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:

@@ -210,7 +210,12 @@ def load_space(path: str | Path, *, default: Deployment | None = None, max_devic
 
 
 def default_space(
-    trace: Trace, default: Deployment, *, cores: int, prefix_caching: Iterable[bool] | None = None
+    trace: Trace,
+    default: Deployment,
+    *,
+    cores: int,
+    prefix_caching: Iterable[bool] | None = None,
+    has_experts: bool = False,
 ) -> SearchSpace:
     """What is worth trying for a trace where nobody says otherwise: ranks, threads and replicas by powers of two.
 
@@ -219,6 +224,7 @@ def default_space(
         default: what runs today; accelerator, model length and KV cache are its own.
         cores: of this machine (accelerator "cpu"); else most devices of a deployment.
         prefix_caching: settings to try whatever the trace holds.
+        has_experts: the model is a mixture of experts, which ranks can divide in two ways: both are tried.
     """
     pool = default.pool
     powers = tuple(2**i for i in range(cores.bit_length()) if 2**i <= cores)
@@ -227,6 +233,7 @@ def default_space(
         prefix_caching = (True, False) if trace.prefix is not None else (pool.enable_prefix_caching,)
     fields: list[tuple[str, tuple[Value, ...]]] = [
         ("tensor_parallel_size", powers),
+        *([("enable_expert_parallel", (False, True))] if has_experts and cores > 1 else []),
         *([("num_threads", powers)] if on_cpu else []),
         ("replicas", powers if on_cpu else (1,)),
         ("weight_dtype", USUAL_WEIGHT_DTYPES if on_cpu else (pool.weight_dtype,)),

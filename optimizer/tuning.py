@@ -88,7 +88,7 @@ def _space(ask: Ask, trace: Trace, sources: Sources) -> SearchSpace:
         default = as_cataloged(load_deployment(ask.baseline_path))
         default = default.model_copy(update={"predicted": (), "provenance": None})
     if ask.space_path is None:
-        space = default_space(trace, default, cores=devices)
+        space = default_space(trace, default, cores=devices, has_experts=sources.shape.experts is not None)
         if sources.profile is not None:
             space = _within_profile(space, sources.profile)
     else:
@@ -104,6 +104,7 @@ def _within_profile(space: SearchSpace, profile: Profile) -> SearchSpace:
         "weight_dtype": {each.weight_dtype for each in profile.configurations},
         "pipeline_parallel_size": {each.pipeline_parallel_size for each in profile.configurations},
         "context_parallel_size": {each.context_parallel_size for each in profile.configurations},
+        "enable_expert_parallel": {each.enable_expert_parallel for each in profile.configurations},
         "tensor_parallel_size": {each.tensor_parallel_size for each in profile.configurations},
         "num_threads": {each.num_threads for each in profile.configurations},
     }

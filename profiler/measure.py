@@ -29,7 +29,7 @@ from ..runtime.model_shape import ModelShape, matrix_dtype, resolve_model
 from ..runtime.parallel import tensor_parallel_sizes, thread_environment, usable_cores
 from ..runtime.runnable import USUAL_WEIGHT_DTYPES, check_runnable
 from ..runtime.spec import Deployment, Pool
-from .operators import linears
+from .operators import UNTILED, linears
 from .profile import (
     Configuration,
     Key,
@@ -71,7 +71,8 @@ def possible_configurations(
 ) -> tuple[Key, ...]:
     """Ways to use up to `cores` cores (default: this machine's): ranks x threads x replicas.
 
-    Ranks and threads by powers of two; replicas by powers of two, and as many as there are cores for.
+    Ranks and threads by powers of two; replicas by powers of two, and as many as there are cores for. Ranks that share
+    a mixture of experts divide either every expert or, expert parallel, the experts among them.
 
     Args:
         shape: of the model; left out: any number of ranks may share a layer.
@@ -80,16 +81,21 @@ def possible_configurations(
     powers = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
     ranks = powers if shape is None else [tp for tp in powers if tp in tensor_parallel_sizes(shape)]
     keys = (
-        Key(tp, threads, replicas, weight, kv, stages, parts)
+        Key(tp, threads, replicas, weight, kv, stages, parts, whole_experts)
         for weight in weight_dtypes
         for kv in kv_cache_dtypes
         for stages in pipeline_parallel_sizes
         for parts in context_parallel_sizes
         for tp in ranks
+        for whole_experts in (False, True)[: 1 + _divides_experts(shape, tp)]
         for threads in powers
         for replicas in sorted({*powers, max(1, cores // (stages * parts * tp * threads))})
     )
     return tuple(key for key in keys if key.cores <= cores)
+
+
+def _divides_experts(shape: ModelShape | None, ranks: int) -> bool:
+    return shape is not None and shape.experts is not None and 1 < ranks <= shape.experts.num_experts
 
 
 def measure(
@@ -133,7 +139,7 @@ def measure(
         peaks.append(Peaks(num_threads=number, **answer))
         done += 1
     measured = []
-    operators: dict[tuple[int, int, str, str], tuple[OperatorPoint, ...]] = {}
+    operators: dict[tuple[int, bool, int, str, str], tuple[OperatorPoint, ...]] = {}
     for key in keys:
         table = tiles(key) if tiles is not None else TileTable()
         pool = Pool(
@@ -148,7 +154,8 @@ def measure(
         deployment = Deployment(model=str(model_dir), pools=(pool,))
         check_runnable(deployment, shape)
         check_memory(shape, pool)
-        kind = (key.tensor_parallel_size, key.num_threads, key.weight_dtype, key.kv_cache_dtype)
+        sharding = (key.tensor_parallel_size, key.enable_expert_parallel)
+        kind = (*sharding, key.num_threads, key.weight_dtype, key.kv_cache_dtype)
         if kind not in operators:
             tell(f"operators, {key}", done / jobs)
             operators[kind] = _operators(shape, pool)
@@ -201,7 +208,8 @@ def _operators(shape: ModelShape, pool: Pool) -> tuple[OperatorPoint, ...]:
                 "tensor_parallel_size": tp,
                 "stored_as": matrix_dtype(x.name, precision),
             }
-            for x in linears(shape, tp)
+            for x in linears(shape, tp, pool.enable_expert_parallel)
+            if x.name not in UNTILED
         ],
         "precision": precision,
         "kv_dtype": pool.kv_cache_dtype,
@@ -225,7 +233,8 @@ def _raised(peaks: Peaks, configurations: Sequence[Configuration], shape: ModelS
         if configuration.num_threads != peaks.num_threads:
             continue
         tp = configuration.tensor_parallel_size
-        sizes = {x.name: x.out_features * x.in_features for x in linears(shape, tp)}
+        layers = linears(shape, tp, configuration.enable_expert_parallel)
+        sizes = {x.name: x.out_features * x.in_features for x in layers}
         for point in configuration.operators:
             if point.operator != "linear":
                 continue

@@ -64,13 +64,15 @@ class Key(NamedTuple):
     kv_cache_dtype: str
     pipeline_parallel_size: int = 1
     context_parallel_size: int = 1
+    enable_expert_parallel: bool = False
 
     def __str__(self) -> str:
         replicas = "" if self.replicas == 1 else f"{self.replicas} x "
         stages = "" if self.pipeline_parallel_size == 1 else f"PP {self.pipeline_parallel_size} x "
         parts = "" if self.context_parallel_size == 1 else f"CP {self.context_parallel_size} x "
         dtypes = f"{self.weight_dtype}/{self.kv_cache_dtype}"
-        return f"{replicas}{stages}{parts}TP {self.tensor_parallel_size} x {self.num_threads} threads {dtypes}"
+        shards = f"{'TP + EP' if self.enable_expert_parallel else 'TP'} {self.tensor_parallel_size}"
+        return f"{replicas}{stages}{parts}{shards} x {self.num_threads} threads {dtypes}"
 
     @property
     def cores(self) -> int:
@@ -157,6 +159,7 @@ class Configuration(_Part):
     kv_cache_dtype: str
     pipeline_parallel_size: int = Field(1, ge=1)
     context_parallel_size: int = Field(1, ge=1)
+    enable_expert_parallel: bool = False
     tiles: Tiles
     steps: tuple[StepPoint, ...]
     disturbed: float = Field(
@@ -306,8 +309,11 @@ class Profile(_Part):
 
 def shape_data(shape: ModelShape) -> dict[str, Any]:
     """The sizes of a model that its step times depend on, as plain JSON data."""
-    skipped = ("eos_token_ids", "rms_norm_eps", "rope")
-    return {name: value for name, value in dataclasses.asdict(shape).items() if name not in skipped}
+    skipped = ("eos_token_ids", "rms_norm_eps", "rope", "experts")
+    data = {name: value for name, value in dataclasses.asdict(shape).items() if name not in skipped}
+    if shape.experts is not None:  # absent otherwise: profiles of dense models are older than experts
+        data["experts"] = {**dataclasses.asdict(shape.experts), "layers": list(shape.experts.layers)}
+    return data
 
 
 def this_machine(instructions: str) -> Machine:

@@ -33,7 +33,7 @@ RELATIVE_ERROR = 0.56
 MEMORY_SHARE = 0.92
 
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
-# int8 models compute in bf16.
+# int8 models, and the routers of experts, compute in bf16.
 _ARITHMETIC = {
     "fp32": "fp32",
     "bf16": "bf16",
@@ -45,6 +45,7 @@ _ARITHMETIC = {
     "mxfp4": "fp4",
     "ternary": "int8",
 }
+_UNQUANTIZED = ("head", "router", "shared_gate")
 
 
 def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str, tensor_parallel_size: int) -> float:
@@ -81,10 +82,11 @@ class _Sharding(NamedTuple):
     tensor_parallel_size: int
     weight_dtype: str
     kv_dtype: str
+    expert_parallel: bool
 
     @classmethod
     def of(cls, pool: Pool) -> _Sharding:
-        return cls(pool.tensor_parallel_size, pool.weight_dtype, pool.kv_cache_dtype)
+        return cls(pool.tensor_parallel_size, pool.weight_dtype, pool.kv_cache_dtype, pool.enable_expert_parallel)
 
 
 def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sharding: _Sharding) -> dict[str, float]:
@@ -95,7 +97,7 @@ def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sha
         w.name: operator_bound_s(
             w,
             accelerator,
-            plain if "attention" in w.name or w.name == "head" else stored,
+            plain if "attention" in w.name or w.name in _UNQUANTIZED else stored,
             sharding.tensor_parallel_size,
         )
         for w in work
@@ -111,7 +113,8 @@ def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Compositi
 def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
     """Step tables of a pool on an accelerator that nobody measured.
 
-    The chords between the points of the tables lie above the convex bound, so no step is faster than it.
+    The chords between the points of the tables lie above the convex bound, so no step is faster than it. Of a mixture
+    of experts it is no bound but an expectation, by uniform routing, and not convex: there the points are close.
 
     Raises: BadHardware: a missing peak rate, or a model that the memory does not hold.
     """
@@ -169,7 +172,8 @@ def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:
     Activations and the engine's own buffers come out of the rest; 0 or less where the weights alone do not fit.
     """
     tp = pool.tensor_parallel_size
-    left = accelerator.memory_bytes * MEMORY_SHARE - rank_weight_bytes(shape, tp, pool.weight_dtype)
+    weights = rank_weight_bytes(shape, tp, pool.weight_dtype, pool.enable_expert_parallel)
+    left = accelerator.memory_bytes * MEMORY_SHARE - weights
     return math.floor(left / (pool.block_size * kv_bytes_per_token(shape, tp, pool.kv_cache_dtype)))
 
 

@@ -17,7 +17,7 @@ from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
-from .operators import Linear, kv_bytes_per_token, linears, rank_weight_bytes
+from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
 from .roofline import RELATIVE_ERROR, roofline_tables
 from .step_fit import StepFit, fit_steps
@@ -47,7 +47,8 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     Args:
         source: a profile for accelerator "cpu"; any accelerator of the catalog else.
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
-        accelerator is another than the pool's, lacks a peak rate, or does not hold the model.
+        accelerator is another than the pool's, lacks a peak rate, or does not hold the model, or experts are to be
+        divided among more ranks than there are.
     """
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
@@ -60,12 +61,30 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
         if getattr(pool, field) > 1:
             allowed = "1: what more of them bring on an accelerator is not modeled"
             raise BadHardware(f"pool.{field}", getattr(pool, field), allowed, "leave it out")
+    if pool.enable_expert_parallel:
+        most = shape.experts.num_experts if shape.experts else 0
+        if pool.tensor_parallel_size > most:
+            allowed = f"tensor_parallel_size of at most {most}, the model's experts" if most else "false: it has none"
+            raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
     left_out = (
+        *_left_out_of_experts(shape, pool),
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
         "time outside the steps (HTTP, tokenizer), padding of batches, contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
     )
     return ModeledStep(roofline_tables(source, shape, pool), False, RELATIVE_ERROR, left_out)
+
+
+def _left_out_of_experts(shape: ModelShape, pool: Pool) -> tuple[str, ...]:
+    if shape.experts is None:
+        return ()
+    left_out = [
+        "experts: routing is taken as uniform (one that prefers some reads fewer weights and loads ranks unevenly)",
+        "efficiency and error of the roofline were fitted to dense models, none with experts",
+    ]
+    if pool.enable_expert_parallel:
+        left_out.append("expert parallel: partial sums are all-reduced, no token travels (no all-to-all)")
+    return tuple(left_out)
 
 
 def scaled(tables: StepTables, factor: float) -> StepTables:
@@ -91,6 +110,10 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
     for operator in ("decode_attention", "prefill_attention"):
         if _tiles_of(pool.tiles, operator) != _tiles_of(configuration.tiles, operator):
             notes.append(f"tiles of {operator}: taken as those of the profile")
+    if shape.experts and pool.tiles != configuration.tiles:
+        notes.append("tiles of the experts: taken as those of the profile")
+    if shape.experts:
+        notes.append("experts: taken as touched by the profile's random prompts, not by the trace's")
     tables = StepTables(
         tokens_s=tokens_s,
         rows_s=fit.rows(seqs),
@@ -139,7 +162,8 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
     """The least step times that the measured peaks allow; weights and cached KV count, activations do not.
 
     Weights come at the rate of an array as large as all of a rank's weights; KV and arithmetic of attention at the best
-    rate of any size and of any precision.
+    rate of any size and of any precision. Of experts the least counts: all tokens choose the same ones, and ranks that
+    divide them have as much to do as the mean.
     """
     tp = pool.tensor_parallel_size
     weight_rate = peaks.bytes_per_s(rank_weight_bytes(shape, tp, pool.weight_dtype))
@@ -155,7 +179,8 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
             stored_as = matrix_dtype(layer.name, pool.weight_dtype)
             linear_rate = _linear_rate(peaks, stored_as)
             weights_s = elements * WEIGHT_FORMATS[stored_as].bytes_per_weight() / weight_rate
-            total += linear_count(layer, head) * np.maximum(2.0 * elements * rows / (parts * linear_rate), weights_s)
+            least_s = np.maximum(2.0 * elements * rows / (parts * linear_rate), weights_s)
+            total += linear_count(layer, head) * layer.chosen * least_s
         total[0] = 0.0
         return total
 
@@ -180,13 +205,13 @@ def _linear_rate(peaks: Peaks, weight_dtype: str) -> float:
 def linear_count(layer: Linear, sampled: bool) -> int:
     """How many of a kind of linear layer the bundled engine computes for all tokens, or for the samples alone.
 
-    Of the last layer only the rows that sample go through o, gate_up and down (runtime/transformer.py).
+    Of the last layer only the rows that sample go through what follows attention (runtime/transformer.py).
     """
     if layer.name == "head":
         return layer.count if sampled else 0
     if layer.name == "qkv":
         return 0 if sampled else layer.count
-    return 1 if sampled else layer.count - 1
+    return layer.in_last if sampled else layer.count - layer.in_last
 
 
 def _tiles_of(table: TileTable, operator: str) -> dict[tuple[str, str, int], Tile]:
@@ -226,7 +251,11 @@ def _linear_curve(
     shape: ModelShape, configuration: Configuration, tile: Tile | None, head: bool
 ) -> tuple[Floats, Floats] | None:
     """(rows, seconds) of all linear layers of a step with one tile, at the rows at which all were measured."""
-    layers = [x for x in linears(shape, configuration.tensor_parallel_size) if linear_count(x, head)]
+    layers = [
+        x
+        for x in linears(shape, configuration.tensor_parallel_size)
+        if linear_count(x, head) and x.chosen == 1 and x.name not in UNTILED
+    ]
     by_rows: dict[int, dict[str, float]] = {}
     for point in configuration.operators:
         if point.operator != "linear" or point.precision != configuration.weight_dtype:

@@ -13,7 +13,7 @@ from ..kernels.tiles import BadTile, TileGain, TileTable
 from ..runtime.model_shape import ModelShape, matrix_dtype, resolve_model
 from ..runtime.spec import Pool
 from ..traces.whole_file import write_whole
-from .operators import linears
+from .operators import UNTILED, linears
 from .profile import Machine, now, this_machine
 
 SCHEMA_VERSION = 1
@@ -118,7 +118,7 @@ def tune_tiles(
         ("linear", precision, each.out_features, each.in_features)
         for precision in precisions
         for each in layers
-        if matrix_dtype(each.name, precision) == precision
+        if each.name not in UNTILED and matrix_dtype(each.name, precision) == precision
     ]
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, Pool.model_fields["block_size"].default)
     attention = [AttentionShape(dtype, *heads) for dtype in dict.fromkeys(kv_cache_dtypes)]

@@ -18,6 +18,7 @@ WORDS = {
     "tensor_parallel_size": "Share each copy's layers among {after} workers that compute together (was {before}).",
     "pipeline_parallel_size": "Cut each copy's layers into {after} stages that work on other steps (was {before}).",
     "context_parallel_size": "Divide long prompts among {after} workers (was {before}).",
+    "enable_expert_parallel": "Divide the model's experts among these workers, each whole: {after} (was {before}).",
     "num_threads": "Let each worker compute with {after} CPU threads instead of {before}.",
     "weight_dtype": "Store the model's weights in {after} instead of {before}.",
     "kv_cache_dtype": "Store the memory of past tokens in {after} instead of {before}.",
@@ -84,6 +85,7 @@ def short(pool: Pool) -> str:
     switches = [("chunked", pool.enable_chunked_prefill), ("prefix", pool.enable_prefix_caching)]
     sizes = (pool.pipeline_parallel_size, pool.context_parallel_size)
     ranks = "".join(f"{name} {size} × " for name, size in zip(("PP", "CP"), sizes) if size > 1)
+    ranks += "EP " if pool.enable_expert_parallel else ""
     shards = f"{pool.replicas} × {ranks}{pool.tensor_parallel_size} × {pool.num_threads}"
     limits = f"{pool.max_num_seqs} requests, {pool.max_num_batched_tokens} tokens"
     return ", ".join([shards, pool.weight_dtype, limits, *(name for name, on in switches if on)])

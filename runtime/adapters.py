@@ -153,14 +153,14 @@ def _is_number(value: object) -> bool:
 
 
 def matrices(shape: ModelShape, share: Share) -> list[Matrix]:
-    """What adapters may change on one rank, MATRICES a layer."""
+    """What adapters may change on one rank, MATRICES a layer; of a mixture of experts its attention alone."""
     heads, kv_heads = len(share.heads) * shape.head_dim, len(share.kv_heads) * shape.head_dim
     inter, hidden = len(share.intermediate), shape.hidden_size
     layer = [
         Matrix(hidden, (heads, kv_heads, kv_heads)),
         Matrix(heads, (hidden,)),
-        Matrix(hidden, (inter, inter)),
-        Matrix(inter, (hidden,)),
+        Matrix(hidden, () if shape.experts else (inter, inter)),
+        Matrix(inter, () if shape.experts else (hidden,)),
     ]
     return layer * shape.num_layers
 
@@ -193,10 +193,13 @@ def _deltas(
     names = set(stored.keys())
     if not names:
         raise BadAdapter(str(path), "no tensors", "lora_A and lora_B of some module", "copy the adapter again")
+    places = {place for place in _PLACE if place.startswith("self_attn.") or not shape.experts}
     for name in sorted(names):
         found = _TENSOR.fullmatch(name)
-        if found is None or found[3] not in _PLACE or int(found[2]) >= shape.num_layers:
-            allowed = f"lora_A and lora_B of {_MODULES} in {shape.num_layers} layers"
+        if found is None or found[3] not in places or int(found[2]) >= shape.num_layers:
+            modules = ", ".join(place.partition(".")[2] for place in _PLACE if place in places)
+            mixture = " of a mixture of experts" if shape.experts else ""
+            allowed = f"lora_A and lora_B of {modules} in {shape.num_layers} layers{mixture}"
             raise BadAdapter(
                 f"{path}: {name}", "a tensor that the base has no place for", allowed, "train it on this base"
             )

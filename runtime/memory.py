@@ -16,6 +16,7 @@ from .spec import BadSpec, Pool
 
 _GIB = 1 << 30
 _SMALLER = ("bf16", "int8", "int4")  # weights to suggest, the least loss of quality first
+_ROW_BLOCK = 256  # rows of one expert between its two products at a time, on each thread: kernels/cpu/moe.cpp
 _PROCESS_BYTES = 300 << 20  # Python, torch and Numba of one rank, resident: measured with torch 2.13 CPU, 2026-11
 
 
@@ -87,17 +88,27 @@ def _block_bytes(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> 
 def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
     # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
-    width = 2 * held.hidden_size + max(2 * held.qkv_features, 3 * held.intermediate_size)
+    hidden, sparse, between = held.hidden_size, held.experts, 0
+    dense = 0 if sparse and len(sparse.layers) == held.num_layers else 3 * held.intermediate_size
+    width = max(2 * held.qkv_features, dense)
+    if sparse:  # the shared expert's answer and the sum, the router's logits, and for each choice its answer and place
+        chosen = 2 * hidden + sparse.num_experts + sparse.experts_per_token * (hidden + 4)
+        width = max(width, 3 * sparse.shared_intermediate_size, chosen)
+        between = pool.num_threads * _ROW_BLOCK * (hidden + 3 * sparse.intermediate_size)
+    width += 2 * hidden
     logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
-    return 4 * (pool.max_num_batched_tokens * width + logits + angles)
+    return 4 * (pool.max_num_batched_tokens * width + between + logits + angles)
 
 
 def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
-    """A and B of q, k, v, gate, up, o and down. Each rank holds one of the two cut, which is not taken off here."""
+    """Of one rank: A and B of q, k, v, gate, up, o and down. It holds one of the two cut, which is not taken off.
+
+    Of a mixture of experts adapters change q, k, v and o alone.
+    """
     wide, hidden, inter = shape.num_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size
     narrow = shape.num_kv_heads * shape.head_dim
-    values = 7 * hidden + 2 * wide + 2 * narrow + 3 * inter
+    values = 4 * hidden + 2 * wide + 2 * narrow + (0 if shape.experts else 3 * (hidden + inter))
     itemsize = 4 if pool.weight_dtype == "fp32" else 2
     adapters = pool.max_loras + (pool.max_cpu_loras or pool.max_loras)
     return adapters * shape.num_layers * values * pool.max_lora_rank * itemsize
@@ -160,7 +171,7 @@ def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int, ranks
         for dtype in dict.fromkeys((pool.weight_dtype, *_SMALLER)):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):
                 continue
-            if not keeps_scales_whole(shape, dtype, pool.tensor_parallel_size):
+            if not keeps_scales_whole(shape, dtype, Layout.of(pool)):
                 continue
             smaller = pool.model_copy(update={"weight_dtype": dtype, "num_kv_blocks": 0})
             blocks = (available - memory_need(shape, smaller, count, ranks).total_bytes) // (count * block_bytes)

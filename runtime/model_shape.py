@@ -1,8 +1,8 @@
 """What a model is made of, read from a Hugging Face `config.json`: sizes, rotary embedding, biases, bytes. No tensors.
 
-Dense decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3, also those trained ternary. What this code does not
-compute (another activation, another rotary scaling, experts, other quantized checkpoints) is refused by name rather
-than left out.
+Decoders of the Llama family: Llama, Mistral, Qwen2 and Qwen3, also those trained ternary, and the mixtures of experts
+Mixtral, Qwen2-MoE and Qwen3-MoE. What this code does not compute (another activation, another rotary scaling, other
+quantized checkpoints) is refused by name rather than left out.
 """
 
 from __future__ import annotations
@@ -17,15 +17,31 @@ from ..kernels.weight_formats import WEIGHT_FORMATS
 from .small_model import MODEL_DIR, TERNARY_MODEL_DIR
 from .spec import SMALL_MODEL, SMALL_TERNARY_MODEL
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SPARSE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *SPARSE_FAMILIES)
+# Tensor names: of a gated MLP, and of a sparse layer the module and its experts' gate, up and down.
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2_moe": ("mlp", MLP_NAMES),
+    "qwen3_moe": ("mlp", MLP_NAMES),
+}
 KV_SCALE_BYTES = {"int8": 4}  # beside each token's keys, and values, of a KV head: kernels/paged_cache.py
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 # What transformers takes where config.json is silent (its configuration classes, version 5.17).
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
-_DEFAULT_RMS_NORM_EPS = 1e-6
-_DEFAULT_ROPE_THETA = 10000.0
+_DEFAULT_RMS_NORM_EPS = {"mixtral": 1e-5}
+_DEFAULT_ROPE_THETA = {"mixtral": 1000000.0}
+_DEFAULT_EXPERTS = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+}  # fmt: skip
 
 
 class BadModel(Exception):
@@ -59,14 +75,39 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Sizes of one dense decoder.
+class Experts:
+    """The sparse MLP of a mixture of experts (Shazeer et al., arXiv:1701.06538): a router takes each token to a few
+    experts, each a gated MLP of its own, and adds up their answers by its probabilities.
 
+    num_experts               that the router chooses among
+    num_local_experts         of them held: all, except in the shape that one rank of several holds
+    experts_per_token         of highest probability, whose answers are added up
+    intermediate_size         of each expert
+    renormalize               the probabilities of the chosen are divided by their sum
+    shared_intermediate_size  of an expert beside them that every token takes, weighted by a sigmoid; 0: there is none
+    layers                    with experts, by number; the others are dense
+    """
+
+    num_experts: int
+    num_local_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    renormalize: bool
+    shared_intermediate_size: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one decoder.
+
+    intermediate_size  of the dense layers' MLP
     sliding_window  tokens of context a layer sees, None = all of them; contexts up to it are computed exactly
     eos_token_ids   tokens that end an answer
     ternary         how a checkpoint that was trained ternary keeps the matrices of its layers, in the words of
                     transformers' BitNetConfig: "bitlinear" (packed, with the reciprocal of the scale), "autobitlinear"
                     (packed, with the scale) or "online" (floats, to be rounded); None: it was not
+    experts         of a mixture of experts; None: every layer is dense
     """
 
     family: str
@@ -88,13 +129,14 @@ class ModelShape:
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     ternary: Literal["bitlinear", "autobitlinear", "online"] | None = None
+    experts: Experts | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
         """From the content of a config.json. Raises: BadModel, naming the field."""
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise BadModel(f"{name}: model_type", family, ", ".join(FAMILIES), "serve a dense model of these families")
+            raise BadModel(f"{name}: model_type", family, ", ".join(FAMILIES), "serve a model of these families")
         if config.get("hidden_act", "silu") != "silu":
             raise BadModel(f"{name}: hidden_act", config["hidden_act"], "silu", "serve a model with this activation")
         if config.get("partial_rotary_factor", 1.0) != 1.0:
@@ -111,28 +153,34 @@ class ModelShape:
             )
         if head_dim % 2:
             raise BadModel(f"{name}: head_dim", head_dim, "an even number (rotary pairs)", "correct the config")
-        attention_bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3")
+        attention_bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
+        qkv_bias = attention_bias or family == "qwen2" or (family == "qwen2_moe" and bool(config.get("qkv_bias", True)))
         positions = _size(config, "max_position_embeddings", name)
+        if family in SPARSE_FAMILIES and config.get("quantization_config"):
+            found, allowed = config["quantization_config"], "none: a mixture of experts in fp32, bf16 or fp16"
+            raise BadModel(f"{name}: quantization_config", found, allowed, "use the original model")
+        layers = _size(config, "num_hidden_layers", name)
         return cls(
             family=family,
             vocab_size=_size(config, "vocab_size", name),
             hidden_size=hidden,
             intermediate_size=_size(config, "intermediate_size", name),
-            num_layers=_size(config, "num_hidden_layers", name),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=positions,
-            rms_norm_eps=float(config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
-            rope=_rope(config, name),
-            qkv_bias=family == "qwen2" or attention_bias,
+            rms_norm_eps=float(config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS.get(family, 1e-6))),
+            rope=_rope(config, name, _DEFAULT_ROPE_THETA.get(family, 10000.0)),
+            qkv_bias=qkv_bias,
             o_bias=attention_bias,
             mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             sliding_window=_sliding_window(config, family, positions),
             eos_token_ids=_token_ids(config.get("eos_token_id"), f"{name}: eos_token_id"),
             ternary=_ternary(config.get("quantization_config"), f"{name}: quantization_config"),
+            experts=_experts(config, family, layers, name) if family in SPARSE_FAMILIES else None,
         )
 
     @classmethod
@@ -156,14 +204,26 @@ class ModelShape:
 
     def matrices(self) -> tuple[tuple[str, int, int, int], ...]:
         """Every kind of weight matrix that a token is multiplied with: (name, out_features, in_features, how many)."""
-        hidden, layers = self.hidden_size, self.num_layers
-        return (
+        hidden, layers, experts = self.hidden_size, self.num_layers, self.experts
+        dense = layers - (len(experts.layers) if experts else 0)
+        found = [
             ("qkv", self.qkv_features, hidden, layers),
             ("o", hidden, self.num_heads * self.head_dim, layers),
-            ("gate_up", 2 * self.intermediate_size, hidden, layers),
-            ("down", hidden, self.intermediate_size, layers),
-            ("head", self.vocab_size, hidden, 1),
-        )
+            ("gate_up", 2 * self.intermediate_size, hidden, dense),
+            ("down", hidden, self.intermediate_size, dense),
+        ]
+        if experts:
+            sparse, inter, shared = len(experts.layers), experts.intermediate_size, experts.shared_intermediate_size
+            found += [
+                ("router", experts.num_experts, hidden, sparse),
+                ("expert_gate_up", 2 * inter, hidden, sparse * experts.num_local_experts),
+                ("expert_down", hidden, inter, sparse * experts.num_local_experts),
+                ("shared_gate", 1, hidden, sparse if shared else 0),
+                ("shared_gate_up", 2 * shared, hidden, sparse if shared else 0),
+                ("shared_down", hidden, shared, sparse if shared else 0),
+            ]
+        found.append(("head", self.vocab_size, hidden, 1))
+        return tuple(matrix for matrix in found if matrix[3])
 
     def num_parameters(self) -> int:
         """Parameters of the checkpoint; a tied head counts once."""
@@ -201,7 +261,12 @@ class ModelShape:
 
 
 def matrix_dtype(name: str, weight_dtype: str) -> str:
-    """How a matrix of `ModelShape.matrices` is stored: as the weights, but the head of a ternary model is bf16."""
+    """How a matrix of `ModelShape.matrices` is stored: as the weights, but the head of a ternary model is bf16.
+
+    The router and the shared expert's gate stay fp32: they are small, and a rounded router takes tokens elsewhere.
+    """
+    if name in ("router", "shared_gate"):
+        return "fp32"
     return "bf16" if weight_dtype == "ternary" and name == "head" else weight_dtype
 
 
@@ -255,7 +320,7 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
 
 def _sliding_window(config: Mapping[str, Any], family: str, positions: int) -> int | None:
     window = config.get("sliding_window", _DEFAULT_SLIDING_WINDOW.get(family))
-    if family in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
+    if family.startswith("qwen") and not config.get("use_sliding_window", False):
         window = None
     if family == "llama" or window is None or window >= positions:
         return None
@@ -282,13 +347,41 @@ def _ternary(given: Any, where: str) -> Literal["bitlinear", "autobitlinear", "o
     return "online" if given.get("quantization_mode", "offline") == "online" else "autobitlinear"
 
 
-def _rope(config: Mapping[str, Any], name: str) -> Rope:
+def _experts(config: Mapping[str, Any], family: str, num_layers: int, name: str) -> Experts:
+    """As transformers' MixtralConfig, Qwen2MoeConfig and Qwen3MoeConfig have it (version 5.23), defaults with it."""
+    default = _DEFAULT_EXPERTS[family]
+    # transformers 5 writes Qwen3-MoE's num_experts as num_local_experts
+    other = "num_local_experts" in config and "num_experts" not in config
+    field = "num_local_experts" if family == "mixtral" or (family == "qwen3_moe" and other) else "num_experts"
+    count = _size(config, field, name, default.get(field))
+    chosen = _size(config, "num_experts_per_tok", name, default["num_experts_per_tok"])
+    if chosen > count:
+        raise BadModel(f"{name}: num_experts_per_tok", chosen, f"at most {count} experts", "correct the config")
+    if family == "mixtral":
+        inter = _size(config, "intermediate_size", name)
+        return Experts(count, count, chosen, inter, True, 0, tuple(range(num_layers)))
+    renormalize = config.get("norm_topk_prob", False)
+    if not isinstance(renormalize, bool):
+        raise BadModel(f"{name}: norm_topk_prob", renormalize, "true or false", "correct the config")
+    inter = _size(config, "moe_intermediate_size", name, default["moe_intermediate_size"])
+    shared = "shared_expert_intermediate_size"
+    shared_inter = _size(config, shared, name, default[shared]) if family == "qwen2_moe" else 0
+    step = _size(config, "decoder_sparse_step", name, 1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+        allowed = f"a list of layers, 0 to {num_layers - 1}"
+        raise BadModel(f"{name}: mlp_only_layers", dense, allowed, "correct the config")
+    sparse = tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
+    return Experts(count, count, chosen, inter, renormalize, shared_inter, sparse)
+
+
+def _rope(config: Mapping[str, Any], name: str, default_theta: float) -> Rope:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = config.get(field) or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise BadModel(f"{name}: {field}", given, "one rotary embedding for all layers", "serve another model")
-    theta = given.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA))
+    theta = given.get("rope_theta", config.get("rope_theta", default_theta))
     kind = given.get("rope_type", given.get("type", "default"))
     numbers = {"factor": given.get("factor", 1.0)}
     if kind == "llama3":

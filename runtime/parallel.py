@@ -6,6 +6,10 @@ split as Megatron does (Shoeybi et al., arXiv:1909.08053): attention by KV heads
 embedding and the head by vocabulary; the embedding's rows, o and down are then partial sums, added up over the ranks:
 two all-reduces a layer and one more a step. Where there are more ranks than KV heads each head is held by several
 ranks, which share its query heads.
+
+Experts are shared among the ranks of a layer in one of two ways: each rank has some channels of every expert, or, by
+expert parallelism, some experts whole (Lepikhin et al., arXiv:2006.16668). The ranks have the same tokens, so either
+way what they add up is a partial sum, and the layer's all-reduce is that of a dense one: no token travels.
 """
 
 from __future__ import annotations
@@ -36,15 +40,20 @@ class Place(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the ranks of a replica are arranged: stages x parts x shards, the shards in a row. Rank 0 leads."""
+    """How the ranks of a replica are arranged: stages x parts x shards, the shards in a row. Rank 0 leads.
+
+    expert_parallel  the shards divide the experts among them, not the channels of each
+    """
 
     stages: int = 1
     parts: int = 1
     shards: int = 1
+    expert_parallel: bool = False
 
     @classmethod
     def of(cls, pool: Pool) -> Layout:
-        return cls(pool.pipeline_parallel_size, pool.context_parallel_size, pool.tensor_parallel_size)
+        sizes = (pool.pipeline_parallel_size, pool.context_parallel_size, pool.tensor_parallel_size)
+        return cls(*sizes, pool.enable_expert_parallel)
 
     @property
     def size(self) -> int:
@@ -73,7 +82,8 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of the model: ranges of layers, heads, KV heads, intermediate channels and vocabulary.
+    """One rank's part of the model: ranges of layers, heads, KV heads, intermediate channels and vocabulary; of a
+    mixture of experts those of experts, and of intermediate channels of each and of the shared one.
 
     rank, size   among the ranks that share these layers
     is_first     of the pipeline's stages: it embeds
@@ -91,6 +101,9 @@ class Share:
     kv_heads: range
     intermediate: range
     vocab: range
+    experts: range = range(0)
+    expert_intermediate: range = range(0)
+    shared_intermediate: range = range(0)
 
 
 def share_of(shape: ModelShape, layout: Layout, number: int, group: int = 1) -> Share:
@@ -102,6 +115,8 @@ def share_of(shape: ModelShape, layout: Layout, number: int, group: int = 1) -> 
     stage, part, rank = layout.place(number)
     size = layout.shards
     copies = max(1, size // shape.num_kv_heads)
+    sparse, cut, whole = shape.experts, (rank, size), (0, 1)
+    experts, channels = (cut, whole) if layout.expert_parallel else (whole, cut)
     return Share(
         rank=rank,
         size=size,
@@ -113,6 +128,9 @@ def share_of(shape: ModelShape, layout: Layout, number: int, group: int = 1) -> 
         kv_heads=_part(shape.num_kv_heads, rank // copies, size // copies),
         intermediate=_grouped_part(shape.intermediate_size, rank, size, group),
         vocab=_part(shape.vocab_size, rank, size),
+        experts=_part(sparse.num_experts if sparse else 0, *experts),
+        expert_intermediate=_grouped_part(sparse.intermediate_size if sparse else 0, *channels, group),
+        shared_intermediate=_grouped_part(sparse.shared_intermediate_size if sparse else 0, *cut, group),
     )
 
 
@@ -128,7 +146,14 @@ def tensor_parallel_sizes(shape: ModelShape) -> tuple[int, ...]:
 
 
 def held_shape(shape: ModelShape, share: Share) -> ModelShape:
-    """The model that one rank holds: fewer layers, heads, channels and rows of the vocabulary."""
+    """The model that one rank holds: fewer layers, heads, channels, experts and rows of the vocabulary."""
+    experts = shape.experts and replace(
+        shape.experts,
+        num_local_experts=len(share.experts),
+        intermediate_size=len(share.expert_intermediate),
+        shared_intermediate_size=len(share.shared_intermediate),
+        layers=tuple(layer - share.layers.start for layer in shape.experts.layers if layer in share.layers),
+    )
     return replace(
         shape,
         num_layers=len(share.layers),
@@ -136,17 +161,28 @@ def held_shape(shape: ModelShape, share: Share) -> ModelShape:
         num_kv_heads=len(share.kv_heads),
         intermediate_size=len(share.intermediate),
         vocab_size=len(share.vocab),
+        experts=experts,
     )
 
 
-def keeps_scales_whole(shape: ModelShape, weight_dtype: str, size: int) -> bool:
-    """Whether `size` ranks can share the weights with every group of input channels of one scale on one rank.
+def keeps_scales_whole(shape: ModelShape, weight_dtype: str, layout: Layout) -> bool:
+    """Whether the shards can share the weights with every group of input channels of one scale on one rank.
 
     o is cut by whole heads; down anywhere, so between groups, of which each rank needs one.
     """
-    group = WEIGHT_FORMATS[weight_dtype].sharded_by
+    group, size = WEIGHT_FORMATS[weight_dtype].sharded_by, layout.shards
     heads_fit = shape.num_heads // size * shape.head_dim % group == 0
-    return size == 1 or (heads_fit and size <= -(-shape.intermediate_size // group))
+    return size == 1 or (heads_fit and all(size <= -(-width // group) for width in _cut_widths(shape, layout)))
+
+
+def _cut_widths(shape: ModelShape, layout: Layout) -> list[int]:
+    """Intermediate channels of every MLP that the shards share by channels."""
+    sparse = shape.experts
+    widths = [shape.intermediate_size] if sparse is None or len(sparse.layers) < shape.num_layers else []
+    if sparse is not None:
+        widths += [sparse.shared_intermediate_size] if sparse.shared_intermediate_size else []
+        widths += [] if layout.expert_parallel else [sparse.intermediate_size]
+    return widths
 
 
 def _part(total: int, rank: int, size: int) -> range:

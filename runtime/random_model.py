@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from .model_shape import EXPERT_NAMES, MLP_NAMES, SPARSE_FAMILIES, Experts, ModelShape
 from .small_model.folder import SPECIAL_TOKENS, byte_level, json_bytes, text_files, token_ids
 
 ARCHITECTURES = {
@@ -27,6 +28,9 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 # What a family's config.json says beyond the sizes; every family has no window here and no bias but Qwen2's on q, k, v.
 FAMILY_CONFIG: dict[str, dict[str, Any]] = {
@@ -34,6 +38,9 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False, "sliding_window": None},
     "qwen3": {"use_sliding_window": False, "sliding_window": None, "attention_bias": False},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"use_sliding_window": False, "sliding_window": None, "qkv_bias": True},
+    "qwen3_moe": {"use_sliding_window": False, "sliding_window": None, "attention_bias": False},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -62,6 +69,41 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
+    },
+    # 236 M parameters, of which a token takes 67 M: 32 experts, 4 a token, shaped as Qwen3-30B-A3B is
+    "moe236m": {
+        "family": "qwen3_moe",
+        "vocab_size": 32000,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "experts": {
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 512,
+            "norm_topk_prob": True,
+        },
+    },
+    # 2.2 M parameters, most of them in the embeddings: for tests
+    "moe2m": {
+        "family": "qwen2_moe",
+        "vocab_size": 32000,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "experts": {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
     },
 }
 
@@ -97,6 +139,7 @@ class _Request:
     rms_norm_eps: float
     dtype: torch.dtype
     seed: int
+    experts: Mapping[str, Any]
 
     def config(self) -> dict[str, Any]:
         return {
@@ -119,28 +162,31 @@ class _Request:
             "use_cache": True,
             **token_ids(),
             **FAMILY_CONFIG[self.family],
+            **self.experts,
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by its Hugging Face name, in the order of the forward pass."""
         hidden, wide = self.hidden_size, self.num_attention_heads * self.head_dim
         narrow = self.num_key_value_heads * self.head_dim
+        sparse = ModelShape.from_config(self.config()).experts
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
         for index in range(self.num_hidden_layers):
             layer = f"model.layers.{index}"
             shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
             for name, rows in (("q_proj", wide), ("k_proj", narrow), ("v_proj", narrow)):
                 shapes[f"{layer}.self_attn.{name}.weight"] = (rows, hidden)
-                if self.family == "qwen2":
+                if self.family in ("qwen2", "qwen2_moe"):
                     shapes[f"{layer}.self_attn.{name}.bias"] = (rows,)
-            if self.family == "qwen3":
+            if self.family in ("qwen3", "qwen3_moe"):
                 shapes[f"{layer}.self_attn.q_norm.weight"] = (self.head_dim,)
                 shapes[f"{layer}.self_attn.k_norm.weight"] = (self.head_dim,)
             shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, wide)
             shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-            shapes[f"{layer}.mlp.gate_proj.weight"] = (self.intermediate_size, hidden)
-            shapes[f"{layer}.mlp.up_proj.weight"] = (self.intermediate_size, hidden)
-            shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, self.intermediate_size)
+            if sparse is not None and index in sparse.layers:
+                shapes |= _expert_tensors(sparse, layer, self.family, hidden)
+            else:
+                shapes |= _mlp_tensors(f"{layer}.mlp", MLP_NAMES, self.intermediate_size, hidden)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
@@ -153,6 +199,25 @@ class _Request:
         noise = torch.randn(shape, generator=generator)
         drawn = 1 + NORM_STD * noise if name.endswith("norm.weight") else WEIGHT_STD * noise
         return drawn.to(self.dtype)
+
+
+def _mlp_tensors(
+    module: str, names: tuple[str, str, str], intermediate_size: int, hidden: int
+) -> dict[str, tuple[int, ...]]:
+    gate, up, down = (f"{module}.{name}.weight" for name in names)
+    return {gate: (intermediate_size, hidden), up: (intermediate_size, hidden), down: (hidden, intermediate_size)}
+
+
+def _expert_tensors(sparse: Experts, layer: str, family: str, hidden: int) -> dict[str, tuple[int, ...]]:
+    module, names = EXPERT_NAMES[family]
+    block = f"{layer}.{module}"
+    shapes: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (sparse.num_experts, hidden)}
+    for expert in range(sparse.num_experts):
+        shapes |= _mlp_tensors(f"{block}.experts.{expert}", names, sparse.intermediate_size, hidden)
+    if sparse.shared_intermediate_size:
+        shapes |= _mlp_tensors(f"{block}.shared_expert", MLP_NAMES, sparse.shared_intermediate_size, hidden)
+        shapes[f"{block}.shared_expert_gate.weight"] = (1, hidden)
+    return shapes
 
 
 def write_random_model(
@@ -173,20 +238,24 @@ def write_random_model(
     dtype: torch.dtype | str = "bfloat16",
     seed: int = 0,
     shards: int = 1,
+    experts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model folder with random weights; it appears whole or not at all.
 
     Args:
         out_dir: must not exist yet, or be empty.
-        family: "llama", "mistral", "qwen2" (biases on q, k, v) or "qwen3" (norms on q and k per head).
+        family: "llama", "mistral", "qwen2" (biases on q, k, v), "qwen3" (norms on q and k per head), or a mixture of
+            experts: "mixtral", "qwen2_moe", "qwen3_moe".
         vocab_size: from 259 (3 special tokens and 256 bytes) on, tokenizer.json has exactly so many entries; below, the
             folder has no tokenizer and takes token ids only.
         head_dim: default hidden_size // num_attention_heads.
         dtype: "float32", "bfloat16" or "float16", or the torch dtype.
         seed: of every weight; the same weights whatever `shards` is.
         shards: safetensors files, of about equal size; more than one come with an index.
+        experts: of a mixture what config.json says of them, by its names ("num_experts", "moe_intermediate_size", ...);
+            left out: what transformers takes where it is silent.
     Returns: `out_dir` as a Path.
-    Raises: BadRandomModel: sizes that make no model, or an `out_dir` with something in it.
+    Raises: BadRandomModel: sizes that make no model, or an `out_dir` with something in it; BadModel: such experts.
     """
     out = Path(out_dir)
     sizes = {
@@ -206,6 +275,8 @@ def write_random_model(
         raise BadRandomModel("vocab_size", vocab_size, "room for <pad>, <s>, </s>", "give at least 3")
     if family not in ARCHITECTURES:
         raise BadRandomModel("family", family, ", ".join(ARCHITECTURES), "choose one of these")
+    if experts and family not in SPARSE_FAMILIES:
+        raise BadRandomModel("experts", dict(experts), f"none, as {family} is dense", "leave it out")
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise BadRandomModel("dtype", dtype, ", ".join(DTYPES), "choose one of these")
     if num_attention_heads % num_key_value_heads:
@@ -232,6 +303,7 @@ def write_random_model(
         rms_norm_eps=rms_norm_eps,
         dtype=DTYPES[str(dtype).removeprefix("torch.")],
         seed=seed,
+        experts=experts or {},
     )
     if shards > len(request.tensors()):
         todo = "give fewer shards"

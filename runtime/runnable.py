@@ -59,11 +59,23 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
-    if not keeps_scales_whole(shape, pool.weight_dtype, pool.tensor_parallel_size):
+    _check_experts(pool, shape)
+    if not keeps_scales_whole(shape, pool.weight_dtype, Layout.of(pool)):
         group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
         found = f"{pool.tensor_parallel_size}, which cuts within {group} input channels that share a scale"
         fit = f"ranks with a multiple of {group} input channels of o_proj and down_proj, for {pool.weight_dtype}"
         raise BadSpec("pools.0.tensor_parallel_size", found, fit)
+
+
+def _check_experts(pool: Pool, shape: ModelShape) -> None:
+    if not pool.enable_expert_parallel:
+        return
+    if shape.experts is None:
+        allowed = "false: the model has no experts (it is no mixture of experts)"
+        raise BadSpec("pools.0.enable_expert_parallel", True, allowed)
+    if pool.tensor_parallel_size > shape.experts.num_experts:
+        most = f"at most {shape.experts.num_experts}, the model's experts, with enable_expert_parallel"
+        raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, most)
 
 
 def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:

@@ -88,6 +88,10 @@ class Pool(_Part):
     context_parallel_size: int = Field(
         1, ge=1, le=1024, description="ranks that divide the tokens of a long prompt; each holds all weights and KV"
     )
+    enable_expert_parallel: bool = Field(
+        False,
+        description="the ranks that share a layer divide a mixture's experts among them, not the channels of each",
+    )
     num_threads: int = Field(
         1, ge=1, le=1024, description="CPU threads that each rank computes with; 1 on accelerators"
     )
@@ -156,6 +160,11 @@ class Pool(_Part):
             raise ValueError(
                 f"num_kv_blocks ({self.num_kv_blocks}) x block_size ({self.block_size}) holds fewer tokens than one "
                 f"request of max_model_len ({self.max_model_len}) needs"
+            )
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
+            raise ValueError(
+                "enable_expert_parallel is true, so tensor_parallel_size (1) must be at least 2: it is these ranks "
+                "that divide the experts"
             )
         if (self.admission == "watermark") != (self.watermark > 0):
             raise ValueError(

@@ -20,6 +20,7 @@ from ..kernels.decode_attention import decode_attention
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
 from ..kernels.linear import PackedLinear, linear
 from ..kernels.lora import AdapterRows, LoraSlots
+from ..kernels.moe import moe, route
 from ..kernels.paged_cache import PagedCache, block_bytes
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.tiles import BadTile, Tile, TileTable
@@ -153,8 +154,7 @@ class Transformer:
                 rows = batch.head_adapter_rows
             x = self._summed(self._adapted(x, layer.o, index, O_PROJ, rows))
             x = add_rms_norm(x, residual, layer.post_norm, eps)
-            x = swiglu(self._adapted(x, layer.gate_up, index, GATE_UP, rows))
-            x = self._summed(self._adapted(x, layer.down, index, DOWN, rows))
+            x = self._summed(self._mlp(x, layer, index, rows))
             norm = weights.norm if index == last else weights.layers[index + 1].input_norm
             x = add_rms_norm(x, residual, norm, eps)
         if not self._is_last:
@@ -162,6 +162,22 @@ class Transformer:
         if isinstance(batch, ContextPart):
             x = self._whole_head_rows(x, batch)
         return x if weights.head is None else linear(x, weights.head)
+
+    def _mlp(self, x: Tensor, layer: LayerWeights, index: int, rows: AdapterRows | None) -> Tensor:
+        """x (T, hidden) -> what this rank adds to (T, hidden): by its experts, its channels, or both."""
+        experts, dense = layer.experts, None
+        if layer.gate_up is not None and layer.down is not None:
+            dense = swiglu(self._adapted(x, layer.gate_up, index, GATE_UP, rows))
+            dense = self._adapted(dense, layer.down, index, DOWN, rows)
+        if experts is None:
+            assert dense is not None
+            return dense
+        shape = self._shape.experts
+        assert shape is not None
+        logits = linear(x, experts.router)
+        routing = route(logits[:, : shape.num_experts], shape.experts_per_token, shape.renormalize)
+        out = moe(x, routing, experts.packed)
+        return out if dense is None else out.addcmul_(dense, logits[:, shape.num_experts :].sigmoid())
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """(T,) -> (T, hidden) fp32, summed over the ranks, of which one has the row of a token and the others add 0."""

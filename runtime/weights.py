@@ -15,16 +15,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kernels.linear import PackedLinear, pack, retile
+from ..kernels.moe import PackedExperts, pack_experts, retile_experts
 from ..kernels.stored_weight import StoredWeight, stack, store, stored_ternary
 from ..kernels.tiles import TileTable
 from ..kernels.weight_formats import WEIGHT_FORMATS
-from .model_shape import BadModel, ModelShape, matrix_dtype, read_json
+from .model_shape import EXPERT_NAMES, MLP_NAMES, BadModel, Experts, ModelShape, matrix_dtype, read_json
 from .parallel import Share
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F32", "BF16", "F16", "F64"}
+_Mlp = tuple[PackedLinear, PackedLinear]
 
 
 class Checkpoint:
@@ -141,7 +143,7 @@ class Checkpoint:
         return torch.as_tensor(stored[:])
 
     def leave_to_others(self, *beginnings: str) -> None:
-        """Tensors whose names begin so need not be read here: other pipeline stages do."""
+        """Tensors whose names begin so need not be read here: other ranks do."""
         self._unread = {name for name in self._unread if not name.startswith(beginnings)}
 
     def check_all_read(self, *, ignored: tuple[str, ...]) -> None:
@@ -153,13 +155,31 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, eq=False)
+class SparseMlp:
+    """A router and the experts of one rank.
+
+    router  all experts from hidden, and behind them the gate of the shared expert, where there is one; on every rank,
+            fp32 whatever the weights are (see `matrix_dtype`)
+    packed  this rank's experts, or its channels of each
+    """
+
+    router: PackedLinear
+    packed: PackedExperts
+
+    @property
+    def nbytes(self) -> int:
+        return self.router.nbytes + self.packed.nbytes
+
+
+@dataclass(frozen=True, eq=False)
 class LayerWeights:
     """One layer of one rank; norms (hidden,) or (head_dim,) fp32.
 
     qkv      (heads + 2 * kv_heads) * head_dim from hidden, this rank's heads
     o        hidden from heads * head_dim
-    gate_up  2 * intermediate from hidden, gate first
-    down     hidden from intermediate
+    gate_up  2 * intermediate from hidden, gate first; of a sparse layer the shared expert's, None: it has none
+    down     hidden from intermediate; likewise
+    experts  of a sparse layer, None: it is dense
     """
 
     input_norm: Tensor
@@ -168,8 +188,9 @@ class LayerWeights:
     k_norm: Tensor | None
     o: PackedLinear
     post_norm: Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: PackedLinear | None
+    down: PackedLinear | None
+    experts: SparseMlp | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,13 +228,12 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
         head = pack(_matrix(checkpoint, shape, name, table, dtype, rows=share.vocab), tiles=tiles)
     weights = Weights(
         embedding=embedding,
-        layers=tuple(
-            _layer(checkpoint, shape, f"model.layers.{index}", share, weight_dtype, tiles) for index in share.layers
-        ),
+        layers=tuple(_layer(checkpoint, shape, index, share, weight_dtype, tiles) for index in share.layers),
         norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).to(torch.float32, copy=True),
         head=head,
     )
     elsewhere = [f"model.layers.{index}." for index in range(shape.num_layers) if index not in share.layers]
+    elsewhere += _experts_of_others(shape, share)
     checkpoint.leave_to_others("model.embed_tokens.weight", "lm_head.weight", *elsewhere)
     checkpoint.check_all_read(ignored=("rotary_emb.inv_freq",))
     return weights
@@ -226,8 +246,9 @@ def retiled(weights: Weights, tiles: TileTable) -> Weights:
             layer,
             qkv=retile(layer.qkv, tiles),
             o=retile(layer.o, tiles),
-            gate_up=retile(layer.gate_up, tiles),
-            down=retile(layer.down, tiles),
+            gate_up=layer.gate_up and retile(layer.gate_up, tiles),
+            down=layer.down and retile(layer.down, tiles),
+            experts=layer.experts and _retiled_experts(layer.experts, tiles),
         )
         for layer in weights.layers
     )
@@ -235,9 +256,14 @@ def retiled(weights: Weights, tiles: TileTable) -> Weights:
     return replace(weights, layers=layers, head=head)
 
 
+def _retiled_experts(experts: SparseMlp, tiles: TileTable) -> SparseMlp:
+    return SparseMlp(retile(experts.router, tiles), retile_experts(experts.packed, tiles))
+
+
 def _layer(
-    checkpoint: Checkpoint, shape: ModelShape, layer: str, share: Share, weight_dtype: str, tiles: TileTable
+    checkpoint: Checkpoint, shape: ModelShape, index: int, share: Share, weight_dtype: str, tiles: TileTable
 ) -> LayerWeights:
+    layer = f"model.layers.{index}"
     hidden, wide = shape.hidden_size, shape.num_heads * shape.head_dim
     narrow, inter = shape.num_kv_heads * shape.head_dim, shape.intermediate_size
     heads, kv_heads = _spread(share.heads, shape.head_dim), _spread(share.kv_heads, shape.head_dim)
@@ -266,6 +292,29 @@ def _layer(
     def norm(name: str, width: int) -> Tensor:
         return checkpoint.read(f"{layer}.{name}.weight", (width,)).to(torch.float32, copy=True)
 
+    def mlp(names: tuple[str, str, str], width: int, part: range, has_bias: bool = False) -> _Mlp:
+        gate, up, down = names
+        return stacked(((gate, width, part), (up, width, part)), has_bias), summed(down, width, part, has_bias)
+
+    def experts(sparse: Experts) -> SparseMlp:
+        block, names = EXPERT_NAMES[shape.family]
+        width, part = sparse.intermediate_size, share.expert_intermediate
+        each = [mlp(_named(f"{block}.experts.{expert}", names), width, part) for expert in share.experts]
+        router = [checkpoint.read(f"{layer}.{block}.gate.weight", (sparse.num_experts, hidden)).float()]
+        if sparse.shared_intermediate_size:
+            router.append(checkpoint.read(f"{layer}.{block}.shared_expert_gate.weight", (1, hidden)).float())
+        packed = pack_experts([first for first, _ in each], [last for _, last in each], share.experts.start)
+        return SparseMlp(pack(torch.cat(router), matrix_dtype("router", weight_dtype), tiles=tiles), packed)
+
+    sparse = shape.experts if shape.experts and index in shape.experts.layers else None
+    gate_up: PackedLinear | None
+    down: PackedLinear | None
+    gate_up = down = None
+    if sparse is None:
+        gate_up, down = mlp(_named("mlp", MLP_NAMES), inter, share.intermediate, shape.mlp_bias)
+    elif sparse.shared_intermediate_size:
+        shared = _named("mlp.shared_expert", MLP_NAMES)
+        gate_up, down = mlp(shared, sparse.shared_intermediate_size, share.shared_intermediate)
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
         qkv=stacked(
@@ -280,11 +329,24 @@ def _layer(
         k_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
         o=summed("self_attn.o_proj", wide, heads, shape.o_bias),
         post_norm=norm("post_attention_layernorm", hidden),
-        gate_up=stacked(
-            (("mlp.gate_proj", inter, share.intermediate), ("mlp.up_proj", inter, share.intermediate)), shape.mlp_bias
-        ),
-        down=summed("mlp.down_proj", inter, share.intermediate, shape.mlp_bias),
+        gate_up=gate_up,
+        down=down,
+        experts=None if sparse is None else experts(sparse),
     )
+
+
+def _experts_of_others(shape: ModelShape, share: Share) -> list[str]:
+    """Beginnings of the names of the experts' tensors that other ranks hold."""
+    if shape.experts is None:
+        return []
+    block, _ = EXPERT_NAMES[shape.family]
+    others = [expert for expert in range(shape.experts.num_experts) if expert not in share.experts]
+    return [f"model.layers.{layer}.{block}.experts.{expert}." for layer in share.layers for expert in others]
+
+
+def _named(module: str, names: tuple[str, str, str]) -> tuple[str, str, str]:
+    gate, up, down = names
+    return f"{module}.{gate}", f"{module}.{up}", f"{module}.{down}"
 
 
 def _matrix(

@@ -18,6 +18,8 @@ from paretune.kernels.linear import linear, pack
 from paretune.kernels.linear import reference as linear_reference
 from paretune.kernels.lora import Delta, LoraSlots, Matrix, adapter_rows, pack_adapter
 from paretune.kernels.lora import reference as lora_reference
+from paretune.kernels.moe import moe, pack_experts, reference_route, route
+from paretune.kernels.moe import reference as moe_reference
 from paretune.kernels.paged_cache import CACHE_DTYPES, PagedCache
 from paretune.kernels.prefill_attention import prefill_attention
 from paretune.kernels.prefill_attention import reference as prefill_reference
@@ -166,6 +168,28 @@ def sweep_lora():
                 check(y, oracle, tolerance)
 
 
+def sweep_moe():
+    for rows, experts, k, hidden, inter in (
+        (0, 2, 1, 1, 1), (1, 1, 1, 1, 1), (1, 8, 8, 17, 127), (17, 33, 3, 127, 17), (127, 5, 2, 17, 1),
+        (600, 2, 1, 33, 17),
+    ):  # fmt: skip
+        x, logits = torch.randn(rows, hidden), torch.randn(rows, experts)
+        gate_up = [torch.randn(2 * inter, hidden) / hidden**0.5 for _ in range(experts)]
+        down = [torch.randn(hidden, inter) / inter**0.5 for _ in range(experts)]
+        for renormalize in (True, False):
+            routing, expected = route(logits, k, renormalize), reference_route(logits, k, renormalize)
+            assert torch.equal(routing.experts, expected.experts)
+            check(routing.weights, expected.weights, 1e-6)
+        for precision, tolerance in (("fp32", 1e-4), ("bf16", 3e-2), ("int8", 0.1), ("int4", 1.0)):
+            stored = [[store(weight, precision) for weight in part] for part in (gate_up, down)]
+            oracle = moe_reference(x, expected, *([each.expanded() for each in part] for part in stored))
+            packed = [[pack(each) for each in part] for part in stored]
+            check(moe(x, routing, pack_experts(*packed)), oracle, tolerance)
+            if experts > 1:  # the experts of two ranks
+                cuts = [pack_experts(*(part[a:b] for part in packed), a) for a, b in ((0, 1), (1, experts))]
+                check(moe(x, routing, cuts[0]) + moe(x, routing, cuts[1]), oracle, tolerance)
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         other = build.Library(Path(sys.argv[1]))
@@ -178,6 +202,7 @@ if __name__ == "__main__":
     sweep_fused()
     sweep_sampling()
     sweep_lora()
+    sweep_moe()
     library = build.load()
     assert library is not None
     sys.stdout.write(f"all right {library.instructions}\n")

@@ -73,6 +73,11 @@ class Library:
             "add_rms_norm", None, pointer, pointer, pointer, c_float, pointer, size, size, number, number
         )
         self.swiglu = bind("swiglu", None, pointer, size, pointer, size, size, number, number)
+        self.route = bind("route", None, pointer, *([size] * 4), number, pointer, pointer, number)
+        self.experts = bind(
+            "experts", c_int64, pointer, size, size, pointer, size, size, pointer, pointer, size, *([pointer] * 2),
+            *workspace,
+        )  # fmt: skip
         self.argmax = bind("argmax", None, pointer, size, size, size, pointer, number)
         self.draw = bind("draw", c_int64, pointer, size, size, size, *([pointer] * 4), *workspace)
         self.rope_and_cache = bind(

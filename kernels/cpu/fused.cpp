@@ -4,36 +4,12 @@
 #include <type_traits>
 
 #include "paged_cache.h"
-#include "parallel.h"
+#include "rows.h"
 
 namespace paretune {
 namespace {
 
 constexpr int64_t MOST_HEAD_DIM = 1024;
-constexpr int64_t SERIAL_BELOW = 32768;  // elements; an estimate of what waking a helper costs, not measured
-
-// Rows are handed out in a few items per thread.
-template <class Body>
-void rows_in_parallel(int64_t rows, int64_t width, int threads, const Body& body) {
-    if (rows * width < SERIAL_BELOW) threads = 1;
-    const int64_t items = threads == 1 ? 1 : rows < 8 * threads ? rows : 8 * threads;
-    parallel_items(items, threads, [&](int64_t item, int) {
-        for (int64_t row = item * rows / items; row < (item + 1) * rows / items; ++row) body(row);
-    });
-}
-
-template <class Element>
-Floats load_upto(const Element* p, int64_t left) {
-    return left >= LANES ? load(p) : load_some(p, left);
-}
-template <class Element>
-void store_upto(Element* p, Floats x, int64_t left) {
-    if (left >= LANES) {
-        store(p, x);
-    } else {
-        store_some(p, x, left);
-    }
-}
 
 // With a residual: residual += x, and that is normalized.
 template <class Element>

@@ -9,19 +9,12 @@
 #include "activations.h"
 #include "expand.h"
 #include "gemm_tile.h"
+#include "linear.h"
 #include "low_bit.h"
 #include "parallel.h"
 
 namespace paretune {
 namespace {
-
-struct Weight {  // kernels/linear.py: _Weight
-    const char* panels;
-    const float* scale;       // (n,) per channel, or null: all 1
-    const int32_t* zero_sum;  // (n,) 128 * sum of a channel's weights, int8 only
-    const float* bias;        // (n,) or null
-    int64_t n, k, precision;  // precision: index in kernels/weight_formats.py, as in paretune_linear below
-};
 
 // How a precision is computed: GROUP input channels of a panel are stored in STEP_BYTES, and multiplied by Dot with x as Pack
 // lays it out.

@@ -130,6 +130,9 @@ def _checked(deployment: Deployment) -> Pool:
     if pool.admission == "estimated_peak":
         todo = "pick one of these"
         raise CannotExport("pools.0.admission", "estimated_peak", "on_demand, first_chunk, watermark", todo)
+    if pool.enable_expert_parallel and pool.replicas > 1:
+        allowed = "1 with enable_expert_parallel: vLLM divides the experts among the ranks of all replicas"
+        raise CannotExport("pools.0.replicas", pool.replicas, allowed, "export one replica, and start it several times")
     for index, adapter in enumerate(deployment.adapters):
         if "=" in adapter.name or adapter.name.startswith(("-", "{")):
             todo = "give it a name without"
@@ -147,6 +150,8 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     # "auto" is the weights' own type, the only way to a float32 cache
     flags.append(("kv-cache-dtype", _KV_DTYPE.get(pool.kv_cache_dtype, "auto")))
     flags.append(("tensor-parallel-size", pool.tensor_parallel_size))
+    if pool.enable_expert_parallel:
+        flags.append(("enable-expert-parallel", True))
     if pool.pipeline_parallel_size > 1:
         flags.append(("pipeline-parallel-size", pool.pipeline_parallel_size))
     if pool.context_parallel_size > 1:

@@ -131,6 +131,7 @@ def deployment_words(evaluation: Evaluation) -> str:
     )
     sizes = (pool.pipeline_parallel_size, pool.context_parallel_size)
     ranks = "".join(f"{name} {size} x " for name, size in zip(("PP", "CP"), sizes) if size > 1)
+    ranks += "EP + " if pool.enable_expert_parallel else ""
     return (
         f"{pool.replicas} x {ranks}TP {pool.tensor_parallel_size}{threads}, {pool.weight_dtype}, "
         f"seqs {pool.max_num_seqs}, tokens {pool.max_num_batched_tokens}{flags}"
