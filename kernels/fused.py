@@ -1,9 +1,8 @@
 """The operators between the matrix products: normalization, rotary embedding with the KV write, and the gated
 activation.
 
-Each is one pass over memory in C++ where there is a compiler, and a few torch calls where not; on a GPU a Triton kernel,
-which also takes fp16. Activations are fp32 or
-bf16; weights and angles are fp32; everything is computed in fp32.
+Each is one pass over memory in C++ where there is a compiler, and a few torch calls where not; on a GPU it is a Triton
+kernel. Activations are fp32 or bf16, on a GPU also fp16; weights and angles are fp32; everything is computed in fp32.
 """
 
 from __future__ import annotations

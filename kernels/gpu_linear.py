@@ -1,8 +1,8 @@
 """Linear layers on an NVIDIA GPU: which weights the libraries multiply, and which a Triton kernel expands.
 
     fp32, bf16, fp16   cuBLAS, activations in the weights' own dtype (fp32 without TF32)
-    fp8                w8a8 by torch._scaled_mm from capability 8.9 on: rows of x rounded to e4m3, one scale a row; below
-                       it, and where a size is no multiple of 16, expanded
+    fp8                w8a8 by torch._scaled_mm from capability 8.9 on: rows of x rounded to e4m3, one scale a row;
+                       below it, and where a size is no multiple of 16, expanded
     int8               w8a8 by torch._int_mm, rows of x rounded to int8; where a size is no multiple of 8, expanded
     int4, ternary, nvfp4, mxfp4   expanded to the activations' dtype inside the product (triton_stored_matmul.py)
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 from . import placement
 from .stored_weight import StoredWeight, quantize_int8
 from .tiles import BadTile, Tile, TileTable
+from .weight_formats import FP8_CAPABILITY
 from .weight_layout import rows_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def backends(precision: str, out_features: int, in_features: int, capability: tu
     """Which backends multiply such a weight on a GPU of such a capability, the default first."""
     if precision in ("fp32", "bf16", "fp16"):
         return ("torch", "triton")
-    if precision == "fp8" and capability >= placement.FP8_CAPABILITY and not (out_features % 16 or in_features % 16):
+    if precision == "fp8" and capability >= FP8_CAPABILITY and not (out_features % 16 or in_features % 16):
         return ("torch", "triton")
     if precision == "int8" and not (out_features % 8 or in_features % 8):
         return ("torch", "triton")
@@ -128,7 +129,8 @@ def _by_triton(x: Tensor, packed: PackedLinear, tile: Tile) -> Tensor:
 
 def _by_scaled_mm(x: Tensor, packed: PackedLinear) -> Tensor:
     """Row scales times channel scales, applied inside the product; the result is bf16 whatever x is."""
-    assert packed.weight is not None and packed.channel_scale is not None
+    assert packed.weight is not None
+    assert packed.channel_scale is not None
     values, scale = quantize_e4m3(x)
     out = torch._scaled_mm(
         values, packed.weight.t(), scale_a=scale[:, None], scale_b=packed.channel_scale[None, :],
@@ -138,7 +140,8 @@ def _by_scaled_mm(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def _by_int_mm(x: Tensor, packed: PackedLinear) -> Tensor:
-    assert packed.weight is not None and packed.channel_scale is not None
+    assert packed.weight is not None
+    assert packed.channel_scale is not None
     values, scale = quantize_int8(x)
     rows = x.shape[0]
     if rows < _LEAST_INT_MM_ROWS:
@@ -149,7 +152,7 @@ def _by_int_mm(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def quantize_e4m3(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows rounded to e4m3, and the fp32 scale of each row: values ~ e4m3 * scale[:, None]; a row of zeros has scale 1."""
+    """Rows rounded to e4m3, and the fp32 scale of each: values ~ e4m3 * scale[:, None]. A row of zeros has scale 1."""
     values = values.float()
     largest = values.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest / _MOST_E4M3, torch.ones_like(largest))

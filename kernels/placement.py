@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FP8_CAPABILITY = (8, 9)  # of GPUs whose tensor cores multiply e4m3 (CUDA C++ Programming Guide, compute capabilities)
-LEAST_CAPABILITY = (8, 0)  # of GPUs that compute in bf16
-
 
 def on_gpu(where: Tensor | torch.device) -> bool:
     """Whether the operators on a tensor, or on a device, are those of an NVIDIA GPU."""

@@ -143,11 +143,12 @@ def default_tile(pairs: int, multiprocessors: int, wide: bool) -> Tile:
 
     Args:
         pairs: sequences times KV heads.
-        wide: heads of more than 256 bytes, of which a shorter step fits into shared memory.
+        wide: heads of more than 256 bytes.
+    Twice the tokens a step spill registers on sm_80 (heads of 128 numbers).
     """
     wanted = 2 * multiprocessors // max(1, pairs)
     splits = min(_MOST_SPLITS, 1 << max(0, wanted.bit_length() - 1))
-    parameters = {"block_n": 32 if wide else 64, "splits": splits, "num_stages": 1 if wide else 2}
+    parameters = {"block_n": 16 if wide else 32, "splits": splits, "num_stages": 1 if wide else 2}
     return Tile("decode_attention", "triton", tuple(parameters.items()))
 
 

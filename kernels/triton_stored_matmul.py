@@ -2,7 +2,8 @@
 """Linear layers on a GPU whose weights have fewer than 16 bits, expanded inside the product.
 
 Same formula and reference as kernels/linear.py, with the weight as `weight_layout.rows_of` lays it out and activations
-of 16 or 32 bits that are not rounded: int4 and ternary are w4a16 and w2a16 here, where the CPU has int8 activations. Import it only where it runs.
+of 16 or 32 bits that are not rounded: int4 and ternary are w4a16 and w2a16 here, where the CPU has int8 activations.
+Import it only where it runs.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _attention_s(accelerator: Accelerator, shape: ModelShape, sharding: _Shardin
 
 
 def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:
-    """KV blocks of pool.block_size tokens that fit beside the weights: GPU_MEMORY_SHARE of the memory, less the weights.
+    """KV blocks of pool.block_size tokens that fit: GPU_MEMORY_SHARE of the memory, less the weights.
 
     Activations and the engine's own buffers come out of the rest; 0 or less where the weights alone do not fit.
     """

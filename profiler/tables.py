@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..kernels.tiles import Tile, TileTable, bucket
 from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..runtime.graph_sizes import captured_sizes, padded_rows
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
@@ -62,10 +63,29 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
             raise BadHardware(f"pool.{field}", getattr(pool, field), allowed, "leave it out")
     left_out = (
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
-        "time outside the steps (HTTP, tokenizer), padding of batches, contention of replicas",
+        "time outside the steps (HTTP, tokenizer), contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
     )
-    return ModeledStep(roofline_tables(source, shape, pool), False, RELATIVE_ERROR, left_out)
+    if pool.enforce_eager:
+        left_out += ("enforce_eager: what launching the operators one by one costs the host",)
+    else:
+        left_out += ("CUDA graphs: their memory; steps with prompts are padded like decode steps of as many tokens",)
+    return ModeledStep(_padded(roofline_tables(source, shape, pool), pool), False, RELATIVE_ERROR, left_out)
+
+
+def _padded(tables: StepTables, pool: Pool) -> StepTables:
+    """The tables with a step of each size taking what the captured step that it is padded to takes."""
+    sizes = captured_sizes(pool)
+
+    def stretched(table: Floats) -> Floats:
+        most = len(table) - 1
+        # (0 or None) stays what it is: no step, or one beyond the captured sizes
+        places = [min(padded_rows(sizes, n) or n, most) if n else 0 for n in range(min(most, max(sizes)) + 1)]
+        return np.concatenate([table[places], table[len(places) :]])
+
+    if not sizes:
+        return tables
+    return tables._replace(tokens_s=stretched(tables.tokens_s), samples_s=stretched(tables.samples_s))
 
 
 def scaled(tables: StepTables, factor: float) -> StepTables:

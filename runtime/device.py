@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from ..kernels.weight_formats import BF16_CAPABILITY
 from .parallel import Layout
 from .spec import CPU, BadSpec, Pool
 
 if TYPE_CHECKING:
     import torch
 
-LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic
 _LOOK_LIMIT_S = 120.0  # for a process to import torch and look
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -104,7 +104,7 @@ def check_gpus(pool: Pool, ranks: Sequence[int] | None = None, replicas: int = 1
         if not is_called(pool.accelerator, gpu.name):
             named = "the GPU that is here, by its name in the catalog"
             raise BadSpec("pools.0.accelerator", f"{pool.accelerator}, and CUDA says {gpu.name}", named, _TODO)
-        if gpu.capability < LEAST_CAPABILITY:
+        if gpu.capability < BF16_CAPABILITY:
             shown = ".".join(map(str, gpu.capability))
             raise BadSpec("pools.0.accelerator", f"{gpu.name} of compute capability {shown}", "8.0 and up", _TODO)
 
@@ -121,7 +121,7 @@ def rank_device(pool: Pool, local_rank: int) -> torch.device:
 
 
 def visible_to_replica(pool: Pool, replica: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of one of several replicas on this machine, each of which has GPUs of its own; None: as is."""
+    """CUDA_VISIBLE_DEVICES of one of several replicas on this machine, which share no GPU; None: as it is."""
     if pool.accelerator == CPU or pool.replicas == 1:
         return None
     size = Layout.of(pool).size

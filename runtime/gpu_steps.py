@@ -46,7 +46,7 @@ class GpuSteps:
         self.graphs.capture(self._empty, record or CudaRecorder(self.wait))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Begin a step that `batch` has read: (head rows, this rank's vocabulary) fp32, which the next one overwrites."""
+        """Begin a step that `batch` has read; its logits (head rows, this rank's vocabulary), until the next begins."""
         self._transformer.copy_blocks(batch.copies)
         logits = self.graphs.run(batch)
         if logits is not None:

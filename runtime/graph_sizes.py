@@ -1,4 +1,4 @@
-"""Which decode steps are captured as CUDA graphs, and how many rows a step is padded to. No torch: the simulator asks."""
+"""Which decode steps are captured as CUDA graphs, and to how many rows a step is padded. No torch: searches ask."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from .spec import CPU, BadSpec, Pool
 
 _GIB = 1 << 30
 _SMALLER = ("bf16", "int8", "int4")  # weights to suggest, the least loss of quality first
-# Share of a GPU's memory that an engine may take: vLLM's --gpu-memory-utilization as of version 0.33. The rest is for the
-# CUDA context, the libraries' workspaces, NCCL and captured graphs, which were not measured.
+# Share of a GPU's memory that an engine may take: vLLM's --gpu-memory-utilization as of version 0.33. The rest is for
+# the CUDA context, the libraries' workspaces, NCCL and captured graphs, which were not measured.
 GPU_MEMORY_SHARE = 0.92
 _PROCESS_BYTES = 300 << 20  # Python, torch and Numba of one rank, resident: measured with torch 2.13 CPU, 2026-11
 
@@ -111,7 +111,7 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
 
 
 def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
-    """Of one adapter: A and B of q, k, v, gate, up, o and down. A rank holds one of the two cut, which is not taken off."""
+    """Of one adapter: A and B of q, k, v, gate, up, o and down. A rank holds one of the two cut, not taken off here."""
     wide, hidden, inter = shape.num_heads * shape.head_dim, shape.hidden_size, shape.intermediate_size
     narrow = shape.num_kv_heads * shape.head_dim
     values = 7 * hidden + 2 * wide + 2 * narrow + 3 * inter
@@ -126,7 +126,7 @@ def _host_adapters(pool: Pool) -> int:
 def available_for(pool: Pool, ranks: Sequence[int] | None = None, replicas: int | None = None) -> int:
     """Bytes that the ranks of a pool can take: of this machine's memory, or of the memory of its GPUs.
 
-    On GPUs as many times what the fullest of them has left, as there are ranks: each has one, and they need about alike.
+    On GPUs as many times what the fullest of them has left, as there are ranks: each has one, and they need alike.
     """
     if pool.accelerator == CPU:
         return available_bytes()

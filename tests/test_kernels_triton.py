@@ -2,6 +2,7 @@
 time."""
 
 import importlib.util
+import textwrap
 
 import pytest
 
@@ -231,72 +232,74 @@ def test_matmul_becomes_tensor_core_code_for_gpus_that_are_not_here(arch, instru
     )
 
 
-def test_every_kernel_compiles_for_gpus_that_are_not_here_and_no_default_tile_spills():
+AHEAD_OF_TIME = """
+from paretune.kernels import gpu_linear, triton_fused, triton_lora, triton_stored_matmul as stored
+from paretune.kernels import triton_decode_attention as decode, triton_prefill_attention as prefill
+TYPES = dict.fromkeys(("x_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr", "bias_ptr", "gate_up_ptr"), "*bf16")
+TYPES |= dict.fromkeys(("residual_ptr", "a_ptr", "b_ptr", "y_ptr"), "*bf16")
+TYPES |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "mixed_ptr", "largest_ptr", "total_ptr", "h_ptr"), "*fp32")
+TYPES |= dict.fromkeys(("cos_ptr", "sin_ptr", "key_scale_ptr", "value_scale_ptr", "channel_scale_ptr"), "*fp32")
+TYPES |= dict.fromkeys(("scale_ptr",), "*fp32") | dict(scale="fp32", eps="fp32")
+TYPES |= dict.fromkeys(("tables_ptr", "context_ptr", "query_start_ptr", "position_ptr", "slot_ptr", "row_ptr"), "*i32")
+TYPES |= dict.fromkeys(("tile_start_ptr", "tile_end_ptr", "tile_slot_ptr"), "*i32")
+
+def code(kernel, arch, constants, chosen=None, num_warps=4, **types):
+    types = {name: kind for name, kind in (TYPES | types).items() if name in kernel.arg_names}
+    options = (chosen.get("num_warps"), chosen.get("num_stages")) if chosen else (num_warps, 2)
+    code, stack = compiled(kernel, arch, types, constants, *options)
+    assert f".target sm_{arch}" in code.asm["ptx"]
+    assert stack == 0, (kernel.__name__, arch, types, stack)
+    assert code.metadata.shared <= 99 * 1024, code.metadata.shared  # what sm_86 and sm_89 have
+
+def attention(arch, cached_as, kind, activations="*bf16"):
+    types = dict.fromkeys(("k_ptr", "v_ptr"), kind) | dict.fromkeys(("q_ptr", "out_ptr"), activations)
+    sizes = dict(HEAD_DIM=128, PADDED_DIM=128, FORMAT=cached_as)
+    wide = activations == "*fp32"
+    t = decode.default_tile(64, 132, wide)
+    grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
+    code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
+    t = prefill.default_tile(512, 128, 4 if wide else 2)
+    code(prefill.prefill_attention_kernel, arch, sizes | dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n")), t, **types)
+
+def linear(arch, precision, weight="*u8", group="*u8"):
+    t, form = gpu_linear.default_tile("triton", 64), stored.WEIGHT_FORMATS[precision]
+    constants = {name.upper(): t.get(name) for name in ("block_m", "block_n", "block_k", "group_m")}
+    constants |= dict(FORMAT=stored._FORMAT[precision].value, BITS=form.bits, GROUP=form.group, HAS_BIAS=True)
+    constants |= dict(HAS_CHANNEL_SCALE=form.channel_bytes > 0)
+    code(stored.stored_matmul_kernel, arch, constants, t, weight_ptr=weight, group_scale_ptr=group)
+
+def between(arch):
+    code(decode.merge_kernel, arch, dict(HEAD_DIM=128, PADDED_DIM=128, SPLITS=32))
+    code(triton_fused.rms_norm_kernel, arch, dict(ADDS=True, BLOCK=4096), num_warps=16, weight_ptr="*fp32")
+    code(triton_fused.swiglu_kernel, arch, dict(BLOCK=1024))
+    for cached_as, kind in ((0, "*bf16"), (1, "*u8"), (2, "*i8")):
+        types = dict.fromkeys(("keys_ptr", "values_ptr"), kind)
+        sizes = dict(HALF=64, PADDED_HALF=64, FORMAT=cached_as)
+        code(triton_fused.rope_and_cache_kernel, arch, sizes, num_warps=1, **types)
+    code(triton_lora.shrink_kernel, arch, dict(RANK=64, BLOCK_M=16, BLOCK_K=64))
+    code(triton_lora.expand_kernel, arch, dict(RANK=64, BLOCK_M=16, BLOCK_N=64))
+"""
+
+
+def test_the_kernels_of_decoding_compile_for_a_gpu_that_is_not_here_and_no_default_tile_spills():
+    run(AHEAD_OF_TIME + "between(90); attention(90, 0, '*bf16'); linear(90, 'int4', group='*bf16')\n", interpret=False)
+
+
+@pytest.mark.slow
+def test_every_kernel_and_format_compiles_for_two_kinds_of_gpus_and_no_default_tile_spills():
     run(
-        """
-        from paretune.kernels import gpu_linear, triton_fused, triton_lora, triton_stored_matmul as stored
-        from paretune.kernels import triton_decode_attention as decode, triton_prefill_attention as prefill
-        half = dict.fromkeys(("x_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr", "bias_ptr"), "*bf16")
-        scales = dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32") | dict(scale="fp32")
-        tables = dict.fromkeys(("tables_ptr", "context_ptr", "query_start_ptr"), "*i32")
-        parts = dict.fromkeys(("mixed_ptr", "largest_ptr", "total_ptr"), "*fp32")
-        heads = dict(HEAD_DIM=128, PADDED_DIM=128)
-
-        def kinds(kernel, *more):
-            known = half | {name: kind for each in more for name, kind in each.items()}
-            return {name: kind for name, kind in known.items() if name in kernel.arg_names}
-
+        AHEAD_OF_TIME
+        + textwrap.dedent("""
         for arch in (80, 90):
-            found = {}
-            for wide in (False, True):
-                t = decode.default_tile(64, 132, wide)
-                for cached_as, kind in ((0, "*fp32" if wide else "*bf16"),) if wide else ((0, "*bf16"), (1, "*u8"), (2, "*i8")):
-                    kernel, typed = decode.decode_attention_kernel, dict(k_ptr=kind, v_ptr=kind)
-                    typed |= dict(q_ptr="*fp32") if wide else {}
-                    constants = heads | dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
-                    found[f"decode {kind} {wide}"] = compiled(
-                        kernel, arch, kinds(kernel, scales, tables, parts, typed), constants | dict(FORMAT=cached_as),
-                        t.get("num_warps"), t.get("num_stages"))
-                    kernel, p = prefill.prefill_attention_kernel, prefill.default_tile(512, 128, 4 if wide else 2)
-                    typed |= dict(out_ptr="*fp32") if wide else {}
-                    constants = heads | dict(BLOCK_M=p.get("block_m"), BLOCK_N=p.get("block_n"), FORMAT=cached_as)
-                    found[f"prefill {kind} {wide}"] = compiled(
-                        kernel, arch, kinds(kernel, scales, tables, typed), constants, p.get("num_warps"), p.get("num_stages"))
-            found["merge"] = compiled(decode.merge_kernel, arch, kinds(decode.merge_kernel, parts), heads | dict(SPLITS=32))
-            kernel = stored.stored_matmul_kernel
-            for precision, weight, group in (
-                ("fp8", "*u8", "*bf16"), ("int8", "*i8", "*bf16"), ("int4", "*u8", "*bf16"), ("ternary", "*u8", "*bf16"),
-                ("nvfp4", "*u8", "*u8"), ("mxfp4", "*u8", "*u8"),
-            ):
-                t = gpu_linear.default_tile("triton", 64 if precision in ("fp8", "int4") else 8)
-                sizes = {name.upper(): t.get(name) for name in ("block_m", "block_n", "block_k", "group_m")}
-                form = stored.WEIGHT_FORMATS[precision]
-                constants = sizes | dict(FORMAT=stored._FORMAT[precision].value, BITS=form.bits, GROUP=form.group)
-                constants |= dict(HAS_CHANNEL_SCALE=form.channel_bytes > 0, HAS_BIAS=False)
-                typed = dict(weight_ptr=weight, group_scale_ptr=group, channel_scale_ptr="*fp32")
-                found[precision] = compiled(
-                    kernel, arch, kinds(kernel, typed), constants, t.get("num_warps"), t.get("num_stages"))
-            kernel = triton_fused.rms_norm_kernel
-            typed = dict(residual_ptr="*bf16", weight_ptr="*fp32", eps="fp32")
-            found["norm"] = compiled(kernel, arch, kinds(kernel, typed), dict(ADDS=True, BLOCK=4096), 16)
-            found["swiglu"] = compiled(triton_fused.swiglu_kernel, arch, dict(gate_up_ptr="*bf16", out_ptr="*bf16"), dict(BLOCK=1024))
-            kernel = triton_fused.rope_and_cache_kernel
+            between(arch)
             for cached_as, kind in ((0, "*bf16"), (1, "*u8"), (2, "*i8")):
-                typed = dict.fromkeys(("keys_ptr", "values_ptr"), kind)
-                typed |= dict.fromkeys(("cos_ptr", "sin_ptr", "key_scale_ptr", "value_scale_ptr"), "*fp32")
-                typed |= dict(position_ptr="*i32", slot_ptr="*i32")
-                constants = dict(HALF=64, PADDED_HALF=64, FORMAT=cached_as)
-                found[f"rope {kind}"] = compiled(kernel, arch, kinds(kernel, typed), constants, 1)
-            typed = dict.fromkeys(("a_ptr", "b_ptr", "y_ptr"), "*bf16") | dict(h_ptr="*fp32", scale_ptr="*fp32")
-            typed |= dict.fromkeys(("row_ptr", "tile_start_ptr", "tile_end_ptr", "tile_slot_ptr"), "*i32")
-            for name, constants in (("shrink", dict(BLOCK_K=64)), ("expand", dict(BLOCK_N=64))):
-                kernel = getattr(triton_lora, name + "_kernel")
-                found[name] = compiled(kernel, arch, kinds(kernel, typed), constants | dict(RANK=64, BLOCK_M=16), 4, 3)
-            for name, (code, stack) in found.items():
-                assert f".target sm_{arch}" in code.asm["ptx"], name
-                assert stack == 0, (name, arch, stack)
-                assert code.metadata.shared <= 99 * 1024, (name, code.metadata.shared)
-    """,
+                attention(arch, cached_as, kind)
+            attention(arch, 0, "*fp32", "*fp32")
+            for precision in ("fp8", "nvfp4", "mxfp4", "ternary"):
+                linear(arch, precision)
+            linear(arch, "int8", weight="*i8")
+            linear(arch, "int4", group="*bf16")
+        """),
         interpret=False,
     )
 

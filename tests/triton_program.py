@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-PREAMBLE = """
+PREAMBLE = r"""
 import torch
 from paretune.kernels import BadTile, Tile
 from paretune.kernels.paged_cache import PagedCache
@@ -37,7 +37,7 @@ def paged(lengths, kv_heads, head_dim, block_size, dtype):
     return cache, tables
 
 def compiled(kernel, arch, kinds, constants, num_warps=4, num_stages=2):
-    """Machine code for a GPU that is not here, and the bytes of its stack, which are registers spilled."""
+    # machine code for a GPU that is not here, and the bytes of its stack, which are registers spilled
     import re, subprocess, tempfile, triton
     from pathlib import Path
     from triton.backends.compiler import GPUTarget
