@@ -61,16 +61,16 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
         if getattr(pool, field) > 1:
             allowed = "1: what more of them bring on an accelerator is not modeled"
             raise BadHardware(f"pool.{field}", getattr(pool, field), allowed, "leave it out")
-    left_out = (
+    left_out = [
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
         "time outside the steps (HTTP, tokenizer), contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
-    )
+    ]
     if pool.enforce_eager:
-        left_out += ("enforce_eager: what launching the operators one by one costs the host",)
+        left_out.append("enforce_eager: what launching the operators one by one costs the host")
     else:
-        left_out += ("CUDA graphs: their memory; steps with prompts are padded like decode steps of as many tokens",)
-    return ModeledStep(_padded(roofline_tables(source, shape, pool), pool), False, RELATIVE_ERROR, left_out)
+        left_out.append("CUDA graphs: their memory; steps with prompts are padded like decode steps of as many tokens")
+    return ModeledStep(_padded(roofline_tables(source, shape, pool), pool), False, RELATIVE_ERROR, tuple(left_out))
 
 
 def _padded(tables: StepTables, pool: Pool) -> StepTables:

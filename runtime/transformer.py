@@ -200,7 +200,7 @@ class Transformer:
             return embedding.index_select(0, token_ids).to(self._activations)
         own = (token_ids >= self._vocab.start) & (token_ids < self._vocab.stop)
         rows = embedding.index_select(0, (token_ids - self._vocab.start).where(own, 0)).to(self._activations)
-        return self._summed(rows.masked_fill_(~own[:, None], 0.0))
+        return self._summed(rows.where(own.unsqueeze(1), 0.0))
 
     def _attention(
         self, x: Tensor, layer: LayerWeights, index: int, batch: Batch | ContextPart | DeviceBatch

@@ -20,7 +20,7 @@ from paretune.runtime.sampler import SamplingParams
 from paretune.runtime.spec import Deployment, Pool
 
 HERE = gpus()
-NEEDED = os.environ.get("PARETUNE_NEED_GPU") == "1"  # benchmarks/cuda.py: there a skipped check is none
+NEEDED = os.environ.get("PARETUNE_NEED_GPU") == "1"  # benchmarks/gpu.py: there a skipped check is none
 pytestmark = pytest.mark.skipif(not HERE and not NEEDED, reason="no NVIDIA GPU that torch sees")
 
 LIMITS = {

@@ -21,6 +21,7 @@ from paretune.runtime.small_model import MODEL_DIR
 from paretune.runtime.spec import BadSpec, Deployment, Pool, parse_deployment
 
 from .gpu_programs import run_on_the_cpu
+from .triton_program import run
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="no triton here: pip install triton (Linux)"
@@ -247,3 +248,115 @@ def test_tiles_of_captured_graphs_need_new_replicas() -> None:
         {"operator": "linear", "precision": "bf16", "rows": 8, "backend": "triton", "parameters": {}}
     ]})  # fmt: skip
     assert fields_that_need_new_replicas(pool(), tiled) == ("tiles",)
+
+
+FAKE_GPU = """
+import dataclasses
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.runtime.jit import JITFunction
+from paretune.kernels import placement
+from paretune.runtime import transformer
+from paretune.runtime.device_batch import DeviceBatch
+from paretune.kernels.gpu_linear import activation_dtype
+from paretune.kernels.gpu_lora import GpuLoraSlots, RowTiles
+from paretune.kernels.paged_cache import PagedCache
+from paretune.kernels.tiles import TileTable
+from paretune.runtime.adapters import matrices
+from paretune.runtime.model_shape import ModelShape
+from paretune.runtime.parallel import Layout, shares
+from paretune.runtime.weights import load_weights
+from pathlib import Path
+
+placement.on_gpu = lambda where: True
+placement.capability = lambda device: (9, 0)
+placement.multiprocessors = lambda device: 132
+JITFunction.run = lambda self, *arguments, **options: None  # a kernel writes, and reads nothing that the host sees
+mode = FakeTensorMode(allow_non_fake_inputs=False)
+
+
+def indexed(x, index):
+    # Tensor.__getitem__ asks for a CUDA build; these are the same views without
+    dim = 0
+    for each in index if isinstance(index, tuple) else (index,):
+        if each is None:
+            x = x.unsqueeze(dim)
+            dim += 1
+        elif isinstance(each, int):
+            x = x.select(dim, each)
+        else:
+            first, last, _ = each.indices(x.shape[dim])
+            x = x.narrow(dim, first, last - first)
+            dim += 1
+    return x
+
+
+FakeTensor.__getitem__ = indexed
+
+
+def faked(thing):
+    # the same with every tensor on a GPU that is not here
+    if isinstance(thing, torch.Tensor):
+        there = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device="meta")
+        return FakeTensor(mode, there, torch.device("cuda:0"))
+    if isinstance(thing, (tuple, list)):
+        return type(thing)(map(faked, thing))
+    if dataclasses.is_dataclass(thing):
+        fields = {field.name: faked(getattr(thing, field.name)) for field in dataclasses.fields(thing) if field.init}
+        return type(thing)(**fields)
+    return thing
+
+
+def step(rows, tokens, width, decode_only, adapters):
+    batch = object.__new__(DeviceBatch)
+    sizes = dict(token_ids=tokens, positions=tokens, slot_mapping=tokens, query_start=rows + 1)
+    for name, size in (sizes | dict(context_len=rows, length=rows, head_rows=rows)).items():
+        setattr(batch, name, faked(torch.zeros(size, dtype=torch.int32)))
+    batch.block_tables = faked(torch.zeros(rows, width, dtype=torch.int32))
+    tiles = RowTiles(*(faked(torch.zeros(n, dtype=torch.int32)) for n in (tokens, 1, 1, 1))) if adapters else None
+    batch.adapter_rows = batch.head_adapter_rows = tiles
+    batch.decode_only, batch.max_query_rows = decode_only, tokens
+    return batch
+
+
+def check(folder, weight_dtype, kv_cache_dtype, ranks=1):
+    shape, cpu = ModelShape.load(Path(folder)), torch.device("cpu")
+    share = shares(shape, Layout(shards=ranks))[0]
+    weights = load_weights(shape, Path(folder), share, weight_dtype, TileTable(), cpu)
+    dtype = activation_dtype(weight_dtype)
+    slots = GpuLoraSlots(matrices(shape, share), 2, 16, dtype, cpu)
+    slots._a, slots._b, slots._scale = faked(slots._a), faked(slots._b), faked(slots._scale)
+    slots._there = [[[True] * 2 for _ in parts] for parts in slots._there]
+    summed = []
+    model = transformer.Transformer(
+        shape, weights, share, num_kv_blocks=20, host_kv_blocks=4, block_size=4, kv_cache_dtype=kv_cache_dtype,
+        max_model_len=64, tiles=TileTable(), reduce=summed.append if ranks > 1 else None, adapters=slots, device=cpu,
+        activations=dtype,
+    )
+    model._weights, model._cos, model._sin = faked(weights), faked(model._cos), faked(model._sin)
+    model._cache = [PagedCache(faked(c.blocks), c.dtype, c.block_size, c.kv_heads, c.head_dim) for c in model._cache]
+    for rows, tokens, decode_only in ((3, 3, True), (16, 16, True), (2, 21, False)):
+        with mode, torch.inference_mode():
+            logits = model.forward(step(rows, tokens, 5, decode_only, adapters=not decode_only))
+        assert logits.shape == (rows, len(share.vocab))
+        assert (logits.dtype, logits.device.type) == (torch.float32, "cuda")
+    assert {x.dtype for x in summed} == ({dtype} if ranks > 1 else set())
+
+
+with torch.inference_mode():
+    for weight_dtype in ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4", "mxfp4"):
+        check(FOLDER, weight_dtype, "bf16")
+    for kv_cache_dtype in ("fp32", "fp8", "int8"):
+        check(FOLDER, "bf16", kv_cache_dtype)
+    check(FOLDER, "bf16", "fp8", ranks=2)
+"""
+
+
+@needs_triton
+def test_a_step_in_every_precision_stays_on_the_gpu_and_waits_for_nothing(tmp_path: Path) -> None:
+    """On tensors that have a device and no numbers: whatever looked at a number, or lay elsewhere, would raise."""
+    folder = write_random_model(
+        tmp_path / "model", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, family="qwen3",
+    )  # fmt: skip
+    run(FAKE_GPU.replace("FOLDER", repr(str(folder))), interpret=False)

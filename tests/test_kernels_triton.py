@@ -259,7 +259,8 @@ def attention(arch, cached_as, kind, activations="*bf16"):
     grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
     code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
     t = prefill.default_tile(512, 128, 4 if wide else 2)
-    code(prefill.prefill_attention_kernel, arch, sizes | dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n")), t, **types)
+    sizes |= dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
+    code(prefill.prefill_attention_kernel, arch, sizes, t, **types)
 
 def linear(arch, precision, weight="*u8", group="*u8"):
     t, form = gpu_linear.default_tile("triton", 64), stored.WEIGHT_FORMATS[precision]

@@ -1,6 +1,7 @@
 """The engine on an NVIDIA GPU: whether it is right, then prefill and decode in tokens a second, with CUDA graphs and
 without. On a machine without a GPU it says so, prints its bars without values, and exits with 1.
 
+It is not called cuda.py: scripts come first in Python's path, and `cuda` is a package of NVIDIA's that torch imports.
 The GPU path was written without a GPU: until this script has run on one, nothing about its speed is known. It ends
 within 8 minutes: the checks are tests/test_gpu.py, the rest stops when its time is over, and says what was left out.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from bars import Bar, finish, spread
 from paretune.runtime.device import Gpu, gpus
 from paretune.runtime.random_model import write_random_model
@@ -124,7 +126,7 @@ def main() -> int:
         known = len(figures) == 2 and all(isinstance(each, dict) for each in figures)
         value = statistics.median([figures[0]["median"]]) / figures[1]["median"] if known else None
         bars.append(Bar(bar, value, TARGET))
-    finish(bars, {"gpus": [str(gpu) for gpu in here], "checks": said, "measured": measured}, "cuda")
+    finish(bars, {"gpus": [str(gpu) for gpu in here], "checks": said, "measured": measured}, "gpu")
     return 0
 
 
