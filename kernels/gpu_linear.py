@@ -50,11 +50,13 @@ def backends(precision: str, out_features: int, in_features: int, capability: tu
 
 
 def default_tile(backend: str, rows: int) -> Tile:
-    """Not measured: narrow row tiles where decoding has few rows, and in 99 KB of shared memory in every dtype."""
+    """Not measured: narrow row tiles where decoding has few rows, in 99 KB of shared memory, without spills."""
     if backend == "torch":
         return Tile("linear", "torch")
     block_m = min(64, max(16, rows))
-    return Tile("linear", "triton", (("block_m", block_m), ("block_k", 32), ("num_stages", 2)))
+    num_warps = 8 if block_m == 64 else 4
+    parameters = {"block_m": block_m, "block_k": 32, "num_warps": num_warps, "num_stages": 2}
+    return Tile("linear", "triton", tuple(parameters.items()))
 
 
 def chosen_tiles(stored: StoredWeight, tiles: TileTable | None, device: torch.device) -> tuple[Tile, ...]:
