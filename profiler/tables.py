@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..kernels.tiles import Tile, TileTable, bucket
 from ..kernels.weight_formats import WEIGHT_FORMATS
-from ..runtime.graph_sizes import captured_sizes, padded_rows
+from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
@@ -75,16 +75,12 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
 
 def _padded(tables: StepTables, pool: Pool) -> StepTables:
     """The tables with a step of each size taking what the captured step that it is padded to takes."""
-    sizes = captured_sizes(pool)
+    sizes = np.array((0, *captured_sizes(pool)))
 
     def stretched(table: Floats) -> Floats:
-        most = len(table) - 1
-        # (0 or None) stays what it is: no step, or one beyond the captured sizes
-        places = [min(padded_rows(sizes, n) or n, most) if n else 0 for n in range(min(most, max(sizes)) + 1)]
-        return np.concatenate([table[places], table[len(places) :]])
+        captured = sizes[np.searchsorted(sizes, np.arange(sizes[-1] + 1))]
+        return np.concatenate([table[captured], table[len(captured) :]])
 
-    if not sizes:
-        return tables
     return tables._replace(tokens_s=stretched(tables.tokens_s), samples_s=stretched(tables.samples_s))
 
 

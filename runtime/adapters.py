@@ -57,6 +57,7 @@ _IDLE_FIELDS = {
 }  # fmt: skip
 # ways to begin training that leave the base as it is; the others (pissa, olora, corda, loftq) change it
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+_CPU = torch.device("cpu")
 _FLOATS = {"F32", "BF16", "F16"}
 
 
@@ -250,7 +251,7 @@ class RankAdapters:
     A and B are fp32 beside fp32 weights, else bf16.
     """
 
-    def __init__(self, shape: ModelShape, share: Share, pool: Pool, device: torch.device) -> None:
+    def __init__(self, shape: ModelShape, share: Share, pool: Pool, device: torch.device = _CPU) -> None:
         self._shape, self._share = shape, share
         self._max_rank = pool.max_lora_rank
         self._precision = "fp32" if pool.weight_dtype == "fp32" else "bf16"

@@ -1,8 +1,8 @@
 """The forward pass of one rank: hidden states through the layers, keys and values into the paged cache, logits out.
 
 Activations are fp32 between operators on the CPU, whatever the weights are (see kernels/linear.py), and on a GPU in the
-dtype that the weights are multiplied in (kernels/gpu_linear.py). Attention takes mixed steps in
-one call; a step of pure decoding takes the decode kernel.
+dtype that the weights are multiplied in (kernels/gpu_linear.py). Attention takes mixed steps in one call; a step of
+pure decoding takes the decode kernel.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from .parallel import Share
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CPU = torch.device("cpu")
 _FLOATS = {"F32", "BF16", "F16", "F64"}
 
 
@@ -184,7 +185,7 @@ class Weights:
 
 
 def load_weights(
-    shape: ModelShape, model_dir: Path, share: Share, weight_dtype: str, tiles: TileTable, device: torch.device
+    shape: ModelShape, model_dir: Path, share: Share, weight_dtype: str, tiles: TileTable, device: torch.device = _CPU
 ) -> Weights:
     """Read, cut and pack the weights of one rank.
 

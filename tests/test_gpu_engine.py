@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paretune.profiler.hardware import accelerator
+from paretune.profiler.tables import step_tables
 from paretune.runtime import device
 from paretune.runtime.device import Gpu, check_gpus, visible_to_replica
 from paretune.runtime.engine import Engine, Request
@@ -225,6 +227,17 @@ def test_sizes_are_vllms_up_to_max_num_seqs() -> None:
         assert padded is not None
         assert rows <= padded < 2 * rows + 8
     assert padded_rows(sizes, 101) is None
+
+
+def test_the_simulator_lets_a_step_take_what_the_captured_one_takes() -> None:
+    shape, device = ModelShape.load(MODEL_DIR), accelerator("H100")
+    plain = step_tables(device, shape, pool(max_num_seqs=20, enforce_eager=True))
+    padded = step_tables(device, shape, pool(max_num_seqs=20, cuda_graph_sizes=(4, 20)))
+    for rows, captured in ((0, 0), (1, 4), (4, 4), (5, 20), (20, 20), (21, 21)):
+        assert padded.tables.tokens_s[rows] == plain.tables.tokens_s[captured]
+    for rows, captured in ((0, 0), (3, 4), (19, 20)):
+        assert padded.tables.samples_s[rows] == plain.tables.samples_s[captured]
+    assert any("enforce_eager" in note for note in plain.not_modeled)
 
 
 @pytest.mark.parametrize(
