@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import placement
 from . import prefill_attention as general
 from .cpu.build import load
 from .cpu.workspace import WORKSPACE
@@ -43,7 +44,7 @@ def decode_attention(
         block_tables: (S, max_blocks) int32, block ids in order of the context; entries past the last block are not
         read. context_len: (S,) int32, tokens in the cache WITH the new one; 0 gives a row of zeros.
         scale: usually head_dim ** -0.5.
-        tile: left out: C++, or torch where there is no compiler.
+        tile: left out: C++, or torch where there is no compiler; on a GPU Triton.
     Returns: (S, heads, head_dim), dtype of q; within 1e-5 of reference() for N(0, 1) q and cache, computed in fp32:
         what the cache's format rounds is rounded when tokens are written, not here. But for a bf16 cache where the
         processor has bf16 dot products: queries and attention weights are rounded to bf16 for them, within 2e-2.
@@ -54,6 +55,10 @@ def decode_attention(
     sequences, heads, head_dim = q.shape
     if sequences != context_len.shape[0]:
         raise ValueError(f"{sequences} rows of q for {context_len.shape[0]} sequences; decoding takes one row each")
+    if placement.on_gpu(q):
+        from . import triton_decode_attention
+
+        return triton_decode_attention.decode_attention(q, cache, block_tables, context_len, scale, tile)
     library = load()
     if tile is None:
         tile = Tile("decode_attention", "torch") if library is None else _DEFAULT

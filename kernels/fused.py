@@ -1,8 +1,8 @@
 """The operators between the matrix products: normalization, rotary embedding with the KV write, and the gated
 activation.
 
-Each is one pass over memory in C++ where there is a compiler, and a few torch calls where not. Activations are fp32 or
-bf16; weights and angles are fp32; everything is computed in fp32.
+Each is one pass over memory in C++ where there is a compiler, and a few torch calls where not; on a GPU it is a Triton
+kernel. Activations are fp32 or bf16, on a GPU also fp16; weights and angles are fp32; everything is computed in fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import placement
 from .cpu.build import Library, load
 from .paged_cache import PagedCache
 
@@ -41,6 +42,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = Non
     """x (T, hidden) fp32 or bf16, rows contiguous; weight (hidden,) fp32 -> (T, hidden), dtype of x."""
     rows, width = x.shape
     _check_weight(x, weight)
+    if placement.on_gpu(x):
+        from . import triton_fused
+
+        return triton_fused.rms_norm(x, weight, eps)
     library = _library(backend)
     if library is None:
         return _torch_rms_norm(x, weight, eps)
@@ -60,6 +65,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, bac
     _check_weight(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
         raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}, x {tuple(x.shape)} {x.dtype}")
+    if placement.on_gpu(x):
+        from . import triton_fused
+
+        return triton_fused.add_rms_norm(x, residual, weight, eps)
     library = _library(backend)
     if library is None:
         residual.copy_(residual.float() + x.float())
@@ -78,6 +87,10 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     rows, width = gate_up.shape
     if width % 2:
         raise ValueError(f"gate_up has {width} columns, which is odd")
+    if placement.on_gpu(gate_up):
+        from . import triton_fused
+
+        return triton_fused.swiglu(gate_up)
     library = _library(backend)
     if library is None:
         gate, up = gate_up.float().chunk(2, dim=-1)
@@ -126,12 +139,18 @@ def rope_and_cache(
             f"a cache of {cache.kv_heads} KV heads of {cache.head_dim} numbers does not take keys {tuple(k.shape)}"
         )
     library = _library(backend)
-    if library is None:
+    if library is None and not placement.on_gpu(q):
         _torch_rope_and_cache(q, k, v, positions, cos, sin, cache, slot_mapping)
         return
     for tensor in (q, k, v):
         if tensor.stride(2) != 1 or tensor.stride(1) != head_dim:
             raise ValueError("the heads of q, k and v must lie side by side within a token")
+    if placement.on_gpu(q):
+        from . import triton_fused
+
+        triton_fused.rope_and_cache(q, k, v, positions, cos, sin, cache, slot_mapping)
+        return
+    assert library is not None
     positions = positions.to(torch.int64)
     slot_mapping = slot_mapping.to(torch.int64)
     refused = library.rope_and_cache(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import placement
 from .cpu.build import Library, load
 from .cpu.workspace import WORKSPACE
 from .stored_weight import StoredWeight, quantize_int8, store
@@ -33,6 +34,7 @@ MAX_IN_FEATURES_INT8 = 65536  # int32 sums of 255 * 127 products stay below 2**3
 _BUCKETS = 33
 _EXPANDED_ROWS = 512  # of the torch layout, expanded at a time
 _HUGE_PAGE_BYTES = 2 << 20
+_CPU = torch.device("cpu")
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,7 +68,7 @@ class PackedLinear:
     weight         torch layout (out, in), for the backend "torch"; below eight bits (out, bytes), low bits first
     group_scale    of `weight`, as StoredWeight has it
     channel_scale  (out,) fp32, where the format has one
-    bias           (out,) fp32 or None
+    bias           (out,) fp32 or None; on a GPU in the dtype of the activations
     """
 
     precision: str
@@ -96,13 +98,15 @@ def pack(
     bias: Tensor | None = None,
     tiles: TileTable | None = None,
     backends: tuple[str, ...] | None = None,
+    device: torch.device = _CPU,
 ) -> PackedLinear:
-    """Lay out a weight for the CPU.
+    """Lay out a weight for the CPU, or for a GPU.
 
     Args:
         weight: stored, or (out, in) of any float dtype and then rounded to `precision`.
         backends: whose layouts are kept in memory; left out: what `tiles` names for this precision, and C++ (torch
-            where there is no compiler) if it names nothing.
+            where there is no compiler) if it names nothing. Not asked on a GPU, where one layout serves all.
+        device: that will compute with it.
     Raises BadTile: unknown precision or backend, a backend that this machine lacks, a shape that cannot be packed.
     """
     stored = weight if isinstance(weight, StoredWeight) else store(weight, precision or "")
@@ -113,6 +117,14 @@ def pack(
     if stored.format.arithmetic == "int8" and in_features > MAX_IN_FEATURES_INT8:
         allowed = f"<= {MAX_IN_FEATURES_INT8} for {precision}"
         raise BadTile("linear: in_features", in_features, allowed, "use bf16")
+    if placement.on_gpu(device):
+        from . import gpu_linear
+
+        chosen = gpu_linear.chosen_tiles(stored, tiles, device)
+        weight, group_scale, channel_scale, bias = gpu_linear.on_device(stored, bias, device)
+        return PackedLinear(
+            precision, out_features, in_features, chosen, None, weight, group_scale, channel_scale, bias, None, None, 0
+        )
     library = load()
     default = Tile("linear", "cpp" if library is not None else "torch")
     table = tiles or TileTable.default()
@@ -153,6 +165,10 @@ def retile(packed: PackedLinear, tiles: TileTable) -> PackedLinear:
 
     Raises BadTile: a tile whose backend wants the weight in a layout that is not there.
     """
+    if packed.weight is not None and placement.on_gpu(packed.weight):
+        from . import gpu_linear
+
+        return gpu_linear.retiled(packed, tiles)
     held = [name for name, layout in (("cpp", packed.panels), ("torch", packed.weight)) if layout is not None]
     library = load()
     default = Tile("linear", held[0])
@@ -179,7 +195,12 @@ def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:
         tile: left out: the one that `packed` holds for this M.
     Within 1e-5 (fp32), 1e-2 (bf16) of reference() relative to the largest output for N(0, 1) inputs.
     Raises ValueError: x has another shape or dtype; BadTile: the tile's backend was not packed.
+    On a GPU x may be fp16, too; what is exact there, gpu_linear.py says.
     """
+    if placement.on_gpu(x):
+        from . import gpu_linear
+
+        return gpu_linear.linear(x, packed, tile)
     if x.ndim != 2 or x.shape[1] != packed.in_features or x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"linear: x is {tuple(x.shape)} {x.dtype}, not (M, {packed.in_features}) float32 or bfloat16")
     rows = x.shape[0]

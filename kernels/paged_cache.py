@@ -16,6 +16,7 @@ its scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,21 @@ _FORMATS = {
     "int8": _Format(3, torch.int8, True),
 }
 CACHE_DTYPES = tuple(_FORMATS)
+
+
+class GpuPlanes(NamedTuple):
+    """What the Triton kernels are given of a cache; all are views.
+
+    keys, values             (num_blocks, kv_heads, block_size, head_dim) as stored, e4m3 as its bytes
+    key_scales, value_scales  (num_blocks, kv_heads, block_size) fp32; keys and values again where there are none
+    format                   0: floats, 1: e4m3, 2: int8 with scales
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+    format: int
 
 
 def block_bytes(dtype: str, block_size: int, kv_heads: int, head_dim: int) -> int:
@@ -121,6 +137,17 @@ class PagedCache:
         bytes_of_all = 2 * self.kv_heads * self.block_size * _SCALE_BYTES
         flat = self.blocks[:, -bytes_of_all:].view(torch.float32)
         return flat.view(-1, self.kv_heads, 2, self.block_size)
+
+    @cached_property
+    def gpu_planes(self) -> GpuPlanes:
+        """Made once: a step asks for them in each layer."""
+        keys, values = self.keys, self.values
+        if keys.dtype == torch.float8_e4m3fn:
+            keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+        key_scales, value_scales = self.key_scales, self.value_scales
+        if key_scales is None or value_scales is None:
+            return GpuPlanes(keys, values, keys, values, int(self.dtype == "fp8"))
+        return GpuPlanes(keys, values, key_scales, value_scales, 2)
 
     def read(self, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a context's first `length` tokens, each (length, kv_heads, head_dim) fp32."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import placement
 from .cpu.build import load
 from .cpu.workspace import WORKSPACE
 from .paged_cache import PagedCache
 from .tiles import BadTile, Tile
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16)
+GPU_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.float16)
 
 
 def reference(
@@ -52,6 +54,8 @@ def prefill_attention(
     context_len: Tensor,
     scale: float,
     tile: Tile | None = None,
+    *,
+    max_query_rows: int | None = None,
 ) -> Tensor:
     """Attention of the new tokens of every sequence of a step; sequences with one new token are decoded on the way.
 
@@ -62,7 +66,8 @@ def prefill_attention(
         read. query_start: (S + 1,) int32, rows query_start[s] .. query_start[s + 1] - 1 of q belong to sequence s.
         context_len: (S,) int32, tokens in the cache BEFORE this step.
         scale: usually head_dim ** -0.5.
-        tile: left out: C++, or torch where there is no compiler.
+        tile: left out: C++, or torch where there is no compiler; on a GPU Triton.
+        max_query_rows: most new tokens of a sequence, asked for on a GPU alone; left out: T.
     Returns: (T, heads, head_dim), dtype of q, accumulated in fp32; within 1e-5 (fp32 cache) or 1e-2 (other
     formats: queries, weights and scaled int8 are rounded to bf16 where the CPU has bf16 dot products) of reference()
     for N(0, 1) inputs.
@@ -72,6 +77,13 @@ def prefill_attention(
     sequences = context_len.shape[0]
     if query_start.shape != (sequences + 1,) or query_start.dtype != torch.int32:
         raise ValueError(f"query_start is {tuple(query_start.shape)} {query_start.dtype}, not ({sequences + 1},) int32")
+    if placement.on_gpu(q):
+        from . import triton_prefill_attention
+
+        most = q.shape[0] if max_query_rows is None else max_query_rows
+        return triton_prefill_attention.prefill_attention(
+            q, cache, block_tables, query_start, context_len, scale, tile, most
+        )
     library = load()
     if tile is None:
         tile = Tile("prefill_attention", "torch") if library is None else _DEFAULT
@@ -101,8 +113,10 @@ _DEFAULT = Tile("prefill_attention", "cpp")
 
 
 def check_shapes(q: Tensor, cache: PagedCache, block_tables: Tensor, context_len: Tensor) -> None:
-    if q.ndim != 3 or q.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"q is {tuple(q.shape)} {q.dtype}, not (tokens, heads, head_dim) float32 or bfloat16")
+    dtypes = GPU_FLOAT_DTYPES if placement.on_gpu(q) else FLOAT_DTYPES
+    if q.ndim != 3 or q.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"q is {tuple(q.shape)} {q.dtype}, not (tokens, heads, head_dim) {allowed}")
     if cache.head_dim != q.shape[2] or q.shape[1] % cache.kv_heads:
         raise ValueError(
             f"q {tuple(q.shape)} does not fit a cache of {cache.kv_heads} KV heads of {cache.head_dim} numbers"

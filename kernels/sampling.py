@@ -1,7 +1,8 @@
 """From logits to tokens: the best one, or one drawn from what top-k and top-p leave. The uniform numbers come in.
 
 Drawing inverts the cumulative distribution: of all tokens in their order, or, where they are cut, of those left, best
-first. C++ does both in one pass over a row and the cut on a heap; torch, where there is no compiler, sorts.
+first. C++ does both in one pass over a row and the cut on a heap; torch, where there is no compiler, sorts, as it does
+for logits on a GPU, where they lie.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import placement
 from .cpu.build import load
 from .cpu.workspace import WORKSPACE
 
+TORCH_ROWS = 64  # sampled at a time by torch, which takes three float64 copies of them
 _TOP_P_CANDIDATES = 1024  # enough for nearly every nucleus; rows that need more are sorted whole
 
 
@@ -34,9 +37,9 @@ def reference(logits: Tensor, top_k: int, top_p: float) -> NDArray[np.float64]:
 
 def argmax(logits: Tensor, *, backend: str | None = None) -> NDArray[np.int64]:
     """The best token of each row of (rows, vocab_size) fp32; of equal ones the first."""
-    library = None if backend == "torch" else load()
+    library = None if backend == "torch" or placement.on_gpu(logits) else load()
     if library is None or logits.stride(1) != 1:
-        return logits.argmax(dim=1).numpy()
+        return logits.argmax(dim=1).cpu().numpy()
     tokens = np.empty(len(logits), np.int64)
     library.argmax(logits.data_ptr(), logits.stride(0), *logits.shape, tokens.ctypes.data, torch.get_num_threads())
     return tokens
@@ -59,9 +62,13 @@ def draw(
             al., arXiv:1904.09751).
         backend: "torch", or left out: C++ where there is a compiler.
     """
-    library = None if backend == "torch" else load()
+    library = None if backend == "torch" or placement.on_gpu(logits) else load()
     if library is None or logits.stride(1) != 1:
-        return _torch_draw(logits, uniform, top_k, top_p)
+        tokens = np.empty(len(uniform), np.int64)
+        for at in range(0, len(tokens), TORCH_ROWS):
+            part = slice(at, at + TORCH_ROWS)
+            tokens[part] = _torch_draw(logits[part], uniform[part], top_k[part], top_p[part])
+        return tokens
     uniform, top_p = np.ascontiguousarray(uniform, np.float64), np.ascontiguousarray(top_p, np.float64)
     top_k, tokens = np.ascontiguousarray(top_k, np.int64), np.empty(len(uniform), np.int64)
     arguments = (
@@ -84,7 +91,7 @@ def _torch_draw(
     whole = np.flatnonzero(~cut)
     if len(whole):
         mass = torch.softmax(logits[torch.from_numpy(whole)].double(), dim=1).cumsum(dim=1)
-        tokens[whole] = _pick(mass, uniform[whole]).numpy()
+        tokens[whole] = _pick(mass, uniform[whole]).cpu().numpy()
     rows = np.flatnonzero(cut)
     candidates = min(logits.shape[1], max(int(top_k.max()), _TOP_P_CANDIDATES))
     while len(rows):
@@ -100,19 +107,24 @@ def _draw_cut(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Draw among the `candidates` best tokens; False where they hold less than the nucleus: look at more."""
     best, order = torch.topk(logits.double(), candidates, dim=1)
-    limit = torch.from_numpy(np.where(top_k > 0, top_k, candidates))[:, None]
-    best = best.masked_fill(torch.arange(candidates) >= limit, -math.inf)
-    total = torch.where(torch.from_numpy(top_k > 0), best.logsumexp(dim=1), logits.double().logsumexp(dim=1))
+    device = logits.device
+    limit = torch.from_numpy(np.where(top_k > 0, top_k, candidates)).to(device)[:, None]
+    best = best.masked_fill(torch.arange(candidates, device=device) >= limit, -math.inf)
+    total = torch.where(torch.from_numpy(top_k > 0).to(device), best.logsumexp(dim=1), logits.double().logsumexp(dim=1))
     probability = (best - total[:, None]).exp()
     before = probability.cumsum(dim=1) - probability
-    nucleus = torch.from_numpy(top_p)[:, None]
-    done = (top_k > 0) | (before[:, -1] + probability[:, -1] >= nucleus[:, 0]).numpy() | (candidates == logits.shape[1])
+    nucleus = torch.from_numpy(top_p).to(device)[:, None]
+    done = (
+        (top_k > 0)
+        | (before[:, -1] + probability[:, -1] >= nucleus[:, 0]).cpu().numpy()
+        | (candidates == logits.shape[1])
+    )
     mass = probability.masked_fill((before >= nucleus) & (before > 0), 0).cumsum(dim=1)
     place = _pick(mass, uniform)
-    return done, order.gather(1, place[:, None])[:, 0].numpy()
+    return done, order.gather(1, place[:, None])[:, 0].cpu().numpy()
 
 
 def _pick(mass: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     """The first place of each row whose cumulative mass exceeds uniform * the row's total."""
-    target = torch.from_numpy(uniform)[:, None] * mass[:, -1:]
+    target = torch.from_numpy(uniform).to(mass.device)[:, None] * mass[:, -1:]
     return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=mass.shape[1] - 1)

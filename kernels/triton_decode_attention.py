@@ -14,16 +14,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import placement
 from .paged_cache import PagedCache
 from .tiles import BadTile, Tile
+from .triton_formats import e4m3_value
+
+_MOST_SPLITS = 32
+
+
+@triton.jit
+def cached_numbers(ptrs, mask, FORMAT: tl.constexpr):
+    """Keys or values as stored, without their scales; e4m3 as fp32."""
+    stored = tl.load(ptrs, mask=mask, other=0)
+    if FORMAT == 1:
+        stored = e4m3_value(stored)
+    return stored
 
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, context_ptr, mixed_ptr, largest_ptr, total_ptr, scale, q_stride, table_stride,
-    block_size, block_stride, head_stride, kv_heads, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, context_ptr, mixed_ptr, largest_ptr, total_ptr, scale,
+    q_stride, table_stride, block_size, block_stride, head_stride, scale_block_stride, kv_heads, GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
+    # The grid hangs on the number of sequences alone, not on how long they are: so a CUDA graph can hold it.
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(context_ptr + sequence)
     part = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_N) * BLOCK_N
@@ -44,14 +59,19 @@ def decode_attention_kernel(
         slot = block.to(tl.int64) * block_stride + position % block_size * HEAD_DIM
         offset = slot + kv_head * head_stride
         have = there[:, None] & (dim[None, :] < HEAD_DIM)
-        k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
-        v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=have, other=0.0)
+        k = cached_numbers(k_ptr + offset[:, None] + dim[None, :], have, FORMAT)
+        v = cached_numbers(v_ptr + offset[:, None] + dim[None, :], have, FORMAT)
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee") * scale
+        if FORMAT == 2:
+            scale_place = block.to(tl.int64) * scale_block_stride + kv_head * 2 * block_size + position % block_size
+            scores *= tl.load(k_scale_ptr + scale_place, mask=there, other=0.0)[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp(scores - peak[:, None])
         down = tl.exp(largest - peak)
         total = total * down + tl.sum(weights, 1)
+        if FORMAT == 2:
+            weights *= tl.load(v_scale_ptr + scale_place, mask=there, other=0.0)[None, :]
         mixed = mixed * down[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         largest = peak
     row = (sequence * kv_heads * GROUP + head) * SPLITS + split
@@ -77,30 +97,28 @@ def merge_kernel(
     tl.store(out_ptr + row.to(tl.int64) * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def gpu_readable(cache: PagedCache) -> tuple[Tensor, Tensor]:
-    """Keys and values in a format that the Triton kernels read. Raises ValueError: fp8 and int8 are none yet."""
-    if cache.dtype not in ("fp32", "bf16"):
-        raise ValueError(f"the Triton kernels read fp32 and bf16 caches, not {cache.dtype}")
-    return cache.keys, cache.values
-
-
 def decode_attention(
     q: Tensor,
     cache: PagedCache,
     block_tables: Tensor,
     context_len: Tensor,
     scale: float,
-    tile: Tile,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """As kernels/decode_attention.py, for tensors on a GPU (or on the CPU under TRITON_INTERPRET=1).
+    """As kernels/decode_attention.py, for tensors on a GPU (or on the CPU under TRITON_INTERPRET=1); also fp16.
 
+    Args:
+        tile: left out: `default_tile`.
     Raises BadTile: the tile belongs to another operator or backend.
     """
+    if tile is None:
+        wide = q.shape[2] * q.itemsize > 256
+        tile = default_tile(q.shape[0] * cache.kv_heads, placement.multiprocessors(q.device), wide)
     if (tile.operator, tile.backend) != ("decode_attention", "triton"):
         found = f"{tile.operator} on {tile.backend}"
         raise BadTile("decode_attention: tile", found, "decode_attention on triton", "look it up again")
     sequences, heads, head_dim = q.shape
-    keys, values = gpu_readable(cache)
+    planes = cache.gpu_planes
     block_size, kv_heads = cache.block_size, cache.kv_heads
     block_n, splits, num_warps, num_stages = tile.arguments
     group, padded_dim = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
@@ -108,14 +126,30 @@ def decode_attention(
     largest = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
     total = torch.empty_like(largest)
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+    if not sequences:
+        return out
     decode_attention_kernel[(sequences, kv_heads, splits)](
-        q, keys, values, block_tables, context_len, mixed, largest, total, scale, q.stride(0),
-        block_tables.stride(0), block_size, *keys.stride()[:2], kv_heads, group,
-        max(16, triton.next_power_of_2(group)), head_dim, padded_dim, splits, block_n,
-        num_warps=num_warps, num_stages=num_stages,
+        q, planes.keys, planes.values, planes.key_scales, planes.value_scales, block_tables, context_len, mixed,
+        largest, total, scale, q.stride(0), block_tables.stride(0), block_size, *planes.keys.stride()[:2],
+        planes.key_scales.stride(0), kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim, padded_dim,
+        splits, block_n, planes.format, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(sequences * heads,)](mixed, largest, total, out, head_dim, padded_dim, splits)
     return out
+
+
+def default_tile(pairs: int, multiprocessors: int, wide: bool) -> Tile:
+    """Parts enough for two programs on each multiprocessor; not measured on any GPU.
+
+    Args:
+        pairs: sequences times KV heads.
+        wide: heads of more than 256 bytes.
+    Twice the tokens a step spill registers on sm_80 (heads of 128 numbers).
+    """
+    wanted = 2 * multiprocessors // max(1, pairs)
+    splits = min(_MOST_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+    parameters = {"block_n": 16 if wide else 32, "splits": splits, "num_stages": 1 if wide else 2}
+    return Tile("decode_attention", "triton", tuple(parameters.items()))
 
 
 def tiles(context_tokens: int, head_dim: int, shared_memory_bytes: int, itemsize: int = 2) -> list[Tile]:

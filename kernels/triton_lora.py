@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lora import AdapterRows
+from .gpu_lora import BLOCK_ROWS, RowTiles
 
 
 @triton.jit
@@ -63,8 +63,8 @@ def expand_kernel(
 
 
 def lora(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: AdapterRows, *, first: int = 0,
-    block_m: int = 16, block_n: int = 64, block_k: int = 64,
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, rows: RowTiles, *, first: int = 0, block_n: int = 64,
+    block_k: int = 64,
 ) -> None:  # fmt: skip
     """y[row, first : first + channels] += scale[slot] * (x[row] @ A[slot].T) @ B[slot].T, IN PLACE.
 
@@ -73,7 +73,7 @@ def lora(
             and b of one dtype (fp32, fp16 or bf16). rank: a power of two >= 16, smaller ranks padded with zeros.
         scale: (slots,) fp32.
         rows: on the device of x; a row is in it at most once.
-        block_m, block_n, block_k: powers of two >= 16. Not searched: no GPU has measured them.
+        block_n, block_k: powers of two >= 16. Not searched: no GPU has measured them.
     Sums are fp32; between the two products they are rounded to the dtype of b.
     Raises ValueError: shapes or dtypes that do not fit together.
     """
@@ -85,18 +85,13 @@ def lora(
         )
     if rank < 16 or rank & (rank - 1) or not a.is_contiguous() or not b.is_contiguous():
         raise ValueError(f"lora: A {tuple(a.shape)} is not contiguous with a rank that is a power of two >= 16")
-    sizes = rows.start[1:] - rows.start[:-1]
-    tiles = (sizes + block_m - 1) // block_m
-    group = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), tiles)
-    before = torch.cumsum(tiles, 0) - tiles
-    within = torch.arange(len(group), device=x.device) - before[group]
-    tile_start = (rows.start[:-1][group] + within * block_m).to(torch.int32)
-    tile_end = rows.start[1:][group].contiguous()
-    tile_slot = rows.slot[group].contiguous()
+    tiles = len(rows.slot)
+    if not tiles:
+        return
     h = torch.empty((len(rows.row), rank), dtype=torch.float32, device=x.device)
-    shrink_kernel[(len(group),)](
-        x, a, h, scale, rows.row, tile_start, tile_end, tile_slot, in_features, x.stride(0), rank, block_m, block_k
+    shrink_kernel[(tiles,)](
+        x, a, h, scale, rows.row, rows.start, rows.end, rows.slot, in_features, x.stride(0), rank, BLOCK_ROWS, block_k
     )
-    expand_kernel[(len(group), triton.cdiv(channels, block_n))](
-        h, b, y, rows.row, tile_start, tile_end, tile_slot, first, channels, y.stride(0), rank, block_m, block_n
+    expand_kernel[(tiles, triton.cdiv(channels, block_n))](
+        h, b, y, rows.row, rows.start, rows.end, rows.slot, first, channels, y.stride(0), rank, BLOCK_ROWS, block_n
     )

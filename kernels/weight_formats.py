@@ -15,6 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# From which compute capability on an NVIDIA GPU's tensor cores multiply bf16, and e4m3 (CUDA C++ Programming Guide)
+BF16_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
+
 
 @dataclass(frozen=True)
 class WeightFormat:

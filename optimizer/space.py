@@ -29,7 +29,7 @@ MAX_POINTS = 200_000
 MAX_NUM_SEQS = (4, 8, 16, 32, 64, 128, 256)
 MAX_NUM_BATCHED_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
-_FIELDS = tuple(name for name in Pool.model_fields if name not in ("role", "tiles"))
+_FIELDS = tuple(name for name in Pool.model_fields if name not in ("role", "tiles", "cuda_graph_sizes"))
 _SETTINGS = ("fields", "default", "max_devices")
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from ..kernels.cpu.build import load, why_missing
 from ..kernels.jit import cache_dir
-from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..kernels.weight_formats import BF16_CAPABILITY, FP8_CAPABILITY, WEIGHT_FORMATS
+from ..runtime.device import Gpu, gpus
 from .hardware import PriceBook
 from .profile import BadProfile, Profile, this_machine
 
@@ -106,12 +107,29 @@ def _triton() -> Finding:
 def _cuda() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        text = f"none; torch {torch.__version__}. The bundled runtime serves on the CPU"
+    found = gpus()
+    if not found:
+        text = f"none that torch {torch.__version__} sees. The bundled runtime serves on the CPU"
         return Finding("GPU", "missing", text, "tune for an accelerator of the catalog: paretune tune --accelerator")
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    text = f"{names}; the bundled runtime serves on the CPU for now"
-    return Finding("GPU", "limited", text, "export the spec to vLLM to serve on the GPU")
+    shown = "; ".join(_gpu_text(gpu) for gpu in found)
+    if any(gpu.capability < BF16_CAPABILITY for gpu in found):
+        todo = "the bundled runtime takes capability 8.0 and up: hide the others with CUDA_VISIBLE_DEVICES"
+        return Finding("GPU", "limited", shown, todo)
+    if _version("triton") is None:
+        return Finding("GPU", "limited", shown, "pip install triton: attention and norms on GPUs are its kernels")
+    todo = "check it first: python benchmarks/gpu.py; the GPU path was written without a GPU and never run on one"
+    return Finding("GPU", "limited", shown, todo)
+
+
+def _gpu_text(gpu: Gpu) -> str:
+    """Which weights its tensor cores multiply as stored, by capability (kernels/gpu_linear.py)."""
+    fast = ["bf16", "fp16", "int8"] if gpu.capability >= BF16_CAPABILITY else []
+    fast += ["fp8"] if gpu.capability >= FP8_CAPABILITY else []
+    slow = [name for name in WEIGHT_FORMATS if name not in (*fast, "fp32")]
+    memory = f"{gpu.free_bytes / GIB:.0f} of {gpu.total_bytes / GIB:.0f} GiB free"
+    capability = ".".join(map(str, gpu.capability))
+    text = f"{gpu.name}, capability {capability}, {memory}; multiplied as stored: {', '.join(fast) or 'none'}"
+    return f"{text}; expanded: {', '.join(slow)}"
 
 
 def _postgres() -> Finding:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.memory import GPU_MEMORY_SHARE
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
 from .hardware import Accelerator, BadHardware
@@ -28,9 +29,6 @@ from .step_time import WORK_GRID, StepTables
 EFFICIENCY = 0.76
 LAYER_OVERHEAD_S = 38e-6
 RELATIVE_ERROR = 0.56
-
-# Share of device memory that weights and KV cache may take: vLLM's --gpu-memory-utilization as of version 0.33.
-MEMORY_SHARE = 0.92
 
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
 # int8 models, and the routers of experts, compute in bf16.
@@ -167,13 +165,13 @@ def _attention_s(accelerator: Accelerator, shape: ModelShape, sharding: _Shardin
 
 
 def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:
-    """KV blocks of pool.block_size tokens that fit beside the weights: MEMORY_SHARE of the memory, less the weights.
+    """KV blocks of pool.block_size tokens that fit: GPU_MEMORY_SHARE of the memory, less the weights.
 
     Activations and the engine's own buffers come out of the rest; 0 or less where the weights alone do not fit.
     """
     tp = pool.tensor_parallel_size
     weights = rank_weight_bytes(shape, tp, pool.weight_dtype, pool.enable_expert_parallel)
-    left = accelerator.memory_bytes * MEMORY_SHARE - weights
+    left = accelerator.memory_bytes * GPU_MEMORY_SHARE - weights
     return math.floor(left / (pool.block_size * kv_bytes_per_token(shape, tp, pool.kv_cache_dtype)))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..kernels.tiles import Tile, TileTable, bucket
 from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
@@ -66,13 +67,28 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
         if pool.tensor_parallel_size > most:
             allowed = f"tensor_parallel_size of at most {most}, the model's experts" if most else "false: it has none"
             raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
-    left_out = (
+    left_out = [
         *_left_out_of_experts(shape, pool),
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
-        "time outside the steps (HTTP, tokenizer), padding of batches, contention of replicas",
+        "time outside the steps (HTTP, tokenizer), contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
-    )
-    return ModeledStep(roofline_tables(source, shape, pool), False, RELATIVE_ERROR, left_out)
+    ]
+    if pool.enforce_eager:
+        left_out.append("enforce_eager: what launching the operators one by one costs the host")
+    else:
+        left_out.append("CUDA graphs: their memory; steps with prompts are padded like decode steps of as many tokens")
+    return ModeledStep(_padded(roofline_tables(source, shape, pool), pool), False, RELATIVE_ERROR, tuple(left_out))
+
+
+def _padded(tables: StepTables, pool: Pool) -> StepTables:
+    """The tables with a step of each size taking what the captured step that it is padded to takes."""
+    sizes = np.array((0, *captured_sizes(pool)))
+
+    def stretched(table: Floats) -> Floats:
+        captured = sizes[np.searchsorted(sizes, np.arange(sizes[-1] + 1))]
+        return np.concatenate([table[captured], table[len(captured) :]])
+
+    return tables._replace(tokens_s=stretched(tables.tokens_s), samples_s=stretched(tables.samples_s))
 
 
 def _left_out_of_experts(shape: ModelShape, pool: Pool) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ WORDS = {
     "max_loras": "Compute with at most {after} adapters in one step instead of {before}.",
     "max_cpu_loras": "Keep {after} adapters in memory instead of {before} (0: as many as one step takes).",
     "max_lora_rank": "Accept adapters of rank {after} at most (was {before}).",
+    "enforce_eager": "Start each operator of a decode step by itself: {after} (was {before}).",
+    "cuda_graph_sizes": "Record decode steps of {after} requests beforehand, instead of {before} (empty: the usual).",
     "tiles": "Cut the operators' work into blocks as this machine does best: {after} tuned tiles instead of {before}.",
 }
 

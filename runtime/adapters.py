@@ -21,6 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..kernels import placement
+from ..kernels.gpu_linear import activation_dtype
+from ..kernels.gpu_lora import GpuLoraSlots
 from ..kernels.lora import Delta, LoraSlots, Matrix, PackedAdapter, pack_adapter
 from .model_shape import ModelShape
 from .parallel import Share
@@ -54,6 +57,7 @@ _IDLE_FIELDS = {
 }  # fmt: skip
 # ways to begin training that leave the base as it is; the others (pissa, olora, corda, loftq) change it
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+_CPU = torch.device("cpu")
 _FLOATS = {"F32", "BF16", "F16"}
 
 
@@ -250,14 +254,20 @@ class RankAdapters:
     A and B are fp32 beside fp32 weights, else bf16.
     """
 
-    def __init__(self, shape: ModelShape, share: Share, pool: Pool) -> None:
+    def __init__(self, shape: ModelShape, share: Share, pool: Pool, device: torch.device = _CPU) -> None:
         self._shape, self._share = shape, share
         self._max_rank = pool.max_lora_rank
         self._precision = "fp32" if pool.weight_dtype == "fp32" else "bf16"
         self._matrices = matrices(shape, share)
         self._most = pool.max_cpu_loras or pool.max_loras
         self._host: OrderedDict[int, PackedAdapter] = OrderedDict()
-        self.slots = LoraSlots(self._matrices, pool.max_loras, pool.max_lora_rank, self._precision)
+        self._backend = "torch" if placement.on_gpu(device) else None
+        self.slots: LoraSlots | GpuLoraSlots
+        if placement.on_gpu(device):
+            dtype = activation_dtype(pool.weight_dtype)
+            self.slots = GpuLoraSlots(self._matrices, pool.max_loras, pool.max_lora_rank, dtype, device)
+        else:
+            self.slots = LoraSlots(self._matrices, pool.max_loras, pool.max_lora_rank, self._precision)
 
     def read(self, number: int, folder: Path, keep: Collection[int] = ()) -> PackedAdapter:
         """Adapter `number` from host memory, from disk if it is not there; others than `keep` may have to go.
@@ -266,7 +276,7 @@ class RankAdapters:
         """
         if number not in self._host:
             deltas = read_adapter(folder, self._shape, self._share, self._max_rank)
-            self._host[number] = pack_adapter(deltas, self._matrices, self._precision)
+            self._host[number] = pack_adapter(deltas, self._matrices, self._precision, backend=self._backend)
         self._host.move_to_end(number)
         for other in list(self._host):
             if len(self._host) <= self._most:

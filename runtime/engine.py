@@ -26,6 +26,7 @@ from . import kv_cache
 from .adapter_slots import NO_ADAPTER
 from .adapters import AdapterNames, BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
+from .device import check_gpus
 from .launch import Launch
 from .memory import check_memory
 from .model_shape import ModelShape
@@ -56,7 +57,7 @@ from .scheduler_state import (
     new_plan,
     new_state,
 )
-from .spec import BadSpec, Deployment, Pool
+from .spec import CPU, BadSpec, Deployment, Pool
 from .token_store import TokenStore
 
 __all__ = [
@@ -181,7 +182,7 @@ class Engine:
     """One replica of a deployment on this machine. It sets torch's threads for the whole process.
 
     Args:
-        deployment: one mixed pool on the CPU; `replicas` is the business of whoever starts engines.
+        deployment: one mixed pool, on the CPU or on GPUs; `replicas` is the business of whoever starts engines.
         model_dir: what `resolve_model(deployment.model)` gives.
         launch: the ranks that were started from outside, of which this is rank 0; left out: the engine starts its own.
         keep_logits: put the logits of every computed token into `kept_logits`, for tests and for perplexity.
@@ -199,7 +200,9 @@ class Engine:
         self._policy = deployment.scheduler_policy
         if launch is not None:
             launch.check(self.pool)
-        check_memory(self.shape, self.pool, replicas=1, ranks=None if launch is None else launch.local)
+        ranks = None if launch is None else launch.local
+        check_gpus(self.pool, ranks)
+        check_memory(self.shape, self.pool, replicas=1, ranks=ranks)
         self.kept_logits: list[KeptLogits] = []
         self._keep_logits = keep_logits
         self._others: OtherRanks | RanksOfOthers | None = None
@@ -209,13 +212,15 @@ class Engine:
             layout = Layout.of(self.pool)
             if launch is not None and layout.size > 1:
                 self._others = RanksOfOthers(launch)
-                peers = Peers(self._others.store, 0, layout, launch.address())
+                peers = Peers(self._others.store, 0, layout, launch.address(), nccl=self.pool.accelerator != CPU)
             elif layout.size > 1:
                 self._others = OtherRanks(self.pool, model_dir, self.shape)
-                peers = Peers(file_store(self._others.folder, self.pool), 0, layout)
+                store = file_store(self._others.folder, self.pool)
+                peers = Peers(store, 0, layout, nccl=self.pool.accelerator != CPU)
             self._rank = Rank(self.pool, self.shape, model_dir, peers)
             if self._others is not None:
                 self._others.wait_until_loaded()
+            self._rank.capture()
             self._adapter_names = AdapterNames()
             self._reset()
             self._warm_up()
@@ -365,6 +370,11 @@ class Engine:
             self._rank.use_tiles(pool.tiles)
         change_limits(self._state, pool)
         self.pool = pool
+
+    @property
+    def capture_s(self) -> float:
+        """Seconds that capturing decode steps as CUDA graphs took at the start; 0 where none are."""
+        return self._rank.capture_s
 
     @property
     def num_waiting(self) -> int:

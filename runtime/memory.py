@@ -10,13 +10,17 @@ from pathlib import Path
 import psutil
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
+from .device import gpus
 from .model_shape import ModelShape
 from .parallel import Layout, Share, held_shape, keeps_scales_whole, shares
-from .spec import BadSpec, Pool
+from .spec import CPU, BadSpec, Pool
 
 _GIB = 1 << 30
 _SMALLER = ("bf16", "int8", "int4")  # weights to suggest, the least loss of quality first
 _ROW_BLOCK = 256  # rows of one expert between its two products at a time, on each thread: kernels/cpu/moe.cpp
+# Share of a GPU's memory that an engine may take: vLLM's --gpu-memory-utilization as of version 0.33. The rest is for
+# the CUDA context, the libraries' workspaces, NCCL and captured graphs, which were not measured.
+GPU_MEMORY_SHARE = 0.92
 _PROCESS_BYTES = 300 << 20  # Python, torch and Numba of one rank, resident: measured with torch 2.13 CPU, 2026-11
 
 
@@ -39,20 +43,33 @@ class MemoryNeed:
 def memory_need(
     shape: ModelShape, pool: Pool, replicas: int | None = None, ranks: Sequence[int] | None = None
 ) -> MemoryNeed:
-    """What `replicas` of a pool take on the CPU; left out: all replicas of the pool.
+    """What `replicas` of a pool take, on the CPU or, of the GPUs' memory, on GPUs; left out: all replicas of the pool.
 
     Args:
         ranks: of each replica, by number, that are on this machine; left out: all.
     """
     replicas = pool.replicas if replicas is None else replicas
     here = _shares(shape, pool, ranks)
+    on_cpu = pool.accelerator == CPU
+    host_blocks = pool.host_kv_blocks if on_cpu else 0
+    adapters = pool.max_loras + (_host_adapters(pool) if on_cpu else 0)
     return MemoryNeed(
         weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in here),
-        kv_cache_bytes=replicas * (pool.num_kv_blocks + pool.host_kv_blocks) * _block_bytes(shape, pool, ranks),
+        kv_cache_bytes=replicas * (pool.num_kv_blocks + host_blocks) * _block_bytes(shape, pool, ranks),
         activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in here),
-        process_bytes=replicas * len(here) * _PROCESS_BYTES,
-        adapter_bytes=replicas * len(here) * _adapter_bytes(shape, pool),
+        process_bytes=replicas * len(here) * _PROCESS_BYTES if on_cpu else 0,
+        adapter_bytes=replicas * len(here) * adapters * _adapter_bytes(shape, pool),
     )
+
+
+def host_bytes_beside_gpus(
+    shape: ModelShape, pool: Pool, replicas: int | None = None, ranks: Sequence[int] | None = None
+) -> int:
+    """What a pool on GPUs takes of the host's memory: processes, host blocks and adapters. Arguments as memory_need."""
+    replicas = pool.replicas if replicas is None else replicas
+    size = len(_shares(shape, pool, ranks))
+    each = _PROCESS_BYTES + _host_adapters(pool) * _adapter_bytes(shape, pool)
+    return replicas * (size * each + pool.host_kv_blocks * _block_bytes(shape, pool, ranks))
 
 
 def memory_text(need: MemoryNeed, available: int) -> str:
@@ -87,7 +104,7 @@ def _block_bytes(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> 
 
 def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
-    # fp32, the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
+    # the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
     hidden, sparse, between = held.hidden_size, held.experts, 0
     dense = 0 if sparse and len(sparse.layers) == held.num_layers else 3 * held.intermediate_size
     width = max(2 * held.qkv_features, dense)
@@ -98,11 +115,12 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     width += 2 * hidden
     logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
-    return 4 * (pool.max_num_batched_tokens * width + between + logits + angles)
+    itemsize = 4 if pool.accelerator == CPU or pool.weight_dtype == "fp32" else 2
+    return itemsize * (pool.max_num_batched_tokens * width + between) + 4 * (logits + angles)
 
 
 def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
-    """Of one rank: A and B of q, k, v, gate, up, o and down. It holds one of the two cut, which is not taken off.
+    """Of one adapter: A and B of q, k, v, gate, up, o and down. A rank holds one of the two cut, not taken off here.
 
     Of a mixture of experts adapters change q, k, v and o alone.
     """
@@ -110,8 +128,23 @@ def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
     narrow = shape.num_kv_heads * shape.head_dim
     values = 4 * hidden + 2 * wide + 2 * narrow + (0 if shape.experts else 3 * (hidden + inter))
     itemsize = 4 if pool.weight_dtype == "fp32" else 2
-    adapters = pool.max_loras + (pool.max_cpu_loras or pool.max_loras)
-    return adapters * shape.num_layers * values * pool.max_lora_rank * itemsize
+    return shape.num_layers * values * pool.max_lora_rank * itemsize
+
+
+def _host_adapters(pool: Pool) -> int:
+    return pool.max_cpu_loras or pool.max_loras
+
+
+def available_for(pool: Pool, ranks: Sequence[int] | None = None, replicas: int | None = None) -> int:
+    """Bytes that the ranks of a pool can take: of this machine's memory, or of the memory of its GPUs.
+
+    On GPUs as many times what the fullest of them has left, as there are ranks: each has one, and they need alike.
+    """
+    if pool.accelerator == CPU:
+        return available_bytes()
+    count = (pool.replicas if replicas is None else replicas) * (Layout.of(pool).size if ranks is None else len(ranks))
+    left = min(gpu.free_bytes - (1 - GPU_MEMORY_SHARE) * gpu.total_bytes for gpu in gpus()[:count])
+    return count * max(0, int(left))
 
 
 def available_bytes() -> int:
@@ -149,8 +182,13 @@ def check_memory(
         ranks: as in memory_need.
     Raises: BadSpec, with the nearest setting that fits.
     """
-    available = available_bytes() if available is None else available
     replicas = pool.replicas if replicas is None else replicas
+    if pool.accelerator != CPU:
+        on_host, host = host_bytes_beside_gpus(shape, pool, replicas, ranks), available_bytes()
+        if on_host > host:
+            found, allowed = f"{on_host / _GIB:.2f} GiB", f"{host / _GIB:.2f} GiB, the host's memory available here"
+            raise BadSpec("host_kv_blocks, max_cpu_loras, replicas", found, allowed, "lower one of them")
+    available = available_for(pool, ranks, replicas) if available is None else available
     need = memory_need(shape, pool, replicas, ranks)
     if need.total_bytes <= available:
         return

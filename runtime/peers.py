@@ -1,7 +1,12 @@
-"""How the ranks of one replica talk: torch.distributed over gloo, in groups of their own."""
+"""How the ranks of one replica talk: torch.distributed in groups of their own, over gloo, and NCCL between GPUs.
+
+Steps travel over gloo in both cases: they are a few KB that the hosts read. What the ranks of a layer add up or gather
+lies on their devices, and on GPUs goes over NCCL, in order with the kernels around it, so that a CUDA graph holds it.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from datetime import timedelta
 from typing import Any
@@ -30,11 +35,14 @@ class Peers:
     object's own, not torch's global default: several engines may live in one process.
     """
 
-    def __init__(self, store: Any, rank: int, layout: Layout, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self, store: Any, rank: int, layout: Layout, address: str = "127.0.0.1", *, nccl: bool = False
+    ) -> None:
         """
         Args:
             store: torch.distributed's, where the ranks find each other.
             address: of this machine, at which the other ranks reach it.
+            nccl: the ranks compute on GPUs, this one on torch's current device.
         """
         self.rank = rank
         self.layout = layout
@@ -53,6 +61,9 @@ class Peers:
         if layout.stages > 1:
             self._meet("step", tuple(range(layout.size)))
         self._shards = self._groups["step", layout.shards_of(self.place)]
+        self._nccl = nccl and layout.shards > 1
+        if self._nccl:
+            self._shards = self._over_nccl(layout.shards_of(self.place))
         self._parts = self._groups["step", layout.parts_of(self.place)]
         self._all = self._groups["step", tuple(range(layout.size))] if layout.stages > 1 else None
         self._sent: deque[tuple[Any, Tensor]] = deque()
@@ -68,13 +79,27 @@ class Peers:
             group = _distributed.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), options)
             self._groups[kind, ranks] = group
 
+    def _over_nccl(self, ranks: tuple[int, ...]) -> Any:
+        # NCCL's own watchdog ends the process where a rank is gone, and knows nothing of collectives inside a graph.
+        # Whoever waits for the result of a step has a time limit (gpu_steps.py), raises RankFailed, and aborts these.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        options = _distributed.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        store = _distributed.PrefixStore(f"nccl {ranks}", self._store)
+        return _distributed.ProcessGroupNCCL(store, ranks.index(self.rank), len(ranks), options)
+
+    def abort(self) -> None:
+        """Let go of collectives that will never end, and with them of the GPU."""
+        if self._nccl:
+            self._shards.abort()
+
     def all_reduce(self, x: Tensor) -> None:
         """x becomes the sum of the x of all ranks that share this layer, the same bits on each of them.
 
         Two ranks with little to say tell each other directly: 92 us where gloo's all-reduce takes 214 (8 rows of 256,
         least of 300 on two busy cores).
         """
-        if self.layout.shards > 2 or x.nbytes > _DIRECT_BYTES:
+        if self._nccl or self.layout.shards > 2 or x.nbytes > _DIRECT_BYTES:
             self._shards.allreduce([x]).wait()
             return
         other = torch.empty_like(x)

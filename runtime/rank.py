@@ -24,17 +24,21 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from ..kernels import placement
+from ..kernels.gpu_linear import activation_dtype
 from ..kernels.tiles import TileTable
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .adapters import RankAdapters
 from .batch import ARGMAX, FILL_SLOT, HEAD, Batch, read_fill, write_fill
 from .context_part import ContextPart, context_part
+from .device import rank_device
+from .gpu_steps import GpuSteps
 from .launch import Launch
 from .memory import give_back_freed_memory
 from .model_shape import ModelShape
 from .parallel import Layout, RankFailed, shares, thread_environment
 from .peers import Peers
-from .spec import Pool
+from .spec import CPU, Pool
 from .transformer import Transformer
 from .weights import load_weights
 
@@ -47,10 +51,17 @@ TASK_FILE = "task.json"
 class Rank:
     """The model of one rank and the buffers of its steps.
 
-    batches  one for each step that may be in flight; rank 0 writes a step into the `wire` of one that is free
+    batches    one for each step that may be in flight; rank 0 writes a step into the `wire` of one that is free
+    capture_s  seconds that capturing decode steps as CUDA graphs took; 0 where none are
+
+    Args:
+        device: where it computes; left out: the CPU, or the first GPU.
     """
 
-    def __init__(self, pool: Pool, shape: ModelShape, model_dir: Path, peers: Peers | None) -> None:
+    def __init__(
+        self, pool: Pool, shape: ModelShape, model_dir: Path, peers: Peers | None, device: torch.device | None = None
+    ) -> None:
+        device = rank_device(pool, 0) if device is None else device
         torch.set_num_threads(pool.num_threads)
         self._peers = peers
         layout = Layout.of(pool)
@@ -60,10 +71,11 @@ class Rank:
         self._vocab_sizes = [len(share.vocab) for share in ranks[: layout.shards]]
         self.batches = tuple(Batch(pool) for _ in range(layout.stages))
         self._results: list[Tensor | None] = [None] * layout.stages
-        self.adapters = RankAdapters(shape, self._share, pool) if pool.max_loras else None
+        self.adapters = RankAdapters(shape, self._share, pool, device) if pool.max_loras else None
+        on_gpu = placement.on_gpu(device)
         self._transformer = Transformer(
             shape,
-            load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles),
+            load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles, device),
             self._share,
             num_kv_blocks=pool.num_kv_blocks,
             host_kv_blocks=pool.host_kv_blocks,
@@ -74,8 +86,21 @@ class Rank:
             reduce=peers.all_reduce if peers and layout.shards > 1 else None,
             parts=peers if layout.parts > 1 else None,
             adapters=None if self.adapters is None else self.adapters.slots,
+            device=device,
+            activations=activation_dtype(pool.weight_dtype) if on_gpu else torch.float32,
         )
         give_back_freed_memory()  # what packing the weights took in between
+        self._gpu = GpuSteps(pool, self._transformer, device, peers) if on_gpu else None
+
+    @property
+    def capture_s(self) -> float:
+        return 0.0 if self._gpu is None else self._gpu.graphs.capture_s
+
+    def capture(self) -> None:
+        """On a GPU: capture decode steps as CUDA graphs; every rank does, once all have loaded. Raises: RankFailed."""
+        if self._gpu is not None:
+            with torch.inference_mode():
+                self._gpu.capture()
 
     def begin(self, index: int, used: int) -> None:
         """Rank 0: compute its part of the step in the first `used` places of `batches[index].wire`.
@@ -103,7 +128,7 @@ class Rank:
                 dtype = torch.int64 if batch.head == ARGMAX else torch.float32
                 received = self._peers.receive_result(shape if rows else (1,), dtype)
                 result = received if rows else received.new_empty(shape)
-            return result
+            return result if self._gpu is None else self._gpu.result(result, batch.head)
 
     def follow(self) -> bool:
         """Another rank: wait for a step and compute this rank's part of it. False: rank 0 has left."""
@@ -132,7 +157,11 @@ class Rank:
             work = context_part(batch, peers.place.part, peers.layout.parts) or batch
         if peers is not None and not self._share.is_first:
             hidden = peers.take_over((work.token_ids.shape[0], self._shape.hidden_size))
-        logits = self._transformer.forward(work, hidden)
+        if self._gpu is None:
+            self._transformer.copy_blocks(batch.copies)
+            logits = self._transformer.forward(work, hidden)
+        else:
+            logits = self._gpu.logits(batch)
         if peers is not None and not self._share.is_last:
             peers.pass_on(logits)
             return None
@@ -299,12 +328,14 @@ def follow_rank_0(pool: Pool, model_dir: Path, launch: Launch) -> int:
     """
     store = launch.store()
     try:
-        peers = Peers(store, launch.rank, Layout.of(pool), launch.address())
+        device = rank_device(pool, launch.rank - launch.local.start)
+        peers = Peers(store, launch.rank, Layout.of(pool), launch.address(), nccl=pool.accelerator != CPU)
         # from here on rank 0 decides what Ctrl-C and SIGTERM mean, which reach all processes
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers)
+        rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers, device)
         store.set(_loaded(launch.rank), "")
+        rank.capture()
         while rank.follow():
             pass
     except RuntimeError as error:
@@ -322,9 +353,11 @@ def main() -> None:
     threading.Thread(target=_leave_with_rank_0, daemon=True).start()
     pool, model_dir = Pool.model_validate(task["pool"]), Path(task["model_dir"])
     (folder / f"{number}.started").touch()
-    peers = Peers(file_store(folder, pool), number, Layout.of(pool))
-    rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers)
+    device = rank_device(pool, number)
+    peers = Peers(file_store(folder, pool), number, Layout.of(pool), nccl=pool.accelerator != CPU)
+    rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers, device)
     (folder / f"{number}.loaded").touch()
+    rank.capture()
     while rank.follow():
         pass
     sys.exit("rank 0 has left")

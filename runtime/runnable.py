@@ -8,6 +8,7 @@ from .parallel import Layout, keeps_scales_whole, tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
 
 # the arrays of a batch are as large as the limits that the engine was built with
+MAX_GPU_RANK = 256  # of an adapter: A and B of one program then take no more than 64 KB of shared memory
 _LIMITS_CHANGED_WHILE_RUNNING = ("max_num_seqs", "max_num_batched_tokens")
 WEIGHT_DTYPES = tuple(WEIGHT_FORMATS)
 USUAL_WEIGHT_DTYPES = ("fp32", "bf16", "int8")  # profiled and searched where nobody says otherwise
@@ -28,7 +29,6 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     pool = deployment.pool
     for field, value, allowed in (
         ("role", pool.role, ("mixed",)),
-        ("accelerator", pool.accelerator, (CPU,)),
         ("weight_dtype", pool.weight_dtype, WEIGHT_DTYPES),
         ("kv_cache_dtype", pool.kv_cache_dtype, KV_CACHE_DTYPES),
     ):
@@ -40,6 +40,8 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.max_loras and pool.pipeline_parallel_size > 1:
         found = f"{pool.max_loras} with pipeline_parallel_size {pool.pipeline_parallel_size}"
         raise BadSpec("pools.0.max_loras", found, "0 with several stages, for the bundled engine")
+    if pool.accelerator != CPU:
+        _check_on_gpu(pool)
     if shape is None:
         return
     if pool.max_model_len > shape.max_position_embeddings:
@@ -59,6 +61,8 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
+    if shape.experts is not None and pool.accelerator != CPU:
+        raise BadSpec("pools.0.accelerator", pool.accelerator, "'cpu' for a mixture of experts, for the bundled engine")
     _check_experts(pool, shape)
     if not keeps_scales_whole(shape, pool.weight_dtype, Layout.of(pool)):
         group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by
@@ -78,6 +82,19 @@ def _check_experts(pool: Pool, shape: ModelShape) -> None:
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, most)
 
 
+def _check_on_gpu(pool: Pool) -> None:
+    """Raises: BadSpec: what the engine does on the CPU alone. Whether the GPUs are here, device.check_gpus says."""
+    for name in ("pipeline_parallel_size", "context_parallel_size"):
+        if getattr(pool, name) > 1:
+            allowed = "1 on GPUs, for the bundled engine; tensor_parallel_size shards there"
+            raise BadSpec(f"pools.0.{name}", getattr(pool, name), allowed)
+    if pool.num_kv_blocks * pool.block_size >= 1 << 31:
+        found = f"{pool.num_kv_blocks} of {pool.block_size} tokens"
+        raise BadSpec("pools.0.num_kv_blocks", found, "fewer than 2**31 tokens on a GPU, whose slots are int32")
+    if pool.max_loras and pool.max_lora_rank > MAX_GPU_RANK:
+        raise BadSpec("pools.0.max_lora_rank", pool.max_lora_rank, f"at most {MAX_GPU_RANK} on a GPU")
+
+
 def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:
     """Fields of `pool` that replicas started with `built` cannot take on; empty: they can change while they run.
 
@@ -90,7 +107,7 @@ def fields_that_need_new_replicas(built: Pool, pool: Pool) -> tuple[str, ...]:
 def _changes_while_running(name: str, built: Pool, pool: Pool) -> bool:
     if name in _LIMITS_CHANGED_WHILE_RUNNING:
         return bool(getattr(pool, name) <= getattr(built, name))
-    # the ranks of a sharded replica are not told of tiles
+    # the ranks of a sharded replica are not told of tiles, and CUDA graphs hold those they were captured with
     if name == "tiles":
-        return Layout.of(pool).size == 1
+        return Layout.of(pool).size == 1 and pool.accelerator == CPU
     return name in ("max_queued_requests", "long_prefill_token_threshold")

@@ -141,7 +141,7 @@ class Sampler:
         """One token per row.
 
         Args:
-            logits: (rows, vocab_size) fp32; changed in place where tokens are banned.
+            logits: (rows, vocab_size) fp32, on any device; changed in place where tokens are banned.
             slots, generated: (rows,) the request of each row, and how many tokens of its answer it has.
         Returns: the tokens (rows,), and what each row asked to be told about its token.
         """
@@ -155,7 +155,8 @@ class Sampler:
         temperature = self._temperature[slots]
         sampled = np.flatnonzero(temperature > 0)
         if len(sampled):
-            scaled = logits[torch.from_numpy(sampled)] / torch.from_numpy(temperature[sampled])[:, None]
+            divisor = torch.from_numpy(temperature[sampled]).to(logits.device)
+            scaled = logits[torch.from_numpy(sampled).to(logits.device)] / divisor[:, None]
             uniform = uniforms(self._seed[slots[sampled]], generated[sampled])
             top_k, top_p = self._top_k[slots[sampled]], self._top_p[slots[sampled]]
             tokens[sampled] = draw(scaled, uniform, top_k, top_p)

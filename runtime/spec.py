@@ -135,6 +135,12 @@ class Pool(_Part):
         0, ge=0, description="adapters kept in host memory, those of live requests besides; 0 = max_loras"
     )
     max_lora_rank: int = Field(16, ge=1, le=512, description="highest rank of an adapter")
+    enforce_eager: bool = Field(
+        False, description="launch decode steps kernel by kernel, not as CUDA graphs; false on cpu, which has none"
+    )
+    cuda_graph_sizes: tuple[int, ...] = Field(
+        (), description="rows of the decode steps captured as CUDA graphs, ascending; empty: 1, 2, 4, 8, 16, 24, ..."
+    )
     tiles: Tiles = Field(default_factory=TileTable, description="tile of each operator by precision and row bucket")
 
     @field_validator("block_size")
@@ -143,6 +149,27 @@ class Pool(_Part):
         if value & (value - 1):
             raise ValueError("block_size must be a power of two")
         return value
+
+    @field_validator("cuda_graph_sizes")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in value) or list(value) != sorted(set(value)):
+            raise ValueError("cuda_graph_sizes must be integers >= 1, ascending, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> Self:
+        if self.accelerator == CPU and (self.enforce_eager or self.cuda_graph_sizes):
+            name = "enforce_eager" if self.enforce_eager else "cuda_graph_sizes"
+            raise ValueError(f"{name} is for accelerators with CUDA graphs, and accelerator is 'cpu'")
+        if self.enforce_eager and self.cuda_graph_sizes:
+            raise ValueError("enforce_eager is true, so cuda_graph_sizes must be empty: nothing is captured")
+        if self.cuda_graph_sizes and self.cuda_graph_sizes[-1] > self.max_num_seqs:
+            raise ValueError(
+                f"cuda_graph_sizes go up to {self.cuda_graph_sizes[-1]}, and no decode step has more rows than "
+                f"max_num_seqs ({self.max_num_seqs})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

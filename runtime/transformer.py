@@ -1,7 +1,8 @@
 """The forward pass of one rank: hidden states through the layers, keys and values into the paged cache, logits out.
 
-Activations are fp32 between operators, whatever the weights are (see kernels/linear.py). Attention takes mixed steps in
-one call; a step of pure decoding takes the decode kernel.
+Activations are fp32 between operators on the CPU, whatever the weights are (see kernels/linear.py), and on a GPU in the
+dtype that the weights are multiplied in (kernels/gpu_linear.py). Attention takes mixed steps in one call; a step of
+pure decoding takes the decode kernel.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels import placement
 from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
+from ..kernels.gpu_lora import RowTiles
 from ..kernels.linear import PackedLinear, linear
-from ..kernels.lora import AdapterRows, LoraSlots
+from ..kernels.lora import AdapterRows
 from ..kernels.moe import moe, route
 from ..kernels.paged_cache import PagedCache, block_bytes
 from ..kernels.prefill_attention import prefill_attention
@@ -27,6 +30,7 @@ from ..kernels.tiles import BadTile, Tile, TileTable
 from .adapters import DOWN, GATE_UP, MATRICES, O_PROJ, QKV
 from .batch import Batch
 from .context_part import ContextPart
+from .device_batch import DeviceBatch
 from .model_shape import ModelShape, Rope
 from .parallel import Share
 from .weights import LayerWeights, Weights, retiled
@@ -76,11 +80,18 @@ class ContextPeers(Protocol):
     def reduce_parts(self, x: Tensor) -> None: ...
 
 
+class Adapters(Protocol):
+    """The adapters that lie in slots, on this rank's device."""
+
+    def add(self, matrix: int, x: Tensor, y: Tensor, rows: Any) -> None: ...
+
+
 class Transformer:
     """One rank's model and its KV cache. `reduce` adds a tensor up over the ranks, in place; None: there is one.
 
     cache_blocks  (layers, num_kv_blocks, bytes) uint8: `cache_blocks[layer][block]` is all there is of a block in a
                   layer, its scales with it (kernels/paged_cache.py)
+    host_blocks   the same of the host's blocks, where they are memory of another kind
     """
 
     def __init__(
@@ -97,7 +108,9 @@ class Transformer:
         tiles: TileTable,
         reduce: Callable[[Tensor], None] | None,
         parts: ContextPeers | None = None,
-        adapters: LoraSlots | None = None,
+        adapters: Adapters | None = None,
+        device: torch.device,
+        activations: torch.dtype = torch.float32,
     ) -> None:
         self._is_last = share.is_last
         self._parts = parts
@@ -108,20 +121,28 @@ class Transformer:
         self._adapters = adapters
         self._heads, self._kv_heads = len(share.heads), len(share.kv_heads)
         self._scale = shape.head_dim**-0.5
-        self._cos, self._sin = rope_tables(shape, max_model_len)
+        self._on_gpu = placement.on_gpu(device)
+        self._activations = activations
+        self._cos, self._sin = (table.to(device) for table in rope_tables(shape, max_model_len))
         sizes = (kv_cache_dtype, block_size, self._kv_heads, shape.head_dim)
-        # host blocks come behind those of the device, and no attention reads them: both are memory of this machine
-        cache = (len(share.layers), num_kv_blocks + host_kv_blocks, block_bytes(*sizes))
-        self.cache_blocks = zeros_on_huge_pages(cache, torch.uint8)
+        layers, width = len(share.layers), block_bytes(*sizes)
+        if self._on_gpu:
+            self.cache_blocks = torch.zeros((layers, num_kv_blocks, width), dtype=torch.uint8, device=device)
+            pinned = device.type == "cuda"
+            self.host_blocks = torch.zeros((layers, host_kv_blocks, width), dtype=torch.uint8, pin_memory=pinned)
+        else:
+            # host blocks come behind those of the device, and no attention reads them: both are memory of this machine
+            self.cache_blocks = zeros_on_huge_pages((layers, num_kv_blocks + host_kv_blocks, width), torch.uint8)
+            self.host_blocks = self.cache_blocks[:, :0]
         self._cache = [PagedCache(layer, *sizes) for layer in self.cache_blocks]
         self._kv_cache_dtype = kv_cache_dtype
-        self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype)
-        self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype)
+        self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype, on_gpu=self._on_gpu)
+        self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype, on_gpu=self._on_gpu)
 
     def use_tiles(self, tiles: TileTable) -> None:
         """Compute with other tiles from now on. Raises: BadTile, and nothing changed: the weights lack their layout."""
-        decode = _by_bucket(tiles, "decode_attention", self._kv_cache_dtype)
-        prefill = _by_bucket(tiles, "prefill_attention", self._kv_cache_dtype)
+        decode = _by_bucket(tiles, "decode_attention", self._kv_cache_dtype, on_gpu=self._on_gpu)
+        prefill = _by_bucket(tiles, "prefill_attention", self._kv_cache_dtype, on_gpu=self._on_gpu)
         self._weights = retiled(self._weights, tiles)
         self._decode_tiles, self._prefill_tiles = decode, prefill
 
@@ -132,16 +153,24 @@ class Transformer:
             copies: (C, 2) int32, from and to; from num_kv_blocks on they are host blocks.
         """
         for source, destination in copies.tolist():
-            self.cache_blocks[:, destination] = self.cache_blocks[:, source]
+            self._block(destination).copy_(self._block(source), non_blocking=True)
 
-    def forward(self, batch: Batch | ContextPart, hidden: Tensor | None = None) -> Tensor:
+    def _block(self, number: int) -> Tensor:
+        """(layers, bytes), on the device or, from its blocks on, on the host."""
+        on_device = self.cache_blocks.shape[1]
+        if number < on_device:
+            return self.cache_blocks.select(1, number)
+        return self.host_blocks.select(1, number - on_device)
+
+    def forward(self, batch: Batch | ContextPart | DeviceBatch, hidden: Tensor | None = None) -> Tensor:
         """The step's keys and values into the cache, and the logits (head rows, this rank's vocabulary) fp32.
+
+        After `copy_blocks`. On a GPU nothing in it waits for the GPU, so that a CUDA graph can hold a decode step.
 
         Args:
             hidden: (T, hidden) fp32, what the pipeline stage before gave; None on the first stage. Overwritten.
         Returns: the logits where this rank has the head; before the last stage what the next one takes as `hidden`.
         """
-        self.copy_blocks(batch.copies)
         weights, eps = self._weights, self._shape.rms_norm_eps
         residual = self._embedded(batch.token_ids) if hidden is None else hidden
         x = rms_norm(residual, weights.layers[0].input_norm, eps)
@@ -150,7 +179,7 @@ class Transformer:
         for index, layer in enumerate(weights.layers):
             x = self._attention(x, layer, index, batch)
             if index == last and self._is_last:  # of the last layer only the head's rows are ever read
-                x, residual = x[batch.head_rows], residual[batch.head_rows]
+                x, residual = x.index_select(0, batch.head_rows), residual.index_select(0, batch.head_rows)
                 rows = batch.head_adapter_rows
             x = self._summed(self._adapted(x, layer.o, index, O_PROJ, rows))
             x = add_rms_norm(x, residual, layer.post_norm, eps)
@@ -161,9 +190,9 @@ class Transformer:
             return residual
         if isinstance(batch, ContextPart):
             x = self._whole_head_rows(x, batch)
-        return x if weights.head is None else linear(x, weights.head)
+        return x if weights.head is None else linear(x, weights.head).float()
 
-    def _mlp(self, x: Tensor, layer: LayerWeights, index: int, rows: AdapterRows | None) -> Tensor:
+    def _mlp(self, x: Tensor, layer: LayerWeights, index: int, rows: AdapterRows | RowTiles | None) -> Tensor:
         """x (T, hidden) -> what this rank adds to (T, hidden): by its experts, its channels, or both."""
         experts, dense = layer.experts, None
         if layer.gate_up is not None and layer.down is not None:
@@ -180,16 +209,18 @@ class Transformer:
         return out if dense is None else out.addcmul_(dense, logits[:, shape.num_experts :].sigmoid())
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
-        """(T,) -> (T, hidden) fp32, summed over the ranks, of which one has the row of a token and the others add 0."""
+        """(T,) -> (T, hidden), summed over the ranks, of which one has the row of a token and the others add 0."""
         embedding = self._weights.embedding
         assert embedding is not None, "only the first stage embeds"
         if self._reduce is None:
-            return embedding[token_ids].float()
+            return embedding.index_select(0, token_ids).to(self._activations)
         own = (token_ids >= self._vocab.start) & (token_ids < self._vocab.stop)
-        rows = embedding[(token_ids - self._vocab.start).where(own, 0)].float()
-        return self._summed(rows.masked_fill_(~own[:, None], 0.0))
+        rows = embedding.index_select(0, (token_ids - self._vocab.start).where(own, 0)).to(self._activations)
+        return self._summed(rows.where(own.unsqueeze(1), 0.0))
 
-    def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: Batch | ContextPart) -> Tensor:
+    def _attention(
+        self, x: Tensor, layer: LayerWeights, index: int, batch: Batch | ContextPart | DeviceBatch
+    ) -> Tensor:
         """x (T, hidden) -> what the heads of this rank read, (T, heads * head_dim)."""
         tokens, heads, kv_heads, head_dim = x.shape[0], self._heads, self._kv_heads, self._shape.head_dim
         qkv = self._adapted(x, layer.qkv, index, QKV, batch.adapter_rows).view(tokens, heads + 2 * kv_heads, head_dim)
@@ -208,12 +239,16 @@ class Transformer:
             out = decode_attention(q, cache, batch.block_tables, batch.length, self._scale, tile)
         else:
             tile = self._prefill_tiles[exponent]
+            most = batch.max_query_rows if isinstance(batch, DeviceBatch) else None
             out = prefill_attention(
-                q, cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile
-            )
+                q, cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile,
+                max_query_rows=most,
+            )  # fmt: skip
         return out.view(tokens, heads * head_dim)
 
-    def _adapted(self, x: Tensor, weight: PackedLinear, layer: int, matrix: int, rows: AdapterRows | None) -> Tensor:
+    def _adapted(
+        self, x: Tensor, weight: PackedLinear, layer: int, matrix: int, rows: AdapterRows | RowTiles | None
+    ) -> Tensor:
         """The product with the base's weight, and what the adapters of some rows add to it."""
         y = linear(x, weight)
         if self._adapters is not None and rows is not None:
@@ -245,9 +280,10 @@ class Transformer:
         return x
 
 
-def _by_bucket(tiles: TileTable, operator: str, precision: str) -> tuple[Tile | None, ...]:
+def _by_bucket(tiles: TileTable, operator: str, precision: str, *, on_gpu: bool) -> tuple[Tile | None, ...]:
     """The table's tile for each power-of-two number of rows, index = exponent. Raises: BadTile: not for here."""
     having = ("cpp", "torch") if load() is not None else ("torch",)
+    having = ("triton",) if on_gpu else having
     for backend in tiles.backends(operator, precision):
         if backend not in having:
             raise BadTile(f"{operator}: backend", backend, ", ".join(having), "run `paretune doctor` for the reason")

@@ -25,6 +25,7 @@ from .parallel import Share
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CPU = torch.device("cpu")
 _FLOATS = {"F32", "BF16", "F16", "F64"}
 _Mlp = tuple[PackedLinear, PackedLinear]
 
@@ -208,12 +209,15 @@ class Weights:
     head: PackedLinear | None
 
 
-def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype: str, tiles: TileTable) -> Weights:
+def load_weights(
+    shape: ModelShape, model_dir: Path, share: Share, weight_dtype: str, tiles: TileTable, device: torch.device = _CPU
+) -> Weights:
     """Read, cut and pack the weights of one rank.
 
     Args:
         weight_dtype: of the matrices (but see `matrix_dtype`); the embedding is fp32 beside fp32 and else bf16.
         tiles: of the deployment; a backend that it names and this machine lacks raises kernels.tiles.BadTile.
+        device: where they are to lie; each matrix is cut and rounded on the host and moved by itself.
     Raises: BadModel: a missing or truncated file, a missing, extra or wrongly shaped tensor.
     """
     checkpoint = Checkpoint(model_dir)
@@ -221,15 +225,16 @@ def load_weights(shape: ModelShape, model_dir: Path, share: Share, weight_dtype:
     embedding = head = None
     if share.is_first:
         embedding = checkpoint.read("model.embed_tokens.weight", table, rows=share.vocab)
-        embedding = embedding.to(torch.float32 if weight_dtype == "fp32" else torch.bfloat16, copy=True)
+        stored = torch.float32 if weight_dtype == "fp32" else torch.bfloat16
+        embedding = embedding.to(device, stored, copy=True)
     if share.has_head:
         name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
         dtype = matrix_dtype("head", weight_dtype)
-        head = pack(_matrix(checkpoint, shape, name, table, dtype, rows=share.vocab), tiles=tiles)
+        head = pack(_matrix(checkpoint, shape, name, table, dtype, rows=share.vocab), tiles=tiles, device=device)
     weights = Weights(
         embedding=embedding,
-        layers=tuple(_layer(checkpoint, shape, index, share, weight_dtype, tiles) for index in share.layers),
-        norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).to(torch.float32, copy=True),
+        layers=tuple(_layer(checkpoint, shape, index, share, weight_dtype, tiles, device) for index in share.layers),
+        norm=checkpoint.read("model.norm.weight", (shape.hidden_size,)).to(device, torch.float32, copy=True),
         head=head,
     )
     elsewhere = [f"model.layers.{index}." for index in range(shape.num_layers) if index not in share.layers]
@@ -261,7 +266,13 @@ def _retiled_experts(experts: SparseMlp, tiles: TileTable) -> SparseMlp:
 
 
 def _layer(
-    checkpoint: Checkpoint, shape: ModelShape, index: int, share: Share, weight_dtype: str, tiles: TileTable
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    index: int,
+    share: Share,
+    weight_dtype: str,
+    tiles: TileTable,
+    device: torch.device,
 ) -> LayerWeights:
     layer = f"model.layers.{index}"
     hidden, wide = shape.hidden_size, shape.num_heads * shape.head_dim
@@ -278,7 +289,7 @@ def _layer(
         bias = None
         if has_bias:
             bias = torch.cat([checkpoint.read(f"{layer}.{name}.bias", (out,), rows=rows) for name, out, rows in parts])
-        return pack(weight, bias=bias, tiles=tiles)
+        return pack(weight, bias=bias, tiles=tiles, device=device)
 
     def summed(name: str, into: int, columns: range, has_bias: bool) -> PackedLinear:
         weight = _matrix(checkpoint, shape, f"{layer}.{name}.weight", (hidden, into), weight_dtype, columns=columns)
@@ -287,10 +298,10 @@ def _layer(
             bias = checkpoint.read(f"{layer}.{name}.bias", (hidden,)).clone()
             if share.rank != 0:  # the ranks' products are added up, and the bias belongs into the sum once
                 bias = None
-        return pack(weight, bias=bias, tiles=tiles)
+        return pack(weight, bias=bias, tiles=tiles, device=device)
 
     def norm(name: str, width: int) -> Tensor:
-        return checkpoint.read(f"{layer}.{name}.weight", (width,)).to(torch.float32, copy=True)
+        return checkpoint.read(f"{layer}.{name}.weight", (width,)).to(device, torch.float32, copy=True)
 
     def mlp(names: tuple[str, str, str], width: int, part: range, has_bias: bool = False) -> _Mlp:
         gate, up, down = names

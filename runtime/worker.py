@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from ..kernels.tiles import BadTile
+from .device import VISIBLE, visible_to_replica
 from .spec import BadSpec, Deployment, Pool, parse_deployment
 
 if TYPE_CHECKING:
@@ -97,11 +98,14 @@ class AnyEngine(Protocol):
 
     last_step      of the last step that computed something
     last_admitted  ids of the requests that this step admitted
+    capture_s      seconds that capturing decode steps as CUDA graphs took
     """
 
     last_step: StepRecord | None
     last_admitted: list[int]
 
+    @property
+    def capture_s(self) -> float: ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -192,12 +196,18 @@ def main() -> None:
         messages = inbox.take(block=True)
         if messages is None:
             return
-        _, deployment, model_dir, replica, step_log = messages[0]
-        engine = load_engine(parse_deployment(deployment), Path(model_dir))
+        _, plain, model_dir, replica, step_log = messages[0]
+        deployment = parse_deployment(plain)
+        visible = visible_to_replica(deployment.pool, replica)
+        if visible is not None:
+            os.environ[VISIBLE] = visible
+        engine = load_engine(deployment, Path(model_dir))
         log = StepLog(Path(step_log), replica) if step_log else None
         gc.collect()
         gc.freeze()  # a full collection in the middle of a step would walk all of torch
         try:
+            if engine.capture_s:
+                sys.stderr.write(f"paretune serve: capturing decode steps took {engine.capture_s:.1f} s\n")
             connection.sendall(frame((READY,)))
             run(engine, connection, inbox, log)
         finally:

@@ -79,14 +79,19 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
     }
     of_adapters = {"max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": 64}
     plain, with_adapters = deployment(), deployment(max_loras=1)
+    of_graphs = {"enforce_eager": True, "cuda_graph_sizes": (1, 8)}
     refused = {"role", "preemption", "host_kv_blocks"}
     others = {"watermark", "enable_expert_parallel"}
-    assert {*changes, *refused, *of_adapters, *others} == set(type(plain.pool).model_fields)
+    assert {*changes, *refused, *of_adapters, *of_graphs, *others} == set(type(plain.pool).model_fields)
     ranks = plain.with_pool(tensor_parallel_size=2)
     assert "--enable-expert-parallel" in export(ranks.with_pool(enable_expert_parallel=True)).argv
     assert "--watermark 0.1" in " ".join(export(plain.with_pool(admission="watermark", watermark=0.1)).argv)
     for name, value in changes.items():
         assert export(plain.with_pool(**{name: value})) != export(plain), name
+    on_gpu = deployment(accelerator="H100")
+    for name, value in of_graphs.items():
+        assert export(on_gpu.with_pool(**{name: value})) != export(on_gpu), name
+    assert "--cudagraph-capture-sizes 1 8 " in " ".join(export(on_gpu.with_pool(cuda_graph_sizes=(1, 8))).argv)
     for name, value in of_adapters.items():
         assert export(with_adapters.with_pool(**{name: value})) != export(with_adapters), name
 

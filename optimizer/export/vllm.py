@@ -166,6 +166,10 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
         flags.append(("long-prefill-token-threshold", pool.long_prefill_token_threshold))
     if pool.admission == "first_chunk":
         flags.append(("scheduler-reserve-full-isl", False))
+    if pool.enforce_eager:
+        flags.append(("enforce-eager", True))
+    if pool.cuda_graph_sizes:
+        flags.append(("cudagraph-capture-sizes", [str(size) for size in pool.cuda_graph_sizes]))
     if pool.admission == "watermark":
         flags.append(("watermark", pool.watermark))
     return [

@@ -19,8 +19,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ...traces.whole_file import write_whole
+from ..device import check_gpus
 from ..launch import Launch
-from ..memory import available_bytes, check_memory, memory_need, memory_text
+from ..memory import available_for, check_memory, memory_need, memory_text
 from ..model_shape import BadModel, ModelShape, resolve_model
 from ..parallel import RankFailed
 from ..request_log import BadRequestLog, RequestLog
@@ -101,7 +102,9 @@ def run(
         launch = Launch.from_environment()
         if launch is not None:
             launch.check(deployment.pool)
-        available, ranks = available_bytes(), None if launch is None else launch.local
+        ranks = None if launch is None else launch.local
+        check_gpus(deployment.pool, ranks, deployment.pool.replicas)
+        available = available_for(deployment.pool, ranks)
         check_memory(shape, deployment.pool, available=available, ranks=ranks)
         if launch is not None and launch.rank > 0:
             return _follow(deployment, model_dir, launch)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from ..device import check_gpus
 from ..launch import Launch
 from ..memory import check_memory
 from ..model_shape import BadModel, ModelShape
@@ -127,6 +128,7 @@ class Reloader:
 
     async def _replace(self, deployment: Deployment) -> None:
         """Load new replicas, send new requests to them, and let the old ones end with their last answer."""
+        check_gpus(deployment.pool, replicas=deployment.pool.replicas)
         check_memory(self._shape, deployment.pool)
         processes = self._start(deployment)
         try:
