@@ -12,39 +12,32 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import kv_cache
-from .adapter_slots import NO_ADAPTER
-from .adapters import AdapterNames, BadAdapter
+from .adapters import BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .device import check_gpus
+from .engine_adapters import EngineAdapters
+from .engine_stats import EngineStats, StepRecord, stats_of
 from .launch import Launch
 from .memory import check_memory
 from .model_shape import ModelShape
 from .parallel import Layout, RankFailed
 from .peers import Peers
 from .rank import OtherRanks, Rank, RanksOfOthers, file_store
+from .request import FinishReason, KeptLogits, Output, Request, checked_prompt
 from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
 from .scheduler import abort, add_request, commit, schedule
 from .scheduler_state import (
-    NUM_BLOCKS_FROM_HOST,
-    NUM_BLOCKS_TO_HOST,
-    NUM_HOST_HIT_TOKENS,
-    NUM_PREEMPTIONS,
-    NUM_PREFIX_HIT_TOKENS,
-    NUM_PREFIX_QUERY_TOKENS,
     NUM_RUNNING,
-    NUM_SWAPPED,
     NUM_WAITING,
     PLAN_ADMITTED,
     PLAN_COPIES,
@@ -73,94 +66,6 @@ __all__ = [
     "StepRecord",
     "TokenLogprobs",
 ]
-
-FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to continue.
-
-    request_id        the caller's, unique among live requests
-    prompt_token_ids  (n,) int32, n >= 1
-    priority          lower goes first, where the spec schedules by priority; else it is not looked at
-    adapter           name of a loaded adapter; None: the base alone
-    """
-
-    request_id: int
-    prompt_token_ids: NDArray[np.int32]
-    sampling: SamplingParams
-    priority: int = 0
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a step brought for one request.
-
-    token_ids          new tokens, in order; a token that ends the answer is among them
-    logprobs           of each new token, if the request asked for them
-    finish_reason      None while the answer goes on
-    num_cached_tokens  of the prompt, found in the prefix cache when the request was first admitted
-    """
-
-    request_id: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: FinishReason | None
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the engine began, and what it holds now.
-
-    preemptions        times that a request gave its blocks back; `swaps` of these keep them on the host
-    prefix_hit_tokens  found on the device; `host_hit_tokens` on the host only
-    host_blocks_used   held or cached
-    """
-
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    preemptions: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    steps: int
-    swaps: int = 0
-    host_hit_tokens: int = 0
-    host_blocks_used: int = 0
-    host_blocks_total: int = 0
-    blocks_to_host: int = 0
-    blocks_from_host: int = 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step as the step-time model sees it (profiler/step_time.py).
-
-    decode_context  tokens whose KV the one-token rows read, their own included, summed over these rows
-    prefill_pairs   query-key pairs of the other rows
-    seconds         of the whole step: planning, computing, sampling, committing
-    started_s       on the clock of time.perf_counter
-    """
-
-    num_tokens: int
-    num_rows: int
-    num_samples: int
-    decode_context: float
-    prefill_pairs: float
-    seconds: float
-    started_s: float
-
-
-class KeptLogits(NamedTuple):
-    """Logits (n, vocab_size) fp32 of places start .. start + n - 1 of a request's tokens."""
-
-    request_id: int
-    start: int
-    logits: Tensor
 
 
 class _Flight(NamedTuple):
@@ -221,7 +126,7 @@ class Engine:
             if self._others is not None:
                 self._others.wait_until_loaded()
             self._rank.capture()
-            self._adapter_names = AdapterNames()
+            self._adapters = EngineAdapters(self._rank, self.pool.max_loras)
             self._reset()
             self._warm_up()
             for adapter in deployment.adapters:
@@ -240,7 +145,6 @@ class Engine:
         self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
         self._num_cached = np.zeros(slots, np.int64)
         self._full = np.zeros(self.pool.max_num_seqs, np.int64)
-        self._in_slot = np.zeros(self.pool.max_loras, np.int64)
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
@@ -264,8 +168,8 @@ class Engine:
         Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token.
             BadAdapter: it is not loaded, or its files are no longer what they were when it was.
         """
-        prompt = self._checked_prompt(request)
-        adapter = self._checked_adapter(request)
+        prompt = checked_prompt(request, self._slot_of, self.pool.max_model_len, self.shape.vocab_size)
+        adapter = self._adapters.number(request.adapter)
         max_num_tokens = min(len(prompt) + request.sampling.max_tokens, self.pool.max_model_len)
         unit = self._store.hold(max_num_tokens)
         if self._store.hashes is not self._state.hashes:
@@ -279,65 +183,20 @@ class Engine:
         if slot < 0:
             self._grow()
             slot = add_request(self._state, *row)
-        if adapter != NO_ADAPTER:
-            self._adapter_names.begin(adapter)
+        self._adapters.begin(adapter)
         self._sampler.put(slot, request.sampling)
         self._slot_of[request.request_id] = slot
-
-    def _checked_prompt(self, request: Request) -> NDArray[np.int32]:
-        prompt = np.asarray(request.prompt_token_ids)
-        if request.request_id in self._slot_of:
-            raise BadRequest("request_id", request.request_id, "an id that no live request has")
-        if prompt.ndim != 1 or not 1 <= len(prompt) < self.pool.max_model_len:
-            allowed = f"1 to {self.pool.max_model_len - 1} tokens (max_model_len - 1)"
-            raise BadRequest("prompt_token_ids", f"{prompt.size} tokens", allowed)
-        if not np.issubdtype(prompt.dtype, np.integer):
-            raise BadRequest("prompt_token_ids", prompt.dtype, "integers")
-        if prompt.min() < 0 or prompt.max() >= self.shape.vocab_size:
-            found = f"ids from {prompt.min()} to {prompt.max()}"
-            raise BadRequest("prompt_token_ids", found, f"0 to {self.shape.vocab_size - 1} (vocab_size - 1)")
-        return prompt.astype(np.int32, copy=False)
-
-    def _checked_adapter(self, request: Request) -> int:
-        """Number of the request's adapter, which lies in host memory from here on until no live request names it."""
-        if request.adapter is None:
-            return NO_ADAPTER
-        names = self._adapter_names
-        if request.adapter not in names or self._rank.adapters is None:
-            allowed = ", ".join(names.names()[:20]) or "none: no adapter is loaded"
-            raise BadAdapter("adapter", request.adapter, allowed, "load it, or name another")
-        number = names.number(request.adapter)
-        self._rank.adapters.read(number, names.folder(number), keep=names.live)
-        return number
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Let requests name an adapter.
 
         Raises: BadAdapter: it does not fit this base, the name is taken, or the deployment takes no adapters.
         """
-        names = self._adapter_names
-        if self._rank.adapters is None:
-            raise BadAdapter("max_loras", 0, "at least 1", "set it to the most adapters in one step")
-        if name in names:
-            raise BadAdapter("adapter", name, "a name that no adapter has", "unload it, or choose another name")
-        folder = folder.resolve()
-        self._rank.adapters.read(names.next_number(), folder, keep=names.live)
-        names.add(name, folder)
+        self._adapters.load(name, folder)
 
     def unload_adapter(self, name: str) -> bool:
         """Let no more requests name it; those that do go on. False: there is no such adapter."""
-        if name not in self._adapter_names:
-            return False
-        self._adapter_names.remove(name)
-        return True
-
-    def _fill_slots(self) -> None:
-        """Put the adapters into their slots that the plan's newcomers need."""
-        wanted = self._state.adapter_slots.number
-        for slot in np.flatnonzero(wanted != self._in_slot).tolist():
-            number = int(wanted[slot])
-            self._rank.fill_slot(slot, number, self._adapter_names.folder(number), self._adapter_names.live)
-            self._in_slot[slot] = number
+        return self._adapters.unload(name)
 
     def _grow(self) -> None:
         self._state = grow(self._state)
@@ -464,7 +323,7 @@ class Engine:
         if self._others is not None:
             self._others.check()
         if plan.counts[PLAN_ADMITTED]:
-            self._fill_slots()
+            self._adapters.fill_slots(state)
         used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
         self._rank.begin(index, used)
         self._flights.append(_Flight(index, slots, generated, head, started_s))
@@ -503,29 +362,12 @@ class Engine:
             state.num_hashes[slot] = last
 
     def _free(self, slot: int) -> None:
-        if self._state.adapter[slot] != NO_ADAPTER:
-            self._adapter_names.end(int(self._state.adapter[slot]))
+        self._adapters.end(int(self._state.adapter[slot]))
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
 
     def stats(self) -> EngineStats:
         """Counts since the engine began, and what it holds now. Cached blocks that nobody holds are not in use."""
-        counts = self._state.counts
-        return EngineStats(
-            running=int(counts[NUM_RUNNING]),
-            waiting=int(counts[NUM_WAITING]),
-            kv_blocks_used=self.pool.num_kv_blocks - kv_cache.num_available(self._state.blocks),
-            kv_blocks_total=self.pool.num_kv_blocks,
-            preemptions=int(counts[NUM_PREEMPTIONS]),
-            prefix_query_tokens=int(counts[NUM_PREFIX_QUERY_TOKENS]),
-            prefix_hit_tokens=int(counts[NUM_PREFIX_HIT_TOKENS]),
-            steps=self._steps,
-            swaps=int(counts[NUM_SWAPPED]),
-            host_hit_tokens=int(counts[NUM_HOST_HIT_TOKENS]),
-            host_blocks_used=self.pool.host_kv_blocks - int(self._state.host_blocks.counts[kv_cache.FREE]),
-            host_blocks_total=self.pool.host_kv_blocks,
-            blocks_to_host=int(counts[NUM_BLOCKS_TO_HOST]),
-            blocks_from_host=int(counts[NUM_BLOCKS_FROM_HOST]),
-        )
+        return stats_of(self._state, self._steps)
 
     def close(self) -> None:
         """End the other ranks. The engine is of no more use."""
