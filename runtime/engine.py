@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -24,11 +25,13 @@ from torch import Tensor
 from .adapters import BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .device import check_gpus
+from .draft_model import DraftModel
+from .draft_shape import check_same_tokens
 from .engine_adapters import EngineAdapters
 from .engine_stats import EngineStats, StepRecord, stats_of
 from .launch import Launch
 from .memory import check_memory
-from .model_shape import ModelShape
+from .model_shape import ModelShape, resolve_model
 from .parallel import Layout, RankFailed
 from .peers import Peers
 from .rank import OtherRanks, Rank, RanksOfOthers, file_store
@@ -51,6 +54,8 @@ from .scheduler_state import (
     new_state,
 )
 from .spec import CPU, BadSpec, Deployment, Pool
+from .speculated import NOTHING, Speculated
+from .speculation import ask_for_drafts, keep_agreed, propose_ngrams, sampled_places
 from .token_store import TokenStore
 
 __all__ = [
@@ -72,11 +77,13 @@ class _Flight(NamedTuple):
     """A step that has begun and is not committed.
 
     number     of the plan and of the rank's batch, which are its own meanwhile
-    slots      (sampling rows,) of the plan
-    generated  (sampling rows,) tokens that their requests have generated before
+    each       (sampling rows,) tokens that each of the plan's samples: 1, and 1 for each of its proposals
+    slots      (places,) request of each token that is sampled
+    generated  (places,) tokens of the answer before it
     """
 
     number: int
+    each: NDArray[np.int64]
     slots: NDArray[np.int64]
     generated: NDArray[np.int64]
     head: int
@@ -105,6 +112,8 @@ class Engine:
         self._policy = deployment.scheduler_policy
         if launch is not None:
             launch.check(self.pool)
+        if self.pool.draft_model:
+            check_same_tokens(resolve_model(self.pool.draft_model), model_dir)
         ranks = None if launch is None else launch.local
         check_gpus(self.pool, ranks)
         check_memory(self.shape, self.pool, replicas=1, ranks=ranks)
@@ -142,9 +151,14 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._begun = 0
         slots = len(self._state.request_id)
-        self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
+        races = bool(self.pool.draft_model)
+        self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids, races=races)
         self._num_cached = np.zeros(slots, np.int64)
-        self._full = np.zeros(self.pool.max_num_seqs, np.int64)
+        self._full = np.zeros((self.pool.max_num_seqs, 2), np.int64)
+        self._draft = DraftModel(self.pool, self._rank, slots) if self.pool.draft_model else None
+        self._speculated = np.zeros((slots, 3), np.int64)
+        self._accepted_by_position = np.zeros(self.pool.num_speculative_tokens, np.int64)
+        self._speculated_before = np.zeros(3, np.int64)  # by requests that have ended
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
@@ -156,7 +170,8 @@ class Engine:
         """Prefill and decode once, then forget it: the first request shall not wait for Numba, threads and memory."""
         keep, self._keep_logits = self._keep_logits, False
         tokens = np.zeros(max(1, min(4, self.pool.max_model_len - 2)), np.int32)
-        self.add(Request(0, tokens, SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)))
+        answer = 2 + self.pool.num_speculative_tokens
+        self.add(Request(0, tokens, SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0)))
         while self.has_work:
             self.step()
         self._reset()
@@ -202,14 +217,19 @@ class Engine:
         self._state = grow(self._state)
         slots = len(self._state.request_id)
         self._sampler.grow(slots)
-        self._num_cached = np.concatenate([self._num_cached, np.zeros(slots - len(self._num_cached), np.int64)])
+        more = slots - len(self._num_cached)
+        self._num_cached = np.concatenate([self._num_cached, np.zeros(more, np.int64)])
+        self._speculated = np.concatenate([self._speculated, np.zeros((more, 3), np.int64)])
+        if self._draft is not None:
+            self._draft.grow(slots)
 
     def abort(self, request_id: int) -> bool:
         """End a request whose answer nobody wants; the next step reports it as "abort". False: no such request."""
         slot = self._slot_of.get(request_id)
         if slot is None:
             return False
-        self._aborted.append(Output(request_id, (), None, "abort", int(self._num_cached[slot])))
+        cached = int(self._num_cached[slot])
+        self._aborted.append(Output(request_id, (), None, "abort", cached, self._speculated_for(slot)))
         del self._slot_of[request_id]
         if abort(self._state, slot):
             self._free(slot)
@@ -272,22 +292,14 @@ class Engine:
         state, plan, slots = self._state, self._plans[flight.number], flight.slots
         rows = int(plan.counts[PLAN_SIZE])
         tokens, logprobs = self._sampled(result, flight, plan)
+        ends = self._sampler.ends(slots, tokens)
+        keep_agreed(state, plan, self._store.tokens, tokens, ends, self._speculated, self._accepted_by_position)
+        if flight.head == ALL_LOGITS:
+            self._keep(result, plan)
         self._take(plan, tokens)
-        stopped = self._sampler.ends(slots, tokens)
-        plan.stopped[:rows] = False
-        plan.stopped[:rows][plan.samples[:rows]] = stopped
-        plan.accepted[:rows] = 1
         commit(state, plan)
         ended = set(plan.finished[: plan.counts[PLAN_FINISHED]].tolist())
-        ids, cached = state.request_id[slots].tolist(), self._num_cached[slots].tolist()
-        for row, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist())):
-            if slot in self._leaving:
-                continue
-            reason: FinishReason | None = None
-            if slot in ended:
-                reason = "stop" if stopped[row] else "length"
-            told = logprobs[row] if logprobs else None
-            outputs.append(Output(ids[row], (token,), None if told is None else (told,), reason, cached[row]))
+        outputs += self._outputs(flight, plan, tokens.tolist(), logprobs, ended)
         for slot in ended:
             if slot in self._leaving:
                 self._leaving.remove(slot)
@@ -303,11 +315,36 @@ class Engine:
         )
         return outputs
 
+    def _outputs(
+        self, flight: _Flight, plan: Plan, tokens: list[int], logprobs: list[TokenLogprobs | None], ended: set[int]
+    ) -> Iterator[Output]:
+        """What a committed step brought the requests that sampled; of each row's places the first ones were kept."""
+        rows = np.flatnonzero(plan.samples[: plan.counts[PLAN_SIZE]])
+        kept, stopped = plan.accepted[rows].tolist(), plan.stopped[rows].tolist()
+        firsts = np.cumsum(flight.each) - flight.each
+        slots = flight.slots[firsts]
+        ids, cached = self._state.request_id[slots].tolist(), self._num_cached[slots].tolist()
+        for row, (slot, first) in enumerate(zip(slots.tolist(), firsts.tolist())):
+            if slot in self._leaving:
+                continue
+            reason: FinishReason | None = None
+            if slot in ended:
+                reason = "stop" if stopped[row] else "length"
+            last = first + kept[row]
+            told = tuple(each for each in logprobs[first:last] if each is not None) or None
+            token_ids = tuple(tokens[first:last])
+            yield Output(ids[row], token_ids, told, reason, cached[row], self._speculated_for(slot))
+
     def _begin(self) -> bool:
         """Plan the next step and have it computed; False where there is nothing to compute."""
         started_s = time.perf_counter()
         index = self._begun % len(self._plans)
         state, plan = self._state, self._plans[index]
+        if self._draft is not None:
+            ask_for_drafts(state, self.pool.num_speculative_tokens)
+        elif self.pool.speculation == "ngram":
+            longest, shortest = self.pool.prompt_lookup_max, self.pool.prompt_lookup_min
+            propose_ngrams(state, self._store.tokens, self.pool.num_speculative_tokens, longest, shortest)
         schedule(state, plan)
         rows = int(plan.counts[PLAN_SIZE])
         if rows == 0:
@@ -316,58 +353,68 @@ class Engine:
         # those admitted stand last in the plan
         first_admitted = rows - int(plan.counts[PLAN_ADMITTED])
         self.last_admitted += state.request_id[plan.slot[first_admitted:rows]].tolist()
-        slots = plan.slot[:rows][plan.samples[:rows]]
-        generated = state.num_tokens[slots] - state.num_prompt_tokens[slots]
+        each, slots, generated = sampled_places(state, plan)
         head = ARGMAX if self._sampler.argmax_will_do(slots, generated) else LOGITS
         head = ALL_LOGITS if self._keep_logits else head
         if self._others is not None:
             self._others.check()
         if plan.counts[PLAN_ADMITTED]:
             self._adapters.fill_slots(state)
+        if self._draft is not None:
+            self._draft.propose(state, plan, self._store.tokens, self._sampler)
         used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
         self._rank.begin(index, used)
-        self._flights.append(_Flight(index, slots, generated, head, started_s))
+        self._flights.append(_Flight(index, each, slots, generated, head, started_s))
         self._begun += 1
         return True
 
     def _sampled(
         self, result: Tensor, flight: _Flight, plan: Plan
     ) -> tuple[NDArray[np.int64], list[TokenLogprobs | None]]:
-        """Tokens (and log-probabilities, where any are wanted) of the plan's sampling rows."""
+        """Tokens (and log-probabilities, where any are wanted) at the places of a step that are sampled."""
         if flight.head == ARGMAX:
             return result.numpy(), []
         if flight.head == ALL_LOGITS:
-            result = self._kept(result, plan)
+            ends = np.cumsum(plan.num_tokens[: plan.counts[PLAN_SIZE]])[plan.samples[: plan.counts[PLAN_SIZE]]]
+            before = np.cumsum(flight.each) - flight.each
+            places = np.repeat(ends - flight.each - before, flight.each) + np.arange(len(flight.slots))
+            result = result[torch.from_numpy(places)]
         with torch.inference_mode():
             return self._sampler.sample(result, flight.slots, flight.generated)
 
-    def _kept(self, logits: Tensor, plan: Plan) -> Tensor:
-        """Keep the logits of every token of the step; returns those of its sampling rows."""
+    def _keep(self, logits: Tensor, plan: Plan) -> None:
+        """Keep the logits of every token of the step but rejected proposals."""
         rows = int(plan.counts[PLAN_SIZE])
         ends = np.cumsum(plan.num_tokens[:rows])
         for row, end in enumerate(ends.tolist()):
             start, count = int(plan.start[row]), int(plan.num_tokens[row])
             request_id = int(self._state.request_id[plan.slot[row]])
-            self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end]))
-        return logits[torch.from_numpy(ends[plan.samples[:rows]] - 1)]
+            rejected = int(plan.num_drafts[row] + 1 - plan.accepted[row])
+            self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end - rejected]))
 
     def _take(self, plan: Plan, tokens: NDArray[np.int64]) -> None:
         """Put new tokens behind those of their requests, and name the blocks that this step fills."""
         state = self._state
         full = append_tokens(state, plan, self._store.tokens, tokens, self._num_cached, self._full)
-        for slot in self._full[:full].tolist():
-            sampled = state.num_computed_tokens[slot] == state.num_tokens[slot]
-            last = int(state.num_tokens[slot] + sampled) // self.pool.block_size
+        for slot, last in self._full[:full].tolist():
             self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
             state.num_hashes[slot] = last
 
     def _free(self, slot: int) -> None:
+        self._speculated_before += self._speculated[slot]
+        self._speculated[slot] = 0
         self._adapters.end(int(self._state.adapter[slot]))
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
 
+    def _speculated_for(self, slot: int) -> Speculated:
+        if self.pool.speculation == "none":
+            return NOTHING
+        return Speculated(*self._speculated[slot].tolist())
+
     def stats(self) -> EngineStats:
         """Counts since the engine began, and what it holds now. Cached blocks that nobody holds are not in use."""
-        return stats_of(self._state, self._steps)
+        speculated = Speculated(*(self._speculated_before + self._speculated.sum(axis=0)).tolist())
+        return stats_of(self._state, self._steps, speculated, tuple(self._accepted_by_position.tolist()))
 
     def close(self) -> None:
         """End the other ranks. The engine is of no more use."""

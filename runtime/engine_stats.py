@@ -17,6 +17,7 @@ from .scheduler_state import (
     NUM_WAITING,
     State,
 )
+from .speculated import Speculated
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class EngineStats:
     preemptions        times that a request gave its blocks back; `swaps` of these keep them on the host
     prefix_hit_tokens  found on the device; `host_hit_tokens` on the host only
     host_blocks_used   held or cached
+    drafts, draft_tokens, accepted_tokens  of all requests, as in Speculated
+    accepted_by_position  drafts whose first, second, ... proposal was accepted
     """
 
     running: int
@@ -42,6 +45,10 @@ class EngineStats:
     host_blocks_total: int = 0
     blocks_to_host: int = 0
     blocks_from_host: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,11 @@ class StepRecord:
     started_s: float
 
 
-def stats_of(state: State, steps: int) -> EngineStats:
-    """How a scheduler stands after so many steps. Cached blocks that nobody holds are not in use."""
+def stats_of(state: State, steps: int, speculated: Speculated, accepted_by_position: tuple[int, ...]) -> EngineStats:
+    """How a scheduler stands after so many steps, and what was speculated in them.
+
+    Cached blocks that nobody holds are not in use.
+    """
     counts, blocks, host_blocks = state.counts, state.blocks, state.host_blocks
     total, host_total = len(blocks.ref_count), len(host_blocks.ref_count)
     return EngineStats(
@@ -82,4 +92,6 @@ def stats_of(state: State, steps: int) -> EngineStats:
         host_blocks_total=host_total,
         blocks_to_host=int(counts[NUM_BLOCKS_TO_HOST]),
         blocks_from_host=int(counts[NUM_BLOCKS_FROM_HOST]),
+        **speculated._asdict(),
+        accepted_by_position=accepted_by_position,
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .sampler import BadRequest, SamplingParams, TokenLogprobs
+from .speculated import NOTHING, Speculated
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -40,6 +41,7 @@ class Output:
     logprobs           of each new token, if the request asked for them
     finish_reason      None while the answer goes on
     num_cached_tokens  of the prompt, found in the prefix cache when the request was first admitted
+    speculated         what was proposed for the request so far, and kept
     """
 
     request_id: int
@@ -47,6 +49,7 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    speculated: Speculated = NOTHING
 
 
 class KeptLogits(NamedTuple):
