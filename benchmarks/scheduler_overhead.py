@@ -43,7 +43,7 @@ def step_times_us(policy: str, changes: dict[str, object]) -> list[float]:
     state, plan = new_state(pool, policy=policy, hashes=hashes), new_plan(pool)
     batch = Batch(pool)
     new_tokens = np.zeros(SEQS, np.int64)
-    num_cached, full = np.zeros(len(state.request_id), np.int64), np.zeros(SEQS, np.int64)
+    num_cached, full = np.zeros(len(state.request_id), np.int64), np.zeros((SEQS, 2), np.int64)
     for number in range(SEQS):
         add_request(state, number, PROMPT, pool.max_model_len, number * blocks, PROMPT // pool.block_size, number % 3)
     times_us: list[float] = []
@@ -53,8 +53,8 @@ def step_times_us(policy: str, changes: dict[str, object]) -> list[float]:
         write_wire(state, plan, tokens, ARGMAX, batch.wire)
         batch.read()
         found = append_tokens(state, plan, tokens, new_tokens, num_cached, full)
-        for slot in full[:found].tolist():
-            state.num_hashes[slot] = int(state.num_tokens[slot] + 1) // pool.block_size
+        for slot, blocks in full[:found].tolist():
+            state.num_hashes[slot] = blocks
         commit(state, plan)
         end = time.perf_counter()
         if plan.counts[PLAN_SIZE] == SEQS and plan.num_tokens[:SEQS].max() == 1:

@@ -1,13 +1,17 @@
-"""From logits to tokens: the best one, or one drawn from what top-k and top-p leave. The uniform numbers come in.
+"""From logits to tokens: the best one, or one drawn from what top-k and top-p leave. What is random comes in.
 
-Drawing inverts the cumulative distribution: of all tokens in their order, or, where they are cut, of those left, best
-first. C++ does both in one pass over a row and the cut on a heap; torch, where there is no compiler, sorts, as it does
-for logits on a GPU, where they lie.
+`draw` inverts the cumulative distribution at a uniform number: of all tokens in their order, or, where they are cut, of
+those left, best first. `race` lets every token arrive after an exponential time of its own and takes the first, which
+is the same distribution (the Gumbel-max trick: Maddison et al., arXiv:1411.0030): where another distribution that is
+nearly the same is raced with the same seed, mostly the same token wins, more often than one number picks it in both.
+C++ does either in a pass over a row and the cut on a heap; torch, where there is no compiler, sorts, as it does for
+logits on a GPU, where they lie.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -64,23 +68,79 @@ def draw(
     """
     library = None if backend == "torch" or placement.on_gpu(logits) else load()
     if library is None or logits.stride(1) != 1:
-        tokens = np.empty(len(uniform), np.int64)
-        for at in range(0, len(tokens), TORCH_ROWS):
-            part = slice(at, at + TORCH_ROWS)
-            tokens[part] = _torch_draw(logits[part], uniform[part], top_k[part], top_p[part])
-        return tokens
-    uniform, top_p = np.ascontiguousarray(uniform, np.float64), np.ascontiguousarray(top_p, np.float64)
-    top_k, tokens = np.ascontiguousarray(top_k, np.int64), np.empty(len(uniform), np.int64)
+        return _by_parts(_torch_draw, logits, uniform, top_k, top_p)
+    return _chosen(library.draw, logits, np.ascontiguousarray(uniform, np.float64), top_k, top_p)
+
+
+def race(
+    logits: Tensor,
+    seeds: NDArray[np.uint64],
+    top_k: NDArray[np.int64],
+    top_p: NDArray[np.float64],
+    *,
+    backend: str | None = None,
+) -> NDArray[np.int64]:
+    """`draw` by a race: of equal seeds (rows,) each token has the same number in every row, whatever the logits."""
+    library = None if backend == "torch" or placement.on_gpu(logits) else load()
+    if library is None or logits.stride(1) != 1:
+        return _by_parts(_torch_race, logits, seeds, top_k, top_p)
+    return _chosen(library.race, logits, np.ascontiguousarray(seeds, np.uint64), top_k, top_p)
+
+
+def _by_parts(
+    operator: Callable[..., NDArray[np.int64]],
+    logits: Tensor,
+    random: NDArray[np.float64] | NDArray[np.uint64],
+    top_k: NDArray[np.int64],
+    top_p: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    tokens = np.empty(len(random), np.int64)
+    for at in range(0, len(tokens), TORCH_ROWS):
+        part = slice(at, at + TORCH_ROWS)
+        tokens[part] = operator(logits[part], random[part], top_k[part], top_p[part])
+    return tokens
+
+
+def _chosen(
+    operator: Callable[..., int],
+    logits: Tensor,
+    random: NDArray[np.float64] | NDArray[np.uint64],
+    top_k: NDArray[np.int64],
+    top_p: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    top_k, top_p = np.ascontiguousarray(top_k, np.int64), np.ascontiguousarray(top_p, np.float64)
+    tokens = np.empty(len(random), np.int64)
     arguments = (
-        logits.data_ptr(), logits.stride(0), *logits.shape, uniform.ctypes.data, top_k.ctypes.data, top_p.ctypes.data,
+        logits.data_ptr(), logits.stride(0), *logits.shape, random.ctypes.data, top_k.ctypes.data, top_p.ctypes.data,
         tokens.ctypes.data,
     )  # fmt: skip
     threads = torch.get_num_threads()
-    needed = library.draw(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
+    needed = operator(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
     if needed > 0:
         WORKSPACE.grow(needed)
-        library.draw(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
+        operator(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
     return tokens
+
+
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's mixing of 64 bits (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _torch_race(
+    logits: Tensor, seeds: NDArray[np.uint64], top_k: NDArray[np.int64], top_p: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    best, order = torch.sort(logits.double(), dim=1, descending=True, stable=True)
+    limit = torch.from_numpy(np.where(top_k > 0, top_k, logits.shape[1]))[:, None]
+    probability = torch.softmax(best.masked_fill(torch.arange(logits.shape[1]) >= limit, -math.inf), dim=1)
+    before = probability.cumsum(dim=1) - probability
+    probability = probability.masked_fill((before >= torch.from_numpy(top_p)[:, None]) & (before > 0), 0)
+    places = (order.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    numbers = ((mix(seeds[:, None] + places) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    first = (probability.numpy() / -np.log(numbers)).argmax(axis=1)
+    return order.gather(1, torch.from_numpy(first)[:, None])[:, 0].numpy()
 
 
 def _torch_draw(

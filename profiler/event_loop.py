@@ -112,7 +112,7 @@ def _steps_until(arrival_s: float, now_s: float, first_s: float, growth_s: float
 
 
 @njit
-def _admit(state: State, requests: Requests, queue: NDArray[np.int64], cursor: NDArray[np.int64], now_s: float) -> bool:
+def admit(state: State, requests: Requests, queue: NDArray[np.int64], cursor: NDArray[np.int64], now_s: float) -> bool:
     """Hand the requests that have arrived to the scheduler; False: it is out of slots."""
     while cursor[ARRIVED] < cursor[QUEUED]:
         request = queue[cursor[ARRIVED]]
@@ -135,7 +135,7 @@ def _admit(state: State, requests: Requests, queue: NDArray[np.int64], cursor: N
 
 
 @njit
-def _note_ended(
+def note_ended(
     state: State,
     plan: Plan,
     requests: Requests,
@@ -185,7 +185,7 @@ def run_replica(
     now_s = clock[0]
     client_s = tables.request_s[1]
     while True:
-        if not _admit(state, requests, queue, cursor, now_s):
+        if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break
         if now_s >= until_s:
@@ -237,7 +237,7 @@ def run_replica(
         clock[1] += run_s
         cursor[STEPS] += steps
         commit_decode_run(state, plan, steps)
-        if not _note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
+        if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
             status = GAVE_UP
             break
     clock[0] = now_s
@@ -269,7 +269,7 @@ def run_pipeline(
     now_s = clock[0]
     client_s = tables.request_s[1]
     while True:
-        if not _admit(state, requests, queue, cursor, now_s):
+        if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break
         if now_s >= until_s:
@@ -312,7 +312,7 @@ def run_pipeline(
                     times.kth_s[request] = now_s + client_s
         commit(state, plan)
         cursor[STEPS] += 1
-        if not _note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
+        if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
             status = GAVE_UP
             break
     clock[0] = now_s

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.draft_shape import draft_shape
 from ..runtime.memory import GPU_MEMORY_SHARE
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
@@ -127,7 +128,7 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
     return StepTables(
         tokens_s=tokens_s,
         rows_s=np.zeros(pool.max_num_seqs + 1),
-        samples_s=_linear_s(*key, pool.max_num_seqs, True).copy(),
+        samples_s=_linear_s(*key, pool.max_num_samples, True).copy(),
         decode_attention_s=_attention_s(*key, True).copy(),
         prefill_attention_s=_attention_s(*key, False).copy(),
         request_s=np.zeros(2),
@@ -167,12 +168,15 @@ def _attention_s(accelerator: Accelerator, shape: ModelShape, sharding: _Shardin
 def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:
     """KV blocks of pool.block_size tokens that fit: GPU_MEMORY_SHARE of the memory, less the weights.
 
+    A draft model's weights, and its cache of as many blocks, take part of it.
     Activations and the engine's own buffers come out of the rest; 0 or less where the weights alone do not fit.
     """
     tp = pool.tensor_parallel_size
-    weights = rank_weight_bytes(shape, tp, pool.weight_dtype, pool.enable_expert_parallel)
+    draft = draft_shape(pool)
+    models = (shape,) if draft is None else (shape, draft)
+    weights = sum(rank_weight_bytes(m, tp, pool.weight_dtype, pool.enable_expert_parallel) for m in models)
     left = accelerator.memory_bytes * GPU_MEMORY_SHARE - weights
-    return math.floor(left / (pool.block_size * kv_bytes_per_token(shape, tp, pool.kv_cache_dtype)))
+    return math.floor(left / (pool.block_size * sum(kv_bytes_per_token(m, tp, pool.kv_cache_dtype) for m in models)))
 
 
 def check_kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> None:

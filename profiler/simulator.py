@@ -25,10 +25,12 @@ from ..runtime.scheduler_state import (
     new_plan,
     new_state,
 )
-from ..runtime.spec import Pool
+from ..runtime.spec import BadSpec, Pool
+from ..runtime.speculated import Speculated
+from ..traces.acceptance import by_request
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
-from ..traces.trace import Trace
+from ..traces.trace import BadTrace, Trace
 from .event_loop import (
     DRAINED,
     ENDED,
@@ -43,6 +45,7 @@ from .event_loop import (
     run_pipeline,
     run_replica,
 )
+from .speculative_loop import Chances, run_speculative
 from .step_time import StepTables
 
 _FIRST_PLACES = 1024  # of a queue that grows
@@ -70,6 +73,7 @@ class SimulationResult:
     prefix_hit_tokens  tokens that were found in the prefix cache, on the device
     host_hit_tokens    tokens that were found in the prefix cache, on the host only
     blocks_to_host, blocks_from_host  blocks copied. The time that this takes is not modeled
+    drafts, draft_tokens, accepted_tokens  of speculation, as in runtime.speculated
     rejected           requests longer than max_model_len
     gave_up            stopped early, because a target could no longer be met: the times are incomplete
     """
@@ -83,6 +87,9 @@ class SimulationResult:
     host_hit_tokens: int
     blocks_to_host: int
     blocks_from_host: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
     rejected: int
     gave_up: bool
 
@@ -130,11 +137,13 @@ class _Run(NamedTuple):
     hashes: NDArray[np.int64]
     blocks_per_hash: int
     tables: StepTables
+    draft_tables: StepTables | None
     requests: Requests
     times: Times
     bounds: Bounds
     k: int
     jump: bool
+    chances: Chances | None  # None: nothing is proposed
 
 
 class _Replica:
@@ -190,6 +199,10 @@ class _Replica:
         shared = (run.tables, run.requests, run.times, run.bounds, run.k)
         if len(self._plans) > 1:
             return run_pipeline(self.state, self._plans, *shared, *own)
+        if run.chances is not None:
+            draft = run.tables if run.draft_tables is None else run.draft_tables
+            first = (self.state, self._plans[0], run.tables, draft, *shared[1:])
+            return run_speculative(*first, run.chances, *own)
         return run_replica(self.state, self._plans[0], *shared, run.jump, *own)
 
     def totals(self) -> _Totals:
@@ -231,6 +244,23 @@ def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: i
     return status, [replica.totals() for replica in replicas]
 
 
+def _chances(trace: Trace, pool: Pool) -> Chances | None:
+    """What speculation brings each request, as the trace recorded it; None: the pool does not speculate."""
+    if pool.speculation == "none":
+        return None
+    if pool.pipeline_parallel_size > 1:
+        found = f"{pool.speculation} with pipeline_parallel_size {pool.pipeline_parallel_size}"
+        raise BadSpec("pools.0.speculation", found, "none with several stages")
+    if not trace.acceptance:
+        todo = "serve some of this traffic with speculation on, and take that server's request log"
+        raise BadTrace(f"{trace.source}: speculation", "not recorded", "how often proposals were kept", todo)
+    drafted, probability = by_request(trace.acceptance, trace.app, len(trace))
+    if pool.draft_model:  # it has something to say in every step
+        drafted = np.ones(len(trace))
+    most = np.array([pool.num_speculative_tokens, int(bool(pool.draft_model))], np.int64)
+    return Chances(drafted, probability, most, np.zeros(3, np.int64))
+
+
 def simulate(
     trace: Trace,
     pool: Pool,
@@ -260,7 +290,9 @@ def simulate(
         give_up: stop as soon as one of these can no longer be met (for searches, which need no exact figure then).
         jump: take runs of equal decode steps at once; False steps one by one, to check the jumps.
     Returns: times by request in trace order, and what it took.
-    Raises: BadTrace: the trace's prefix blocks do not cover whole KV blocks. ValueError: no positive rate.
+    Raises: BadTrace: the trace's prefix blocks do not cover whole KV blocks, or it does not say how often proposals
+        are kept, and the pool speculates. BadSpec: a pool that speculates in several stages. ValueError: no positive
+        rate.
     """
     if not 0 < rate < math.inf:
         raise ValueError(f"rate must be a positive number, not {rate}")
@@ -296,7 +328,9 @@ def simulate(
         priority=priorities,
         adapter=adapters,
     )
-    run = _Run(policy, hashes, per_hash, tables, requests, times, bounds, k, jump)
+    chances = _chances(trace, pool)
+    whole = tables._replace(draft=None)  # with a draft model's in it, it would be another type to Numba
+    run = _Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances)
     # the server counts the requests that it takes, so those that are too long take no turn
     rows = np.flatnonzero(fits)
     if pool.router == "round_robin":
@@ -320,6 +354,7 @@ def simulate(
         steps=sum(each.steps for each in totals),
         busy_s=sum(each.busy_s for each in totals),
         **dict(zip(_TOTALS, counted.tolist())),
+        **Speculated(*([] if chances is None else chances.totals.tolist()))._asdict(),
         rejected=int((~fits).sum()),
         gave_up=status == GAVE_UP,
     )

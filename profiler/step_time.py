@@ -30,11 +30,13 @@ class StepTables(NamedTuple):
     tokens_s             (max_num_batched_tokens + 1,)  by tokens in the step: linear layers, norms, collectives,
                          and the host per step
     rows_s               (max_num_seqs + 1,)  by requests in the step: host per request
-    samples_s            (max_num_seqs + 1,)  by rows that sample: vocabulary projection and sampling
+    samples_s            (max_num_samples + 1,)  by places that are sampled, of every request one, and one more for each
+                         proposal: vocabulary projection and sampling
     decode_attention_s   (len(WORK_GRID),)  by context tokens that rows of one token read, summed over rows
     prefill_attention_s  (len(WORK_GRID),)  by query-key pairs of rows with several tokens, summed over rows
     request_s            (2,)  outside the steps: from the scheduled arrival until the scheduler sees the request;
                          from a token's step until the client has the token
+    draft                the same of the draft model's passes, where the pool has one; nothing outside the steps
     """
 
     tokens_s: NDArray[np.float64]
@@ -43,6 +45,7 @@ class StepTables(NamedTuple):
     decode_attention_s: NDArray[np.float64]
     prefill_attention_s: NDArray[np.float64]
     request_s: NDArray[np.float64]
+    draft: StepTables | None = None
 
 
 @njit

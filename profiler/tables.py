@@ -6,7 +6,7 @@ allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..kernels.tiles import Tile, TileTable, bucket
 from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..runtime.draft_shape import draft_pool, draft_shape
 from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
@@ -25,6 +26,12 @@ from .step_fit import StepFit, fit_steps
 from .step_time import WORK_GRID, StepTables
 
 Floats = NDArray[np.float64]
+
+_SPECULATION_LEAVES_OUT = (
+    "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
+    "speculation: the time to look for n-grams; rows that verify count as prefill attention, by query-key pairs",
+    "speculation: screening takes a candidate as if nothing were proposed, simulation does not",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,17 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
         accelerator is another than the pool's, lacks a peak rate, or does not hold the model, or experts are to be
         divided among more ranks than there are.
     """
+    found = _without_draft(source, shape, pool)
+    draft = draft_shape(pool)
+    if draft is not None:
+        own, notes = _draft_tables(source, shape, draft, pool, found.tables)
+        found = replace(found, tables=found.tables._replace(draft=own), not_modeled=(*found.not_modeled, *notes))
+    if pool.speculation != "none":
+        found = replace(found, not_modeled=(*found.not_modeled, *_SPECULATION_LEAVES_OUT))
+    return found
+
+
+def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"
@@ -103,10 +121,39 @@ def _left_out_of_experts(shape: ModelShape, pool: Pool) -> tuple[str, ...]:
     return tuple(left_out)
 
 
+def _draft_tables(
+    source: Profile | Accelerator, shape: ModelShape, draft: ModelShape, pool: Pool, tables: StepTables
+) -> tuple[StepTables, tuple[str, ...]]:
+    """Of a draft model's passes: from the data sheet like the model's own; on a measured machine the model's times in
+    proportion to the bounds of both, because a profile measures one model."""
+    alone = draft_pool(pool)
+    catching_up = "a draft model's catching up by one token, where a whole draft was kept"
+    if isinstance(source, Accelerator):
+        return roofline_tables(source, draft, alone), (catching_up,)
+    peaks = source.peaks_of(pool.num_threads)
+    mine, its = (bound_tables(each, pool, peaks) for each in (shape, draft))
+
+    def in_proportion(name: str) -> Floats:
+        least = getattr(mine, name)
+        ratio = np.divide(getattr(its, name), least, out=np.zeros_like(least), where=least > 0)
+        return np.asarray(getattr(tables, name) * ratio, np.float64)
+
+    own = StepTables(
+        tokens_s=in_proportion("tokens_s"),
+        rows_s=np.zeros_like(tables.rows_s),
+        samples_s=in_proportion("samples_s"),
+        decode_attention_s=in_proportion("decode_attention_s"),
+        prefill_attention_s=in_proportion("prefill_attention_s"),
+        request_s=np.zeros(2),
+    )
+    inferred = "draft model: its passes are taken in proportion to the model's by what bounds both, not measured"
+    return own, (inferred, catching_up)
+
+
 def scaled(tables: StepTables, factor: float) -> StepTables:
     """All step times times a factor; what happens outside the steps stays."""
-    parts = {name: table * factor for name, table in tables._asdict().items() if name != "request_s"}
-    return tables._replace(**parts)
+    parts = {name: table * factor for name, table in tables._asdict().items() if name not in ("request_s", "draft")}
+    return tables._replace(**parts, draft=None if tables.draft is None else scaled(tables.draft, factor))
 
 
 def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
@@ -118,7 +165,7 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
     tokens = np.arange(pool.max_num_batched_tokens + 1, dtype=np.float64)
     seqs = np.arange(pool.max_num_seqs + 1, dtype=np.float64)
     tokens_s = fit.step_s + fit.tokens(tokens)
-    samples_s = fit.samples(seqs)
+    samples_s = fit.samples(np.arange(pool.max_num_samples + 1, dtype=np.float64))
     for table, head in ((tokens_s, False), (samples_s, True)):
         delta_s, unknown = _tile_difference(shape, pool, configuration, len(table) - 1, head=head)
         table[1:] += delta_s[1:]
@@ -148,9 +195,14 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
             notes.append(f"serving over HTTP: taken as measured where {serving.cores} cores compute, not {cores}")
         tables, error = _served(tables, serving, error)
     bound = bound_tables(shape, pool, peaks)
-    tables = StepTables(*(np.maximum(table, least) for table, least in zip(tables, bound)))
+    least = bound._asdict()
+    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name != "draft"}
+    tables = tables._replace(**bounded)
     tables.tokens_s[0] = 0.0
-    for part, most in (("num_tokens", pool.max_num_batched_tokens), ("num_rows", pool.max_num_seqs)):
+    most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
+    if pool.speculation != "none":
+        most_of["num_samples"] = pool.max_num_samples
+    for part, most in most_of.items():
         if most > fit.largest[part]:
             notes.append(f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured")
     beside = profile.replicas_beside(pool)
@@ -205,7 +257,7 @@ def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
     return StepTables(
         tokens_s=linear_s(pool.max_num_batched_tokens, head=False),
         rows_s=np.zeros(pool.max_num_seqs + 1),
-        samples_s=linear_s(pool.max_num_seqs, head=True),
+        samples_s=linear_s(pool.max_num_samples, head=True),
         decode_attention_s=WORK_GRID * max(per_pair, per_token),
         prefill_attention_s=WORK_GRID * per_pair / parts,
         request_s=np.zeros(2),

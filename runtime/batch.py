@@ -4,9 +4,9 @@ The plan of a step goes through one flat int32 array, the wire: `write_wire` fil
 parallel ranks receive it as it is, and `Batch.read` makes the same tensors of it on every rank. Layout:
 
     wire[0] requests S · wire[1] tokens T · wire[2] width B of the block tables · wire[3] what the head computes ·
-    wire[4] blocks to copy C
-    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · samples? (S) · adapter slot or -1 (S)
-          · block tables (S, B) · copies (C, 2), as `Plan.copies` has them
+    wire[4] blocks to copy C · wire[5] which model computes
+    then  token ids (T) · tokens of each request (S) · tokens cached before (S) · of the last tokens those that sample
+          (S) · adapter slot or -1 (S) · block tables (S, B) · copies (C, 2), as `Plan.copies` has them
 
 The buffers are allocated once; a step only takes views of them.
 """
@@ -32,7 +32,12 @@ TOKENS = 1
 TABLE_WIDTH = 2
 HEAD = 3
 COPIES = 4
-HEADER = 5
+MODEL = 5
+HEADER = 6
+
+# wire[MODEL]
+TARGET = 0
+DRAFT = 1  # the model that proposes (draft_model.py)
 
 # wire[HEAD]: what the last layer's rows are turned into
 ARGMAX = 0  # the best token of each sampling row; ranks send one (logit, token) pair a row
@@ -46,9 +51,15 @@ def new_wire(pool: Pool) -> NDArray[np.int32]:
     """A wire that holds any step within the limits of `pool`."""
     tables = pool.max_num_seqs * -(-pool.max_model_len // pool.block_size)
     copies = new_plan(pool).copies.size
+    tokens = most_tokens(pool)
     fill = HEADER + 3 + _MOST_PATH_BYTES // 4 if pool.max_loras else 0
-    step = HEADER + pool.max_num_batched_tokens + 4 * pool.max_num_seqs + tables + copies
+    step = HEADER + tokens + 4 * pool.max_num_seqs + tables + copies
     return np.zeros(max(step, fill), np.int32)
+
+
+def most_tokens(pool: Pool) -> int:
+    """Most tokens of a step on the wire. A draft model may have to catch up with one token of each request besides."""
+    return pool.max_num_batched_tokens + (pool.max_num_seqs if pool.draft_model else 0)
 
 
 def used_places(header: Sequence[int]) -> int:
@@ -64,7 +75,7 @@ def write_fill(wire: NDArray[np.int32], slot: int, number: int, folder: Path) ->
     """
     path = os.fsencode(folder)
     packed = np.frombuffer(path + bytes(-len(path) % 4), np.int32)
-    wire[:HEADER] = (0, 3 + len(packed), 0, FILL_SLOT, 0)
+    wire[:HEADER] = (0, 3 + len(packed), 0, FILL_SLOT, 0, TARGET)
     wire[HEADER : HEADER + 3] = (slot, number, len(path))
     wire[HEADER + 3 : HEADER + 3 + len(packed)] = packed
     return used_places(wire[:HEADER].tolist())
@@ -78,12 +89,15 @@ def read_fill(wire: NDArray[np.int32]) -> tuple[int, int, Path]:
 
 
 @njit
-def write_wire(state: State, plan: Plan, tokens: NDArray[np.int32], head: int, wire: NDArray[np.int32]) -> int:
+def write_wire(
+    state: State, plan: Plan, tokens: NDArray[np.int32], head: int, wire: NDArray[np.int32], model: int = TARGET
+) -> int:
     """Write a plan; returns how many places of the wire it takes.
 
     Args:
-        tokens: arena of token ids; those of a request begin at its hash_start x block size.
+        tokens: arena of token ids; those of a request begin at its hash_start x block size, proposals behind them.
         head: ARGMAX, LOGITS or ALL_LOGITS.
+        model: TARGET or DRAFT.
     """
     rows = plan.counts[PLAN_SIZE]
     block_size = state.limits[BLOCK_SIZE]
@@ -101,10 +115,11 @@ def write_wire(state: State, plan: Plan, tokens: NDArray[np.int32], head: int, w
     wire[TABLE_WIDTH] = width
     wire[HEAD] = head
     wire[COPIES] = plan.counts[PLAN_COPIES]
+    wire[MODEL] = model
     for row in range(rows):
         wire[place + row] = plan.num_tokens[row]
         wire[place + rows + row] = plan.start[row]
-        wire[place + 2 * rows + row] = plan.samples[row]
+        wire[place + 2 * rows + row] = 1 + plan.num_drafts[row] if plan.samples[row] else 0
         wire[place + 3 * rows + row] = state.adapter_slot[plan.slot[row]]
     place += 4 * rows
     for row in range(rows):
@@ -154,13 +169,10 @@ def _expand(
         place += n
         query_start[row + 1] = place
         lengths[row] = start + n
-        if wire[HEAD] == ALL_LOGITS:
-            for i in range(n):
-                head_rows[heads + i] = place - n + i
-            heads += n
-        elif wire[counts + 2 * rows + row] != 0:
-            head_rows[heads] = place - 1
-            heads += 1
+        sampled = n if wire[HEAD] == ALL_LOGITS else wire[counts + 2 * rows + row]
+        for i in range(sampled):
+            head_rows[heads + i] = place - sampled + i
+        heads += sampled
     return int(heads)
 
 
@@ -178,6 +190,7 @@ class Batch:
     head_rows             (H,) int64    tokens whose hidden state the head sees
     copies                (C, 2) int32  blocks to copy before anything is computed, from and to, in order
     head                  what it makes of them: ARGMAX, LOGITS or ALL_LOGITS
+    model                 TARGET or DRAFT
     adapter_slots         (T,) int32    where each token's adapter lies, -1: it has none
     adapter_rows          which tokens have which adapter; None: none has one
     head_adapter_rows     the same of head_rows
@@ -194,6 +207,7 @@ class Batch:
     head_rows: Tensor
     copies: Tensor
     head: int
+    model: int
     adapter_slots: NDArray[np.int32]
     adapter_rows: AdapterRows | None
     head_adapter_rows: AdapterRows | None
@@ -203,7 +217,7 @@ class Batch:
         self.wire = new_wire(pool)
         self.max_loras = pool.max_loras
         self._block_size = pool.block_size
-        tokens, seqs = pool.max_num_batched_tokens, pool.max_num_seqs
+        tokens, seqs = most_tokens(pool), pool.max_num_seqs
         self._arrays = (
             np.zeros(tokens, np.int64),
             np.zeros(tokens, np.int64),
@@ -231,7 +245,7 @@ class Batch:
         self.block_tables = self.wire_tensor[tables : tables + rows * width].view(rows, width)
         copies = tables + rows * width
         self.copies = self.wire_tensor[copies : copies + 2 * int(wire[COPIES])].view(-1, 2)
-        self.head = int(wire[HEAD])
+        self.head, self.model = int(wire[HEAD]), int(wire[MODEL])
         self.decode_only = rows == tokens
         head_places, adapter_slots = self._arrays[-2:]
         self.adapter_slots = adapter_slots[:tokens]
@@ -266,14 +280,16 @@ def append_tokens(
     num_cached: NDArray[np.int64],
     full: NDArray[np.int64],
 ) -> int:
-    """Between `schedule` and `commit`: put the tokens that the plan's rows sampled behind those of their requests.
+    """Between `schedule` and `commit`: put the tokens that are kept behind those of their requests.
 
     Args:
         tokens: the arena, as in write_wire.
-        new_tokens: (sampling rows,) in the order of the plan.
+        new_tokens: (sampled,) in the order of the plan, one of each sampling row and one for each of its proposals; of
+            a row's the first `plan.accepted` are kept.
         num_cached: (slots,) set for requests that get their first token.
-        full: (max_num_seqs,) filled with the slots of requests whose tokens, the new ones too, fill blocks that have
-            no hash yet. The newest block may be computed only by the next step, which names it (policy vllm_v1).
+        full: (max_num_seqs, 2) filled with the slots of requests whose tokens, the new ones too, fill blocks that have
+            no hash yet, and how many these blocks are. The newest block may be computed only by the next step, which
+            names it (policy vllm_v1).
     Returns: how many of `full` there are.
     """
     block_size = state.limits[BLOCK_SIZE]
@@ -284,13 +300,16 @@ def append_tokens(
         slot = plan.slot[row]
         known = state.num_tokens[slot]
         if plan.samples[row]:
-            tokens[state.hash_start[slot] * block_size + known] = new_tokens[sampled]
-            known += 1
-            sampled += 1
+            first = state.hash_start[slot] * block_size + known
+            for i in range(plan.accepted[row]):
+                tokens[first + i] = new_tokens[sampled + i]
+            known += plan.accepted[row]
+            sampled += 1 + plan.num_drafts[row]
             if state.num_tokens[slot] == state.num_prompt_tokens[slot]:
                 num_cached[slot] = state.num_cached_tokens[slot]
         if caching and known // block_size > state.num_hashes[slot]:
-            full[found] = slot
+            full[found, 0] = slot
+            full[found, 1] = known // block_size
             found += 1
     return found
 

@@ -12,39 +12,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import kv_cache
-from .adapter_slots import NO_ADAPTER
-from .adapters import AdapterNames, BadAdapter
+from .adapters import BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .device import check_gpus
+from .draft_model import DraftModel
+from .draft_shape import check_same_tokens
+from .engine_adapters import EngineAdapters
+from .engine_stats import EngineStats, StepRecord, stats_of
 from .launch import Launch
 from .memory import check_memory
-from .model_shape import ModelShape
+from .model_shape import ModelShape, resolve_model
 from .parallel import Layout, RankFailed
 from .peers import Peers
 from .rank import OtherRanks, Rank, RanksOfOthers, file_store
+from .request import FinishReason, KeptLogits, Output, Request, checked_prompt
 from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
 from .scheduler import abort, add_request, commit, schedule
 from .scheduler_state import (
-    NUM_BLOCKS_FROM_HOST,
-    NUM_BLOCKS_TO_HOST,
-    NUM_HOST_HIT_TOKENS,
-    NUM_PREEMPTIONS,
-    NUM_PREFIX_HIT_TOKENS,
-    NUM_PREFIX_QUERY_TOKENS,
     NUM_RUNNING,
-    NUM_SWAPPED,
     NUM_WAITING,
     PLAN_ADMITTED,
     PLAN_COPIES,
@@ -58,6 +54,8 @@ from .scheduler_state import (
     new_state,
 )
 from .spec import CPU, BadSpec, Deployment, Pool
+from .speculated import NOTHING, Speculated
+from .speculation import ask_for_drafts, keep_agreed, propose_ngrams, sampled_places
 from .token_store import TokenStore
 
 __all__ = [
@@ -74,104 +72,18 @@ __all__ = [
     "TokenLogprobs",
 ]
 
-FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to continue.
-
-    request_id        the caller's, unique among live requests
-    prompt_token_ids  (n,) int32, n >= 1
-    priority          lower goes first, where the spec schedules by priority; else it is not looked at
-    adapter           name of a loaded adapter; None: the base alone
-    """
-
-    request_id: int
-    prompt_token_ids: NDArray[np.int32]
-    sampling: SamplingParams
-    priority: int = 0
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a step brought for one request.
-
-    token_ids          new tokens, in order; a token that ends the answer is among them
-    logprobs           of each new token, if the request asked for them
-    finish_reason      None while the answer goes on
-    num_cached_tokens  of the prompt, found in the prefix cache when the request was first admitted
-    """
-
-    request_id: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None
-    finish_reason: FinishReason | None
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the engine began, and what it holds now.
-
-    preemptions        times that a request gave its blocks back; `swaps` of these keep them on the host
-    prefix_hit_tokens  found on the device; `host_hit_tokens` on the host only
-    host_blocks_used   held or cached
-    """
-
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    preemptions: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    steps: int
-    swaps: int = 0
-    host_hit_tokens: int = 0
-    host_blocks_used: int = 0
-    host_blocks_total: int = 0
-    blocks_to_host: int = 0
-    blocks_from_host: int = 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step as the step-time model sees it (profiler/step_time.py).
-
-    decode_context  tokens whose KV the one-token rows read, their own included, summed over these rows
-    prefill_pairs   query-key pairs of the other rows
-    seconds         of the whole step: planning, computing, sampling, committing
-    started_s       on the clock of time.perf_counter
-    """
-
-    num_tokens: int
-    num_rows: int
-    num_samples: int
-    decode_context: float
-    prefill_pairs: float
-    seconds: float
-    started_s: float
-
-
-class KeptLogits(NamedTuple):
-    """Logits (n, vocab_size) fp32 of places start .. start + n - 1 of a request's tokens."""
-
-    request_id: int
-    start: int
-    logits: Tensor
-
 
 class _Flight(NamedTuple):
     """A step that has begun and is not committed.
 
     number     of the plan and of the rank's batch, which are its own meanwhile
-    slots      (sampling rows,) of the plan
-    generated  (sampling rows,) tokens that their requests have generated before
+    each       (sampling rows,) tokens that each of the plan's samples: 1, and 1 for each of its proposals
+    slots      (places,) request of each token that is sampled
+    generated  (places,) tokens of the answer before it
     """
 
     number: int
+    each: NDArray[np.int64]
     slots: NDArray[np.int64]
     generated: NDArray[np.int64]
     head: int
@@ -200,6 +112,8 @@ class Engine:
         self._policy = deployment.scheduler_policy
         if launch is not None:
             launch.check(self.pool)
+        if self.pool.draft_model:
+            check_same_tokens(resolve_model(self.pool.draft_model), model_dir)
         ranks = None if launch is None else launch.local
         check_gpus(self.pool, ranks)
         check_memory(self.shape, self.pool, replicas=1, ranks=ranks)
@@ -221,7 +135,7 @@ class Engine:
             if self._others is not None:
                 self._others.wait_until_loaded()
             self._rank.capture()
-            self._adapter_names = AdapterNames()
+            self._adapters = EngineAdapters(self._rank, self.pool.max_loras)
             self._reset()
             self._warm_up()
             for adapter in deployment.adapters:
@@ -237,10 +151,14 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._begun = 0
         slots = len(self._state.request_id)
-        self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids)
+        races = bool(self.pool.draft_model)
+        self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids, races=races)
         self._num_cached = np.zeros(slots, np.int64)
-        self._full = np.zeros(self.pool.max_num_seqs, np.int64)
-        self._in_slot = np.zeros(self.pool.max_loras, np.int64)
+        self._full = np.zeros((self.pool.max_num_seqs, 2), np.int64)
+        self._draft = DraftModel(self.pool, self._rank, slots) if self.pool.draft_model else None
+        self._speculated = np.zeros((slots, 3), np.int64)
+        self._accepted_by_position = np.zeros(self.pool.num_speculative_tokens, np.int64)
+        self._speculated_before = np.zeros(3, np.int64)  # by requests that have ended
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
@@ -252,7 +170,8 @@ class Engine:
         """Prefill and decode once, then forget it: the first request shall not wait for Numba, threads and memory."""
         keep, self._keep_logits = self._keep_logits, False
         tokens = np.zeros(max(1, min(4, self.pool.max_model_len - 2)), np.int32)
-        self.add(Request(0, tokens, SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)))
+        answer = 2 + self.pool.num_speculative_tokens
+        self.add(Request(0, tokens, SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0)))
         while self.has_work:
             self.step()
         self._reset()
@@ -264,8 +183,8 @@ class Engine:
         Raises: BadRequest: an id in use, an empty prompt or one of max_model_len tokens or more, an unknown token.
             BadAdapter: it is not loaded, or its files are no longer what they were when it was.
         """
-        prompt = self._checked_prompt(request)
-        adapter = self._checked_adapter(request)
+        prompt = checked_prompt(request, self._slot_of, self.pool.max_model_len, self.shape.vocab_size)
+        adapter = self._adapters.number(request.adapter)
         max_num_tokens = min(len(prompt) + request.sampling.max_tokens, self.pool.max_model_len)
         unit = self._store.hold(max_num_tokens)
         if self._store.hashes is not self._state.hashes:
@@ -279,78 +198,38 @@ class Engine:
         if slot < 0:
             self._grow()
             slot = add_request(self._state, *row)
-        if adapter != NO_ADAPTER:
-            self._adapter_names.begin(adapter)
+        self._adapters.begin(adapter)
         self._sampler.put(slot, request.sampling)
         self._slot_of[request.request_id] = slot
-
-    def _checked_prompt(self, request: Request) -> NDArray[np.int32]:
-        prompt = np.asarray(request.prompt_token_ids)
-        if request.request_id in self._slot_of:
-            raise BadRequest("request_id", request.request_id, "an id that no live request has")
-        if prompt.ndim != 1 or not 1 <= len(prompt) < self.pool.max_model_len:
-            allowed = f"1 to {self.pool.max_model_len - 1} tokens (max_model_len - 1)"
-            raise BadRequest("prompt_token_ids", f"{prompt.size} tokens", allowed)
-        if not np.issubdtype(prompt.dtype, np.integer):
-            raise BadRequest("prompt_token_ids", prompt.dtype, "integers")
-        if prompt.min() < 0 or prompt.max() >= self.shape.vocab_size:
-            found = f"ids from {prompt.min()} to {prompt.max()}"
-            raise BadRequest("prompt_token_ids", found, f"0 to {self.shape.vocab_size - 1} (vocab_size - 1)")
-        return prompt.astype(np.int32, copy=False)
-
-    def _checked_adapter(self, request: Request) -> int:
-        """Number of the request's adapter, which lies in host memory from here on until no live request names it."""
-        if request.adapter is None:
-            return NO_ADAPTER
-        names = self._adapter_names
-        if request.adapter not in names or self._rank.adapters is None:
-            allowed = ", ".join(names.names()[:20]) or "none: no adapter is loaded"
-            raise BadAdapter("adapter", request.adapter, allowed, "load it, or name another")
-        number = names.number(request.adapter)
-        self._rank.adapters.read(number, names.folder(number), keep=names.live)
-        return number
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Let requests name an adapter.
 
         Raises: BadAdapter: it does not fit this base, the name is taken, or the deployment takes no adapters.
         """
-        names = self._adapter_names
-        if self._rank.adapters is None:
-            raise BadAdapter("max_loras", 0, "at least 1", "set it to the most adapters in one step")
-        if name in names:
-            raise BadAdapter("adapter", name, "a name that no adapter has", "unload it, or choose another name")
-        folder = folder.resolve()
-        self._rank.adapters.read(names.next_number(), folder, keep=names.live)
-        names.add(name, folder)
+        self._adapters.load(name, folder)
 
     def unload_adapter(self, name: str) -> bool:
         """Let no more requests name it; those that do go on. False: there is no such adapter."""
-        if name not in self._adapter_names:
-            return False
-        self._adapter_names.remove(name)
-        return True
-
-    def _fill_slots(self) -> None:
-        """Put the adapters into their slots that the plan's newcomers need."""
-        wanted = self._state.adapter_slots.number
-        for slot in np.flatnonzero(wanted != self._in_slot).tolist():
-            number = int(wanted[slot])
-            self._rank.fill_slot(slot, number, self._adapter_names.folder(number), self._adapter_names.live)
-            self._in_slot[slot] = number
+        return self._adapters.unload(name)
 
     def _grow(self) -> None:
         self._state = grow(self._state)
         slots = len(self._state.request_id)
         self._sampler.grow(slots)
-        self._num_cached = np.concatenate([self._num_cached, np.zeros(slots - len(self._num_cached), np.int64)])
+        more = slots - len(self._num_cached)
+        self._num_cached = np.concatenate([self._num_cached, np.zeros(more, np.int64)])
+        self._speculated = np.concatenate([self._speculated, np.zeros((more, 3), np.int64)])
+        if self._draft is not None:
+            self._draft.grow(slots)
 
     def abort(self, request_id: int) -> bool:
         """End a request whose answer nobody wants; the next step reports it as "abort". False: no such request."""
         slot = self._slot_of.get(request_id)
         if slot is None:
             return False
-        self._aborted.append(Output(request_id, (), None, "abort", int(self._num_cached[slot])))
+        cached = int(self._num_cached[slot])
+        self._aborted.append(Output(request_id, (), None, "abort", cached, self._speculated_for(slot)))
         del self._slot_of[request_id]
         if abort(self._state, slot):
             self._free(slot)
@@ -413,22 +292,14 @@ class Engine:
         state, plan, slots = self._state, self._plans[flight.number], flight.slots
         rows = int(plan.counts[PLAN_SIZE])
         tokens, logprobs = self._sampled(result, flight, plan)
+        ends = self._sampler.ends(slots, tokens)
+        keep_agreed(state, plan, self._store.tokens, tokens, ends, self._speculated, self._accepted_by_position)
+        if flight.head == ALL_LOGITS:
+            self._keep(result, plan)
         self._take(plan, tokens)
-        stopped = self._sampler.ends(slots, tokens)
-        plan.stopped[:rows] = False
-        plan.stopped[:rows][plan.samples[:rows]] = stopped
-        plan.accepted[:rows] = 1
         commit(state, plan)
         ended = set(plan.finished[: plan.counts[PLAN_FINISHED]].tolist())
-        ids, cached = state.request_id[slots].tolist(), self._num_cached[slots].tolist()
-        for row, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist())):
-            if slot in self._leaving:
-                continue
-            reason: FinishReason | None = None
-            if slot in ended:
-                reason = "stop" if stopped[row] else "length"
-            told = logprobs[row] if logprobs else None
-            outputs.append(Output(ids[row], (token,), None if told is None else (told,), reason, cached[row]))
+        outputs += self._outputs(flight, plan, tokens.tolist(), logprobs, ended)
         for slot in ended:
             if slot in self._leaving:
                 self._leaving.remove(slot)
@@ -444,11 +315,36 @@ class Engine:
         )
         return outputs
 
+    def _outputs(
+        self, flight: _Flight, plan: Plan, tokens: list[int], logprobs: list[TokenLogprobs | None], ended: set[int]
+    ) -> Iterator[Output]:
+        """What a committed step brought the requests that sampled; of each row's places the first ones were kept."""
+        rows = np.flatnonzero(plan.samples[: plan.counts[PLAN_SIZE]])
+        kept, stopped = plan.accepted[rows].tolist(), plan.stopped[rows].tolist()
+        firsts = np.cumsum(flight.each) - flight.each
+        slots = flight.slots[firsts]
+        ids, cached = self._state.request_id[slots].tolist(), self._num_cached[slots].tolist()
+        for row, (slot, first) in enumerate(zip(slots.tolist(), firsts.tolist())):
+            if slot in self._leaving:
+                continue
+            reason: FinishReason | None = None
+            if slot in ended:
+                reason = "stop" if stopped[row] else "length"
+            last = first + kept[row]
+            told = tuple(each for each in logprobs[first:last] if each is not None) or None
+            token_ids = tuple(tokens[first:last])
+            yield Output(ids[row], token_ids, told, reason, cached[row], self._speculated_for(slot))
+
     def _begin(self) -> bool:
         """Plan the next step and have it computed; False where there is nothing to compute."""
         started_s = time.perf_counter()
         index = self._begun % len(self._plans)
         state, plan = self._state, self._plans[index]
+        if self._draft is not None:
+            ask_for_drafts(state, self.pool.num_speculative_tokens)
+        elif self.pool.speculation == "ngram":
+            longest, shortest = self.pool.prompt_lookup_max, self.pool.prompt_lookup_min
+            propose_ngrams(state, self._store.tokens, self.pool.num_speculative_tokens, longest, shortest)
         schedule(state, plan)
         rows = int(plan.counts[PLAN_SIZE])
         if rows == 0:
@@ -457,75 +353,68 @@ class Engine:
         # those admitted stand last in the plan
         first_admitted = rows - int(plan.counts[PLAN_ADMITTED])
         self.last_admitted += state.request_id[plan.slot[first_admitted:rows]].tolist()
-        slots = plan.slot[:rows][plan.samples[:rows]]
-        generated = state.num_tokens[slots] - state.num_prompt_tokens[slots]
+        each, slots, generated = sampled_places(state, plan)
         head = ARGMAX if self._sampler.argmax_will_do(slots, generated) else LOGITS
         head = ALL_LOGITS if self._keep_logits else head
         if self._others is not None:
             self._others.check()
         if plan.counts[PLAN_ADMITTED]:
-            self._fill_slots()
+            self._adapters.fill_slots(state)
+        if self._draft is not None:
+            self._draft.propose(state, plan, self._store.tokens, self._sampler)
         used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
         self._rank.begin(index, used)
-        self._flights.append(_Flight(index, slots, generated, head, started_s))
+        self._flights.append(_Flight(index, each, slots, generated, head, started_s))
         self._begun += 1
         return True
 
     def _sampled(
         self, result: Tensor, flight: _Flight, plan: Plan
     ) -> tuple[NDArray[np.int64], list[TokenLogprobs | None]]:
-        """Tokens (and log-probabilities, where any are wanted) of the plan's sampling rows."""
+        """Tokens (and log-probabilities, where any are wanted) at the places of a step that are sampled."""
         if flight.head == ARGMAX:
             return result.numpy(), []
         if flight.head == ALL_LOGITS:
-            result = self._kept(result, plan)
+            ends = np.cumsum(plan.num_tokens[: plan.counts[PLAN_SIZE]])[plan.samples[: plan.counts[PLAN_SIZE]]]
+            before = np.cumsum(flight.each) - flight.each
+            places = np.repeat(ends - flight.each - before, flight.each) + np.arange(len(flight.slots))
+            result = result[torch.from_numpy(places)]
         with torch.inference_mode():
             return self._sampler.sample(result, flight.slots, flight.generated)
 
-    def _kept(self, logits: Tensor, plan: Plan) -> Tensor:
-        """Keep the logits of every token of the step; returns those of its sampling rows."""
+    def _keep(self, logits: Tensor, plan: Plan) -> None:
+        """Keep the logits of every token of the step but rejected proposals."""
         rows = int(plan.counts[PLAN_SIZE])
         ends = np.cumsum(plan.num_tokens[:rows])
         for row, end in enumerate(ends.tolist()):
             start, count = int(plan.start[row]), int(plan.num_tokens[row])
             request_id = int(self._state.request_id[plan.slot[row]])
-            self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end]))
-        return logits[torch.from_numpy(ends[plan.samples[:rows]] - 1)]
+            rejected = int(plan.num_drafts[row] + 1 - plan.accepted[row])
+            self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end - rejected]))
 
     def _take(self, plan: Plan, tokens: NDArray[np.int64]) -> None:
         """Put new tokens behind those of their requests, and name the blocks that this step fills."""
         state = self._state
         full = append_tokens(state, plan, self._store.tokens, tokens, self._num_cached, self._full)
-        for slot in self._full[:full].tolist():
-            sampled = state.num_computed_tokens[slot] == state.num_tokens[slot]
-            last = int(state.num_tokens[slot] + sampled) // self.pool.block_size
+        for slot, last in self._full[:full].tolist():
             self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
             state.num_hashes[slot] = last
 
     def _free(self, slot: int) -> None:
-        if self._state.adapter[slot] != NO_ADAPTER:
-            self._adapter_names.end(int(self._state.adapter[slot]))
+        self._speculated_before += self._speculated[slot]
+        self._speculated[slot] = 0
+        self._adapters.end(int(self._state.adapter[slot]))
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
+
+    def _speculated_for(self, slot: int) -> Speculated:
+        if self.pool.speculation == "none":
+            return NOTHING
+        return Speculated(*self._speculated[slot].tolist())
 
     def stats(self) -> EngineStats:
         """Counts since the engine began, and what it holds now. Cached blocks that nobody holds are not in use."""
-        counts = self._state.counts
-        return EngineStats(
-            running=int(counts[NUM_RUNNING]),
-            waiting=int(counts[NUM_WAITING]),
-            kv_blocks_used=self.pool.num_kv_blocks - kv_cache.num_available(self._state.blocks),
-            kv_blocks_total=self.pool.num_kv_blocks,
-            preemptions=int(counts[NUM_PREEMPTIONS]),
-            prefix_query_tokens=int(counts[NUM_PREFIX_QUERY_TOKENS]),
-            prefix_hit_tokens=int(counts[NUM_PREFIX_HIT_TOKENS]),
-            steps=self._steps,
-            swaps=int(counts[NUM_SWAPPED]),
-            host_hit_tokens=int(counts[NUM_HOST_HIT_TOKENS]),
-            host_blocks_used=self.pool.host_kv_blocks - int(self._state.host_blocks.counts[kv_cache.FREE]),
-            host_blocks_total=self.pool.host_kv_blocks,
-            blocks_to_host=int(counts[NUM_BLOCKS_TO_HOST]),
-            blocks_from_host=int(counts[NUM_BLOCKS_FROM_HOST]),
-        )
+        speculated = Speculated(*(self._speculated_before + self._speculated.sum(axis=0)).tolist())
+        return stats_of(self._state, self._steps, speculated, tuple(self._accepted_by_position.tolist()))
 
     def close(self) -> None:
         """End the other ranks. The engine is of no more use."""

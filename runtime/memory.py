@@ -11,6 +11,7 @@ import psutil
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .device import gpus
+from .draft_shape import draft_pool, draft_shape
 from .model_shape import ModelShape
 from .parallel import Layout, Share, held_shape, keeps_scales_whole, shares
 from .spec import CPU, BadSpec, Pool
@@ -32,12 +33,13 @@ class MemoryNeed:
     kv_cache_bytes: int
     activation_bytes: int
     process_bytes: int
+    draft_bytes: int = 0  # weights, KV cache and activations of a draft model
     adapter_bytes: int = 0  # slots and host memory, each full of adapters of max_lora_rank on every matrix
 
     @property
     def total_bytes(self) -> int:
         held = self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
-        return held + self.process_bytes + self.adapter_bytes
+        return held + self.process_bytes + self.draft_bytes + self.adapter_bytes
 
 
 def memory_need(
@@ -58,6 +60,7 @@ def memory_need(
         kv_cache_bytes=replicas * (pool.num_kv_blocks + host_blocks) * _block_bytes(shape, pool, ranks),
         activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in here),
         process_bytes=replicas * len(here) * _PROCESS_BYTES if on_cpu else 0,
+        draft_bytes=replicas * _draft_bytes(pool, ranks),
         adapter_bytes=replicas * len(here) * adapters * _adapter_bytes(shape, pool),
     )
 
@@ -70,6 +73,15 @@ def host_bytes_beside_gpus(
     size = len(_shares(shape, pool, ranks))
     each = _PROCESS_BYTES + _host_adapters(pool) * _adapter_bytes(shape, pool)
     return replicas * (size * each + pool.host_kv_blocks * _block_bytes(shape, pool, ranks))
+
+
+def _draft_bytes(pool: Pool, ranks: Sequence[int] | None) -> int:
+    """Of one replica: what the draft model takes as a model of its own, but for the processes, which it shares."""
+    draft = draft_shape(pool)
+    if draft is None:
+        return 0
+    need = memory_need(draft, draft_pool(pool), 1, ranks)
+    return need.weight_bytes + need.kv_cache_bytes + need.activation_bytes
 
 
 def memory_text(need: MemoryNeed, available: int) -> str:
@@ -102,6 +114,12 @@ def _block_bytes(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> 
     return pool.block_size * sum(part.kv_bytes_per_token(pool.kv_cache_dtype) for part in held)
 
 
+def _all_block_bytes(shape: ModelShape, pool: Pool, ranks: Sequence[int] | None) -> int:
+    """The same, with the draft model's block of this number."""
+    draft = draft_shape(pool)
+    return _block_bytes(shape, pool, ranks) + (0 if draft is None else _block_bytes(draft, pool, ranks))
+
+
 def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     held = held_shape(shape, share)
     # the widest moment of a layer: residual, its norm, then qkv or gate_up with their results beside them
@@ -113,7 +131,7 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
         width = max(width, 3 * sparse.shared_intermediate_size, chosen)
         between = pool.num_threads * _ROW_BLOCK * (hidden + 3 * sparse.intermediate_size)
     width += 2 * hidden
-    logits = 2 * pool.max_num_seqs * held.vocab_size if share.has_head else 0
+    logits = 2 * pool.max_num_samples * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
     itemsize = 4 if pool.accelerator == CPU or pool.weight_dtype == "fp32" else 2
     return itemsize * (pool.max_num_batched_tokens * width + between) + 4 * (logits + angles)
@@ -204,7 +222,7 @@ def check_memory(
 def _nearest(shape: ModelShape, pool: Pool, available: int, replicas: int, ranks: Sequence[int] | None) -> str:
     """The smallest change that fits: a smaller KV cache, else smaller weights, else fewer replicas."""
     least_blocks = -(-pool.max_model_len // pool.block_size)
-    block_bytes = _block_bytes(shape, pool, ranks)
+    block_bytes = _all_block_bytes(shape, pool, ranks)
     for count in range(replicas, 0, -1):
         for dtype in dict.fromkeys((pool.weight_dtype, *_SMALLER)):
             if shape.weight_bytes(dtype) > shape.weight_bytes(pool.weight_dtype):

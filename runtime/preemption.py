@@ -58,6 +58,7 @@ def preempt(state: State, plan: Plan, index: int) -> int:
         if state.limits[OWN_CONTENT] != 0 and state.limits[PREFIX_CACHING] != 0:
             name_own_blocks(state, slot)
         state.num_computed_tokens[slot] = 0
+    state.num_draft_tokens[slot] = 0
     release_blocks(state, slot)
     put_back(state, slot)
     state.counts[NUM_PREEMPTIONS] += 1
@@ -95,5 +96,6 @@ def _unplan(state: State, plan: Plan, slot: int) -> int:
         plan.slot[i] = plan.slot[i + 1]
         plan.start[i] = plan.start[i + 1]
         plan.num_tokens[i] = plan.num_tokens[i + 1]
+        plan.num_drafts[i] = plan.num_drafts[i + 1]
         plan.samples[i] = plan.samples[i + 1]
     return tokens

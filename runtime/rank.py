@@ -26,17 +26,20 @@ from torch import Tensor
 
 from ..kernels import placement
 from ..kernels.gpu_linear import activation_dtype
+from ..kernels.gpu_lora import GpuLoraSlots
+from ..kernels.lora import LoraSlots
 from ..kernels.tiles import TileTable
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .adapters import RankAdapters
-from .batch import ARGMAX, FILL_SLOT, HEAD, Batch, read_fill, write_fill
+from .batch import ARGMAX, DRAFT, FILL_SLOT, HEAD, Batch, read_fill, write_fill
 from .context_part import ContextPart, context_part
 from .device import rank_device
+from .draft_shape import draft_shape
 from .gpu_steps import GpuSteps
 from .launch import Launch
 from .memory import give_back_freed_memory
-from .model_shape import ModelShape
-from .parallel import Layout, RankFailed, shares, thread_environment
+from .model_shape import ModelShape, resolve_model
+from .parallel import Layout, RankFailed, Share, shares, thread_environment
 from .peers import Peers
 from .spec import CPU, Pool
 from .transformer import Transformer
@@ -72,25 +75,16 @@ class Rank:
         self.batches = tuple(Batch(pool) for _ in range(layout.stages))
         self._results: list[Tensor | None] = [None] * layout.stages
         self.adapters = RankAdapters(shape, self._share, pool, device) if pool.max_loras else None
-        on_gpu = placement.on_gpu(device)
-        self._transformer = Transformer(
-            shape,
-            load_weights(shape, model_dir, self._share, pool.weight_dtype, pool.tiles, device),
-            self._share,
-            num_kv_blocks=pool.num_kv_blocks,
-            host_kv_blocks=pool.host_kv_blocks,
-            block_size=pool.block_size,
-            kv_cache_dtype=pool.kv_cache_dtype,
-            max_model_len=pool.max_model_len,
-            tiles=pool.tiles,
-            reduce=peers.all_reduce if peers and layout.shards > 1 else None,
-            parts=peers if layout.parts > 1 else None,
-            adapters=None if self.adapters is None else self.adapters.slots,
-            device=device,
-            activations=activation_dtype(pool.weight_dtype) if on_gpu else torch.float32,
-        )
+        slots = None if self.adapters is None else self.adapters.slots
+        self._transformer = _transformer(pool, shape, model_dir, self._share, peers, slots, device)
+        self._draft: Transformer | None = None
+        draft = draft_shape(pool)
+        if draft is not None:
+            number = peers.rank if peers else 0
+            share = shares(draft, layout, WEIGHT_FORMATS[pool.weight_dtype].sharded_by)[number]
+            self._draft = _transformer(pool, draft, resolve_model(pool.draft_model), share, peers, None, device)
         give_back_freed_memory()  # what packing the weights took in between
-        self._gpu = GpuSteps(pool, self._transformer, device, peers) if on_gpu else None
+        self._gpu = GpuSteps(pool, self._transformer, device, peers) if placement.on_gpu(device) else None
 
     @property
     def capture_s(self) -> float:
@@ -158,8 +152,12 @@ class Rank:
         if peers is not None and not self._share.is_first:
             hidden = peers.take_over((work.token_ids.shape[0], self._shape.hidden_size))
         if self._gpu is None:
-            self._transformer.copy_blocks(batch.copies)
-            logits = self._transformer.forward(work, hidden)
+            transformer = self._transformer
+            if batch.model == DRAFT:
+                assert self._draft is not None, "a draft model's step where the pool names none"
+                transformer = self._draft
+            transformer.copy_blocks(batch.copies)
+            logits = transformer.forward(work, hidden)
         else:
             logits = self._gpu.logits(batch)
         if peers is not None and not self._share.is_last:
@@ -174,6 +172,8 @@ class Rank:
     def use_tiles(self, tiles: TileTable) -> None:
         """Compute with other tiles from the next step on. Raises: BadTile, and nothing changed."""
         self._transformer.use_tiles(tiles)
+        if self._draft is not None:
+            self._draft.use_tiles(tiles)
 
     def fill_slot(self, slot: int, number: int, folder: Path, keep: Collection[int]) -> None:
         """Called on rank 0: every rank puts its share of an adapter into a slot.
@@ -204,6 +204,34 @@ class Rank:
         if not parts:
             return None
         return torch.cat([part[:, :size] for part, size in zip(parts, self._vocab_sizes)], dim=1)
+
+
+def _transformer(
+    pool: Pool,
+    shape: ModelShape,
+    model_dir: Path,
+    share: Share,
+    peers: Peers | None,
+    adapters: LoraSlots | GpuLoraSlots | None,
+    device: torch.device,
+) -> Transformer:
+    layout = Layout.of(pool)
+    return Transformer(
+        shape,
+        load_weights(shape, model_dir, share, pool.weight_dtype, pool.tiles, device),
+        share,
+        num_kv_blocks=pool.num_kv_blocks,
+        host_kv_blocks=pool.host_kv_blocks,
+        block_size=pool.block_size,
+        kv_cache_dtype=pool.kv_cache_dtype,
+        max_model_len=pool.max_model_len,
+        tiles=pool.tiles,
+        reduce=peers.all_reduce if peers and layout.shards > 1 else None,
+        parts=peers if layout.parts > 1 else None,
+        adapters=adapters,
+        device=device,
+        activations=activation_dtype(pool.weight_dtype) if placement.on_gpu(device) else torch.float32,
+    )
 
 
 def file_store(folder: Path, pool: Pool) -> Any:

@@ -133,6 +133,16 @@ def release_blocks(state: State, slot: int) -> None:
 
 
 @njit
+def first_unnamed_block(state: State, slot: int, index: int) -> int:
+    """The first of the blocks before `index`, of those that have a hash, behind which none is named; policy vllm_v1."""
+    row = state.block_table[state.lane[slot]]
+    first = min(index, state.num_hashes[slot] * state.limits[BLOCKS_PER_HASH])
+    while first > 0 and state.blocks.block_hash[row[first - 1]] == 0:
+        first -= 1
+    return int(first)
+
+
+@njit
 def remember_full_blocks(state: State, slot: int, before: int, after: int) -> None:
     """Name the blocks that became full as computed tokens went from `before` to `after`: others may claim them."""
     block_size = state.limits[BLOCK_SIZE]

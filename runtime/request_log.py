@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.prefix import prefix_hashes
+from .speculated import Speculated
 
 SALT_FILE = "prefix_salt.json"
 _SALT_BYTES = 32
@@ -101,6 +102,7 @@ class FinishedRequest:
     e2e_s: float
     finish_reason: str
     adapter: str | None = None
+    speculated: Speculated | None = None  # None: the server does not speculate
 
 
 class RequestLog:
@@ -158,6 +160,8 @@ class RequestLog:
         data["prefix_block_size"] = self._key.block_size
         data["timings"] = {"ttft_s": request.ttft_s, "e2e_s": request.e2e_s}
         data["finish_reason"] = request.finish_reason
+        if request.speculated is not None:
+            data["speculation"] = request.speculated.logged(request.completion_tokens)
         return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..kernels.weight_formats import WEIGHT_FORMATS
+from .draft_shape import check_draft
 from .model_shape import BadModel, ModelShape
 from .parallel import Layout, keeps_scales_whole, tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
@@ -42,8 +43,15 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         raise BadSpec("pools.0.max_loras", found, "0 with several stages, for the bundled engine")
     if pool.accelerator != CPU:
         _check_on_gpu(pool)
+    if pool.speculation != "none" and pool.pipeline_parallel_size > 1:
+        found = f"{pool.speculation} with pipeline_parallel_size {pool.pipeline_parallel_size}"
+        raise BadSpec("pools.0.speculation", found, "none with several stages, for the bundled engine")
+    if pool.draft_model and pool.context_parallel_size > 1:
+        found = f"{pool.speculation} with context_parallel_size {pool.context_parallel_size}"
+        raise BadSpec("pools.0.speculation", found, "none or ngram with context parallelism, for the bundled engine")
     if shape is None:
         return
+    check_draft(pool, shape)
     if pool.max_model_len > shape.max_position_embeddings:
         allowed_len = f"at most {shape.max_position_embeddings}, the model's max_position_embeddings"
         raise BadSpec("pools.0.max_model_len", pool.max_model_len, allowed_len)
@@ -88,6 +96,8 @@ def _check_on_gpu(pool: Pool) -> None:
         if getattr(pool, name) > 1:
             allowed = "1 on GPUs, for the bundled engine; tensor_parallel_size shards there"
             raise BadSpec(f"pools.0.{name}", getattr(pool, name), allowed)
+    if pool.speculation != "none":
+        raise BadSpec("pools.0.speculation", pool.speculation, "none on GPUs, for the bundled engine")
     if pool.num_kv_blocks * pool.block_size >= 1 << 31:
         found = f"{pool.num_kv_blocks} of {pool.block_size} tokens"
         raise BadSpec("pools.0.num_kv_blocks", found, "fewer than 2**31 tokens on a GPU, whose slots are int32")

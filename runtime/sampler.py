@@ -1,8 +1,7 @@
 """From logits to tokens: greedy, temperature, top-k, top-p, per-request seeds, banned tokens, log-probabilities.
 
-A sampled token is a function of its own logits, seed and place in the answer: one uniform number per row by a
-counter-based generator, then the inverse of the cumulative distribution. So an answer does not depend on what else is
-in the batch.
+A sampled token is a function of its own logits, seed and place in the answer: what is random comes of a counter-based
+generator, row by row. So an answer does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.sampling import argmax, draw
+from ..kernels.sampling import argmax, draw, mix, race
 
 _MASK = (1 << 64) - 1
 
@@ -88,9 +87,14 @@ class TokenLogprobs:
 
 
 class Sampler:
-    """The parameters of all live requests, by scheduler slot, and how a step's rows are sampled with them."""
+    """The parameters of all live requests, by scheduler slot, and how a step's rows are sampled with them.
 
-    def __init__(self, slots: int, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    races  tokens are drawn by races, so that a draft model, which draws with the same seeds, mostly draws the same
+           (speculation.py); else by one uniform number, which takes less time
+    """
+
+    def __init__(self, slots: int, vocab_size: int, eos_token_ids: tuple[int, ...], *, races: bool = False) -> None:
+        self._races = races
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._temperature = np.zeros(slots, np.float32)
@@ -142,13 +146,22 @@ class Sampler:
 
         Args:
             logits: (rows, vocab_size) fp32, on any device; changed in place where tokens are banned.
-            slots, generated: (rows,) the request of each row, and how many tokens of its answer it has.
+            slots, generated: (rows,) the request of each row, and how many tokens of its answer stand before the place.
         Returns: the tokens (rows,), and what each row asked to be told about its token.
         """
         raw = None
         wanted = self._logprobs[slots]
         if (wanted >= 0).any():
             raw = torch.log_softmax(logits, dim=1)
+        tokens = self.draw(logits, slots, generated)
+        told: list[TokenLogprobs | None] = [None] * len(slots)
+        if raw is not None:
+            for row in np.flatnonzero(wanted >= 0):
+                told[row] = _token_logprobs(raw[row], int(tokens[row]), int(wanted[row]))
+        return tokens, told
+
+    def draw(self, logits: Tensor, slots: NDArray[np.int64], generated: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`sample` without what it tells of the tokens."""
         for row in np.flatnonzero(generated < self._min_tokens[slots]):
             logits[row, list(self._ends[slots[row]])] = -math.inf
         tokens = argmax(logits)
@@ -157,28 +170,26 @@ class Sampler:
         if len(sampled):
             divisor = torch.from_numpy(temperature[sampled]).to(logits.device)
             scaled = logits[torch.from_numpy(sampled).to(logits.device)] / divisor[:, None]
-            uniform = uniforms(self._seed[slots[sampled]], generated[sampled])
+            seed, place = self._seed[slots[sampled]], generated[sampled]
             top_k, top_p = self._top_k[slots[sampled]], self._top_p[slots[sampled]]
-            tokens[sampled] = draw(scaled, uniform, top_k, top_p)
-        told: list[TokenLogprobs | None] = [None] * len(slots)
-        if raw is not None:
-            for row in np.flatnonzero(wanted >= 0):
-                told[row] = _token_logprobs(raw[row], int(tokens[row]), int(wanted[row]))
-        return tokens, told
+            if self._races:
+                tokens[sampled] = race(scaled, bits(seed, place), top_k, top_p)
+            else:
+                tokens[sampled] = draw(scaled, uniforms(seed, place), top_k, top_p)
+        return tokens
 
 
 def uniforms(seed: NDArray[np.uint64], index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The index-th number in [0, 1) of each seed's stream: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a
+    """The index-th number in [0, 1) of each seed's stream."""
+    return (bits(seed, index) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def bits(seed: NDArray[np.uint64], index: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The index-th 64 bits of each seed's stream: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a
     counter-based generator, the seed mixed once so that neighboring seeds do not share a stream."""
     golden = np.uint64(0x9E3779B97F4A7C15)
-    state = _mix(seed + golden) + (index.astype(np.uint64) + np.uint64(1)) * golden
-    return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    state = mix(seed + golden) + (index.astype(np.uint64) + np.uint64(1)) * golden
+    return mix(state)
 
 
 def _token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:

@@ -1,8 +1,9 @@
 """The scheduler: which requests compute how many tokens in the next step. One for the engine and the simulator.
 
 Pure logic over NumPy arrays, compiled by Numba. It knows no prefill and no decode: every request has
-`num_computed_tokens`, and a step hands out tokens so that it catches up with `num_tokens`. Chunked prefill, prefix hits
-and recompute after preemption are that one rule. No clock, no tensors, no tokens, no randomness.
+`num_computed_tokens`, and a step hands out tokens so that it catches up with `num_tokens`. Chunked prefill, prefix
+hits, recompute after preemption and the verification of proposed tokens are that one rule. No clock, no tensors, no
+tokens, no randomness.
 
 A step is `schedule`, then the caller computes, then `commit`. The engine does that with the wall clock and tensors, the
 simulator with a virtual clock and a step-time model. Several plans may be in flight before the first is committed.
@@ -15,7 +16,8 @@ with every slot in use for long, it waits for long.
 Policy `vllm_v1` decides as the scheduler of vLLM 0.32 (vllm/v1/core) does without asynchronous scheduling. It differs:
 blocks are named when they are planned, so that a request finds what another computes in the same step (its KV is
 written before any attention reads it); of blocks with equal content each one is named; and who must preempt itself ends
-the turn of those that run.
+the turn of those that run; nothing is proposed beyond a request's end (vLLM: beyond max_model_len). Who lacks blocks
+for its proposals preempts others, as there; our policy first does without them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .adapter_slots import NO_ADAPTER, hold_slot
 from .admission import first_tokens
 from .host_blocks import drop_swapped, swap_in
 from .preemption import preempt, remove_running, victim
-from .request_blocks import hold_blocks, hold_prefix, release_blocks, remember_full_blocks
+from .request_blocks import first_unnamed_block, hold_blocks, hold_prefix, release_blocks, remember_full_blocks
 from .scheduler_state import (
     BLOCK_SIZE,
     BY_PRIORITY,
@@ -81,6 +83,7 @@ def add_request(
     counts[NUM_ADDED] += 1
     state.num_prompt_tokens[slot] = num_prompt_tokens
     state.num_tokens[slot] = num_prompt_tokens
+    state.num_draft_tokens[slot] = 0
     state.num_computed_tokens[slot] = 0
     state.max_num_tokens[slot] = max_num_tokens
     state.num_cached_tokens[slot] = 0
@@ -105,7 +108,8 @@ def _append(state: State, plan: Plan, slot: int, num_tokens: int) -> None:
     plan.start[row] = state.num_computed_tokens[slot]
     plan.num_tokens[row] = num_tokens
     state.num_computed_tokens[slot] += num_tokens
-    plan.samples[row] = state.num_computed_tokens[slot] == state.num_tokens[slot]
+    plan.num_drafts[row] = max(0, state.num_computed_tokens[slot] - state.num_tokens[slot])
+    plan.samples[row] = state.num_computed_tokens[slot] >= state.num_tokens[slot]
     state.in_flight[slot] += 1
     plan.counts[PLAN_SIZE] += 1
     plan.counts[PLAN_TOKENS] += num_tokens
@@ -131,7 +135,8 @@ def _schedule_running(state: State, plan: Plan, budget: int, most: int) -> int:
     index = 0
     while index < state.counts[NUM_RUNNING] and budget > 0 and plan.counts[PLAN_SIZE] < most_rows:
         slot = state.running[index]
-        num_tokens = min(state.num_tokens[slot] - state.num_computed_tokens[slot], most, budget)
+        known = state.num_tokens[slot] + state.num_draft_tokens[slot]
+        num_tokens = min(known - state.num_computed_tokens[slot], most, budget)
         if num_tokens <= 0 or state.aborted[slot]:
             index += 1
             continue
@@ -139,6 +144,9 @@ def _schedule_running(state: State, plan: Plan, budget: int, most: int) -> int:
             _append(state, plan, slot, num_tokens)
             budget -= num_tokens
             index += 1
+            continue
+        if state.num_draft_tokens[slot] > 0 and state.limits[POLICY] == PARETUNE:
+            state.num_draft_tokens[slot] = 0  # nobody gives blocks up for what may be rejected
             continue
         place = victim(state, plan, index)
         if place < 0:
@@ -189,7 +197,9 @@ def _remember_planned(state: State, plan: Plan, row: int) -> None:
     slot = plan.slot[row]
     if state.limits[PREFIX_CACHING] != 0 and state.num_hashes[slot] > 0:
         computed = min(plan.start[row] + plan.num_tokens[row], state.num_tokens[slot])
-        remember_full_blocks(state, slot, plan.start[row], computed)
+        # a block that proposals filled, which were accepted meanwhile, has no name yet
+        first = first_unnamed_block(state, slot, plan.start[row] // state.limits[BLOCK_SIZE])
+        remember_full_blocks(state, slot, first * state.limits[BLOCK_SIZE], computed)
 
 
 @njit
@@ -235,8 +245,9 @@ def _end(state: State, slot: int) -> None:
 def commit(state: State, plan: Plan) -> None:
     """The plan has been computed: count the tokens that were accepted, and end the requests that are done.
 
-    For each row that samples, the caller has put into `plan.accepted` how many tokens were kept (at least 1) and into
-    `plan.stopped` whether they end the request; it ends in any case at max_num_tokens.
+    For each row that samples, the caller has put into `plan.accepted` how many tokens were kept (at least 1, at most
+    one more than `plan.num_drafts`) and into `plan.stopped` whether they end the request; it ends in any case at
+    max_num_tokens.
     """
     caching = state.limits[PREFIX_CACHING] != 0 and state.limits[POLICY] == PARETUNE
     for row in range(plan.counts[PLAN_SIZE]):
@@ -244,6 +255,7 @@ def commit(state: State, plan: Plan) -> None:
         state.in_flight[slot] -= 1
         ended = state.aborted[slot] and state.in_flight[slot] == 0
         if plan.samples[row]:
+            state.num_draft_tokens[slot] = 0
             state.num_tokens[slot] += plan.accepted[row]
             # of 1 + k speculated tokens those rejected are not computed; the newest token never is
             state.num_computed_tokens[slot] = state.num_tokens[slot] - 1

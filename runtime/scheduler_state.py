@@ -78,7 +78,10 @@ class State(NamedTuple):
     arrival                (slots,) int64  requests that came before it
     num_prompt_tokens      (slots,) int64
     num_tokens             (slots,) int64  prompt + generated so far
-    num_computed_tokens    (slots,) int64  tokens whose KV is cached or on its way, 0 to num_tokens
+    num_draft_tokens       (slots,) int64  tokens proposed behind these, for the next plan to verify: the caller writes
+                                           them before `schedule`, for requests that lack their last token alone
+    num_computed_tokens    (slots,) int64  tokens whose KV is cached or on its way, 0 to num_tokens; with proposals in a
+                                           plan in flight, these besides
     max_num_tokens         (slots,) int64  num_tokens at which the request ends
     num_cached_tokens      (slots,) int64  tokens found in the prefix cache at the last admission
     num_own_blocks         (slots,) int64  blocks, from its start, that were named when it was preempted (OWN_CONTENT)
@@ -111,6 +114,7 @@ class State(NamedTuple):
     arrival: NDArray[np.int64]
     num_prompt_tokens: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
+    num_draft_tokens: NDArray[np.int64]
     num_computed_tokens: NDArray[np.int64]
     max_num_tokens: NDArray[np.int64]
     num_cached_tokens: NDArray[np.int64]
@@ -144,7 +148,9 @@ class Plan(NamedTuple):
     slot        (max_num_seqs,) int64
     start       (max_num_seqs,) int64
     num_tokens  (max_num_seqs,) int64
-    samples     (max_num_seqs,) bool   the row reaches the request's last token, so a new one is sampled
+    num_drafts  (max_num_seqs,) int64  of these, the last ones: proposals to verify
+    samples     (max_num_seqs,) bool   the row reaches the request's last token, so a new one is sampled, and one more
+                                       for each proposal
     accepted    (max_num_seqs,) int64  filled by the caller before commit: tokens kept, 1 or (speculation) more
     stopped     (max_num_seqs,) bool   filled by the caller before commit: the request ends with these tokens
     finished    (max_num_seqs,) int64  slots that ended at commit; readable until the next add_request
@@ -156,6 +162,7 @@ class Plan(NamedTuple):
     slot: NDArray[np.int64]
     start: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
+    num_drafts: NDArray[np.int64]
     samples: NDArray[np.bool_]
     accepted: NDArray[np.int64]
     stopped: NDArray[np.bool_]
@@ -215,6 +222,7 @@ def new_state(
         arrival=np.zeros(slots, np.int64),
         num_prompt_tokens=np.zeros(slots, np.int64),
         num_tokens=np.zeros(slots, np.int64),
+        num_draft_tokens=np.zeros(slots, np.int64),
         num_computed_tokens=np.zeros(slots, np.int64),
         max_num_tokens=np.zeros(slots, np.int64),
         num_cached_tokens=np.zeros(slots, np.int64),
@@ -251,6 +259,7 @@ def new_plan(pool: Pool) -> Plan:
         slot=np.zeros(seqs, np.int64),
         start=np.zeros(seqs, np.int64),
         num_tokens=np.zeros(seqs, np.int64),
+        num_drafts=np.zeros(seqs, np.int64),
         samples=np.zeros(seqs, np.bool_),
         accepted=np.ones(seqs, np.int64),
         stopped=np.zeros(seqs, np.bool_),
@@ -279,6 +288,7 @@ _OF_A_REQUEST = (
     "arrival",
     "num_prompt_tokens",
     "num_tokens",
+    "num_draft_tokens",
     "num_computed_tokens",
     "max_num_tokens",
     "num_cached_tokens",

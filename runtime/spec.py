@@ -130,6 +130,21 @@ class Pool(_Part):
     long_prefill_token_threshold: int = Field(
         0, ge=0, description="most tokens of one prompt in a step that others wait for, too; 0: no such limit"
     )
+    speculation: Literal["none", "ngram", "draft_model"] = Field(
+        "none", description="who proposes tokens that one step then verifies: nobody, the request's own text, a model"
+    )
+    num_speculative_tokens: int = Field(
+        0, ge=0, le=64, description="most tokens proposed for a request in a step; 0 with speculation 'none'"
+    )
+    prompt_lookup_max: int = Field(
+        0, ge=0, le=64, description="longest run of last tokens that 'ngram' looks for in the text before; else 0"
+    )
+    prompt_lookup_min: int = Field(
+        0, ge=0, le=64, description="shortest run that 'ngram' takes for a match; 0 with any other speculation"
+    )
+    draft_model: str = Field(
+        "", description="model directory of 'draft_model', of the same vocabulary; empty with any other speculation"
+    )
     max_loras: int = Field(0, ge=0, le=65536, description="most LoRA adapters in one step; 0 takes none")
     max_cpu_loras: int = Field(
         0, ge=0, description="adapters kept in host memory, those of live requests besides; 0 = max_loras"
@@ -210,6 +225,7 @@ class Pool(_Part):
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request computes one token a step"
             )
+        _check_speculation(self)
         if self.max_cpu_loras and not self.max_loras:
             raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) needs max_loras: with 0 no adapter is taken")
         if self.max_cpu_loras and self.max_cpu_loras < self.max_loras:
@@ -222,10 +238,43 @@ class Pool(_Part):
         return self
 
     @property
+    def max_num_samples(self) -> int:
+        """Most tokens that one step samples: each request's next one, and one for every proposal of its."""
+        return self.max_num_seqs * (1 + self.num_speculative_tokens)
+
+    @property
     def devices_per_replica(self) -> int:
         """Accelerators that one replica holds: one a rank; on CPU the threads of all its ranks."""
         ranks = self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
         return ranks * (self.num_threads if self.accelerator == CPU else 1)
+
+
+def _check_speculation(pool: Pool) -> None:
+    """Raises: ValueError: the fields of speculation do not fit each other, or the batch limits."""
+    method, tokens = pool.speculation, pool.num_speculative_tokens
+    low, high = pool.prompt_lookup_min, pool.prompt_lookup_max
+    if (method != "none") != (tokens > 0):
+        raise ValueError(
+            f"num_speculative_tokens ({tokens}) must be at least 1 with speculation 'ngram' or 'draft_model', and 0 "
+            f"without (found {method!r})"
+        )
+    if method == "ngram" and not 1 <= low <= high:
+        raise ValueError(
+            f"prompt_lookup_min ({low}) and prompt_lookup_max ({high}) must be at least 1, the first at most the "
+            "second, with speculation 'ngram'"
+        )
+    if method != "ngram" and (low or high):
+        raise ValueError(f"prompt_lookup_min ({low}) and prompt_lookup_max ({high}) need speculation 'ngram'")
+    if (method == "draft_model") != bool(pool.draft_model):
+        raise ValueError(
+            f"draft_model ({pool.draft_model!r}) must name a model directory with speculation 'draft_model', and be "
+            f"empty with any other (found {method!r})"
+        )
+    if pool.max_num_batched_tokens < pool.max_num_samples:
+        raise ValueError(
+            f"max_num_batched_tokens ({pool.max_num_batched_tokens}) must be at least max_num_seqs x "
+            f"(1 + num_speculative_tokens) ({pool.max_num_samples}): each running request verifies so many a step"
+        )
 
 
 class Adapter(_Part):
@@ -302,6 +351,7 @@ class Deployment(_Part):
                 ("preemption", ("recompute",)),
                 ("admission", _VLLM_ADMISSIONS),
                 ("host_kv_blocks", (0,)),
+                ("speculation", ("none", "ngram")),  # it reserves blocks for a draft model's next proposals
             ):
                 found = getattr(pool, name)
                 if found not in allowed:

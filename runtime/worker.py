@@ -13,7 +13,7 @@ to the replica    (START, deployment, model folder, number of the replica, step 
                   (UNLOAD_ADAPTER, name)
 from the replica  (READY,)
                   (STEP, request ids, tokens of each, token ids of all in a row, finish reasons, cached tokens,
-                   logprobs of each or None, stats or None, queue)
+                   speculated of each or None, logprobs of each or None, stats or None, queue)
                   (CHANGED, None, or why nothing changed)
                   (ADAPTER, number of the call, why it was not loaded or None)
                   (FAILED, exit code, message)
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import marshal
 import os
@@ -74,6 +75,16 @@ class Stats(NamedTuple):
     host_blocks_total: int = 0
     blocks_to_host: int = 0
     blocks_from_host: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()
+
+    def plus(self, other: Stats) -> Stats:
+        """Both added up, position by position."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self._fields[:-1]}
+        positions = itertools.zip_longest(self.accepted_by_position, other.accepted_by_position, fillvalue=0)
+        return Stats(**sums, accepted_by_position=tuple(map(sum, positions)))
 
 
 class Queue(NamedTuple):
@@ -297,7 +308,7 @@ def _load_adapter(engine: AnyEngine, name: str, folder: str) -> str | None:
 
 def _stats(engine: AnyEngine) -> Stats:
     stats = engine.stats()
-    return Stats(*(int(getattr(stats, name)) for name in Stats._fields))
+    return Stats(*(getattr(stats, name) for name in Stats._fields))
 
 
 def _changed(engine: AnyEngine, pool: Pool) -> str | None:
@@ -309,7 +320,7 @@ def _changed(engine: AnyEngine, pool: Pool) -> str | None:
     return None
 
 
-def _step_message(outputs: list[Output], stats: tuple[int, ...] | None, queue: Queue) -> tuple[Any, ...]:
+def _step_message(outputs: list[Output], stats: tuple[object, ...] | None, queue: Queue) -> tuple[Any, ...]:
     token_ids: list[int] = []
     for output in outputs:
         token_ids.extend(output.token_ids)
@@ -320,6 +331,7 @@ def _step_message(outputs: list[Output], stats: tuple[int, ...] | None, queue: Q
         token_ids,
         [output.finish_reason for output in outputs],
         [output.num_cached_tokens for output in outputs],
+        [tuple(output.speculated) if output.speculated.drafts else None for output in outputs],
         [None if output.logprobs is None else _plain_logprobs(output.logprobs) for output in outputs],
         stats,
         tuple(queue),

@@ -266,7 +266,7 @@ def test_requests_that_name_an_adapter_outlive_its_name_and_its_folder(tmp_path:
         engine.load_adapter("a", folders[0])
     ask(engine, None)
     drain(engine)
-    assert not engine._adapter_names._folders
+    assert not engine._adapters._names._folders
 
 
 def test_an_adapter_that_does_not_fit_ends_the_start_with_its_reason(tmp_path: Path, model_dir: Path) -> None:

@@ -59,3 +59,53 @@ def test_banned_tokens_are_never_drawn(backend):
     for top_k, top_p in ((0, 1.0), (10, 1.0), (0, 0.9), (10, 0.9)):
         tokens = sampling.draw(logits, uniform, np.full(50, top_k), np.full(50, top_p), backend=backend)
         assert set(tokens.tolist()) == {3, 40}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("top_k", "top_p"), CUTS)
+@pytest.mark.parametrize("vocab", [1, 17, 300])
+def test_races_are_won_with_the_probabilities_of_the_tokens(backend, top_k, top_p, vocab):
+    torch.manual_seed(vocab)
+    logits, draws = 2 * torch.randn(vocab), 20_000
+    top_k = min(top_k, vocab)
+    seeds = np.random.default_rng(5).integers(0, 2**64, draws, np.uint64)
+    tokens = sampling.race(
+        logits.expand(draws, vocab), seeds, np.full(draws, top_k), np.full(draws, top_p), backend=backend
+    )
+    expected = sampling.reference(logits, top_k, top_p)
+    counts = np.bincount(tokens, minlength=vocab)
+    assert (counts[expected == 0] == 0).all()
+    likely = draws * expected >= 5
+    statistic = ((counts - draws * expected)[likely] ** 2 / (draws * expected)[likely]).sum()
+    degrees = max(1, int(likely.sum()) - 1)
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations of chi-square
+    assert counts[~likely].sum() <= 5 + 3 * draws * expected[~likely].sum()
+
+
+@pytest.mark.skipif(load() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("top_k", "top_p"), CUTS)
+def test_both_backends_name_the_same_winners(top_k, top_p):
+    torch.manual_seed(1)
+    logits, seeds = torch.randn(200, 1000), np.random.default_rng(0).integers(0, 2**64, 200, np.uint64)
+    cuts = np.full(200, top_k), np.full(200, top_p)
+    ours, theirs = (sampling.race(logits, seeds, *cuts, backend=backend) for backend in (None, "torch"))
+    assert (ours == theirs).mean() >= 0.99  # the cut, and a photo finish, may go either way
+
+
+def test_two_that_are_nearly_alike_mostly_have_the_same_winner_and_more_often_than_one_number_picks_it():
+    """At least (1 - t) / (1 + t) of the time, for distributions at total variation t (arXiv:2408.07978)."""
+    torch.manual_seed(3)
+    model = 2 * torch.randn(500)
+    draft, draws = model + 0.4 * torch.randn(500), 20_000
+    p, q = (sampling.reference(logits, 0, 1.0) for logits in (model, draft))
+    distance = np.abs(p - q).sum() / 2
+    cuts = np.zeros(draws, np.int64), np.ones(draws)
+    seeds = np.random.default_rng(6).integers(0, 2**64, draws, np.uint64)
+    uniform = np.random.default_rng(7).random(draws)
+    raced, picked = (
+        [operator(logits.expand(draws, 500), random, *cuts) for logits in (model, draft)]
+        for operator, random in ((sampling.race, seeds), (sampling.draw, uniform))
+    )
+    same = (raced[0] == raced[1]).mean()
+    assert (1 - distance) / (1 + distance) - 0.015 < same < 1 - distance + 0.015
+    assert same > (picked[0] == picked[1]).mean() + 0.1

@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from paretune.runtime.spec import Adapter, Deployment
 
 from .optimizer_examples import deployment
 
+NGRAM = {"speculation": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 H100 = {"accelerator": "H100 SXM", "num_threads": 1}
 
 
@@ -77,23 +79,50 @@ def test_nothing_of_a_pool_is_dropped_in_silence():
         "long_prefill_token_threshold": 64,
         "tiles": TileTable(((("linear", "bf16", 8), Tile("linear", "cpp", (("row_tile", 4),))),)),
     }
+    of_speculation = {
+        "speculation": {**NGRAM},
+        "num_speculative_tokens": {**NGRAM, "num_speculative_tokens": 5},
+        "prompt_lookup_max": {**NGRAM, "prompt_lookup_max": 5},
+        "prompt_lookup_min": {**NGRAM, "prompt_lookup_min": 2},
+        "draft_model": {"speculation": "draft_model", "num_speculative_tokens": 3, "draft_model": "/x/small"},
+    }
     of_adapters = {"max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": 64}
     plain, with_adapters = deployment(), deployment(max_loras=1)
     of_graphs = {"enforce_eager": True, "cuda_graph_sizes": (1, 8)}
     refused = {"role", "preemption", "host_kv_blocks"}
     others = {"watermark", "enable_expert_parallel"}
-    assert {*changes, *refused, *of_adapters, *of_graphs, *others} == set(type(plain.pool).model_fields)
+    named = {*changes, *refused, *of_adapters, *of_graphs, *of_speculation, *others}
+    assert named == set(type(plain.pool).model_fields)
     ranks = plain.with_pool(tensor_parallel_size=2)
     assert "--enable-expert-parallel" in export(ranks.with_pool(enable_expert_parallel=True)).argv
     assert "--watermark 0.1" in " ".join(export(plain.with_pool(admission="watermark", watermark=0.1)).argv)
     for name, value in changes.items():
         assert export(plain.with_pool(**{name: value})) != export(plain), name
+    told = {name: export(plain.with_pool(**fields)).argv for name, fields in of_speculation.items()}
+    assert len({export(plain).argv, *told.values()}) == 1 + len(told)
     on_gpu = deployment(accelerator="H100")
     for name, value in of_graphs.items():
         assert export(on_gpu.with_pool(**{name: value})) != export(on_gpu), name
     assert "--cudagraph-capture-sizes 1 8 " in " ".join(export(on_gpu.with_pool(cuda_graph_sizes=(1, 8))).argv)
     for name, value in of_adapters.items():
         assert export(with_adapters.with_pool(**{name: value})) != export(with_adapters), name
+
+
+def test_speculation_is_told_to_vllm_in_its_own_words():
+    found = export(deployment(**NGRAM))
+    config = json.loads(found.argv[found.argv.index("--speculative-config") + 1])
+    assert config == {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    assert json.loads(yaml.safe_load(found.config)["speculative-config"]) == config
+    assert any("n-grams" in note for note in found.not_translated)
+    drafted = export(deployment(speculation="draft_model", num_speculative_tokens=3, draft_model="/x/small"))
+    config = json.loads(drafted.argv[drafted.argv.index("--speculative-config") + 1])
+    assert config == {"method": "draft_model", "num_speculative_tokens": 3, "model": "/x/small"}
+    assert "--speculative-config" not in export(deployment()).argv
 
 
 def test_adapters_are_told_to_vllm():

@@ -16,11 +16,13 @@ from paretune.runtime.scheduler_state import (
     PLAN_FINISHED,
     PLAN_PREEMPTED,
     PLAN_SIZE,
+    WAITING_HEAD,
     grow,
     new_plan,
     new_state,
 )
 from paretune.runtime.spec import BadSpec, Pool, parse_deployment
+from paretune.runtime.speculation import room_for_drafts
 
 from .vllm_rules import Request, Rules
 
@@ -38,8 +40,10 @@ class Ours:
         self.plan = new_plan(self.pool)
         self.requests: dict[int, Request] = {}
         self.numbers: dict[tuple[int, ...], int] = {}
+        self.added: set[int] = set()
 
     def add(self, request: Request) -> None:
+        self.added.add(request.name)
         tokens = request.tokens + request.answer
         start = request.name * (LONGEST // BLOCK)
         for index in range(len(tokens) // BLOCK):
@@ -51,6 +55,12 @@ class Ours:
         slot = add_request(self.state, request.name, len(request.tokens), len(tokens), start, hashed, request.priority)
         assert slot >= 0
 
+    def propose(self, most: int) -> None:
+        state = self.state
+        for slot in state.running[: state.counts[NUM_RUNNING]]:
+            wanted = int(state.request_id[slot] + state.num_tokens[slot]) % (most + 1)
+            state.num_draft_tokens[slot] = room_for_drafts(state, slot, wanted)
+
     def step(self) -> tuple[list[tuple[int, int, int]], list[int]]:
         state, plan = self.state, self.plan
         schedule(state, plan)
@@ -58,7 +68,9 @@ class Ours:
         names = [int(state.request_id[slot]) for slot in plan.slot[:size]]
         rows = list(zip(names, plan.start[:size].tolist(), plan.num_tokens[:size].tolist()))
         gone = [int(state.request_id[slot]) for slot in plan.preempted[: plan.counts[PLAN_PREEMPTED]]]
-        plan.accepted[:] = 1
+        for row in range(size):
+            agreed = int(3 * state.request_id[plan.slot[row]] + state.num_tokens[plan.slot[row]]) % 4
+            plan.accepted[row] = 1 + min(int(plan.num_drafts[row]), agreed)
         plan.stopped[:] = False
         commit(state, plan)
         if self.pool.enable_prefix_caching:
@@ -90,22 +102,31 @@ def copy_of(request: Request) -> Request:
     return Request(request.name, list(request.tokens), list(request.answer), request.priority)
 
 
-def steps_of(scheduler: Ours | Rules, workload: list[tuple[int, Request]]) -> list[Any]:
+def steps_of(scheduler: Ours | Rules, workload: list[tuple[int, Request]], proposed: int = 0) -> list[Any]:
     steps = []
     arrivals = [(step, copy_of(request)) for step, request in workload]
     left = {request.name: len(request.answer) for _, request in arrivals}
     while left:
         while arrivals and arrivals[0][0] <= len(steps):
             scheduler.add(arrivals.pop(0)[1])
+        scheduler.propose(proposed)
         rows, preempted = scheduler.step()
         steps.append((rows, preempted))
-        done = {name: start + tokens for name, start, tokens in rows}
         for _, request in workload:
-            ends = len(request.tokens) + len(request.answer) - 1
-            if done.get(request.name) == ends:
+            if request.name in left and _ended(scheduler, request.name):
                 del left[request.name]
         assert len(steps) < 20_000, "somebody waits for ever"
     return steps
+
+
+def _ended(scheduler: Ours | Rules, name: int) -> bool:
+    """It has been added, and is neither running nor waiting any more."""
+    if isinstance(scheduler, Rules):
+        return name in scheduler.added and all(r.name != name for r in (*scheduler.running, *scheduler.waiting))
+    state = scheduler.state
+    waiting = (int(state.counts[WAITING_HEAD]) + np.arange(state.counts[NUM_WAITING])) % len(state.waiting)
+    live = {*state.running[: state.counts[NUM_RUNNING]].tolist(), *state.waiting[waiting].tolist()}
+    return name in scheduler.added and name not in {int(state.request_id[slot]) for slot in live}
 
 
 @settings(max_examples=150, deadline=None)
@@ -118,6 +139,7 @@ def steps_of(scheduler: Ours | Rules, workload: list[tuple[int, Request]]) -> li
     caching=st.booleans(),
     threshold=st.sampled_from([0, 5]),
     scheduling=st.sampled_from(["fcfs", "priority"]),
+    proposed=st.sampled_from([0, 0, 1, 4]),
 )
 def test_every_decision_is_the_one_that_vllms_rules_make(
     workload: list[tuple[int, Request]],
@@ -128,6 +150,7 @@ def test_every_decision_is_the_one_that_vllms_rules_make(
     caching: bool,
     threshold: int,
     scheduling: str,
+    proposed: int,
 ) -> None:
     tokens, threshold = (tokens, threshold) if chunked else (LONGEST, 0)
     rules = Rules(
@@ -149,7 +172,7 @@ def test_every_decision_is_the_one_that_vllms_rules_make(
         long_prefill_token_threshold=threshold,
         scheduling=scheduling,
     )
-    assert steps_of(ours, workload) == steps_of(rules, workload)
+    assert steps_of(ours, workload, proposed) == steps_of(rules, workload, proposed)
 
 
 def test_a_request_finds_the_blocks_that_another_computes_in_the_same_step() -> None:

@@ -1,4 +1,4 @@
-"""The rules of vLLM's V1 scheduler (0.32, without asynchronous scheduling, speculation and connectors) in plain Python.
+"""The rules of vLLM's V1 scheduler (0.32; no asynchronous scheduling, draft models and connectors) in plain Python.
 
 Written from its documented behavior (docs/design/prefix_caching.md, the descriptions of `SchedulerConfig`'s fields, and
 docstrings of vllm/v1/core), with lists and dictionaries instead of arrays: slow, and easy to read beside those.
@@ -18,13 +18,14 @@ class Block:
 
 @dataclass
 class Request:
-    """tokens: those known so far; answer: those that the model will say."""
+    """tokens: those known so far; answer: those that the model will say; proposed: tokens to verify besides."""
 
     name: int
     tokens: list[int]
     answer: list[int]
     priority: int = 0
     computed: int = 0
+    proposed: int = 0
     blocks: list[Block] = field(default_factory=list)
 
     @property
@@ -50,8 +51,10 @@ class Rules:
         self.cache: dict[tuple[int, ...], list[Block]] = {}
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.added: set[int] = set()
 
     def add(self, request: Request) -> None:
+        self.added.add(request.name)
         self.waiting.append(request)
         self._sort()
 
@@ -71,7 +74,7 @@ class Rules:
         place = 0
         while place < len(self.running) and budget > 0:
             request = self.running[place]
-            tokens = min(len(request.tokens) - request.computed, most, budget)
+            tokens = min(len(request.tokens) + request.proposed - request.computed, most, budget)
             needed = self.blocks_of(request.computed + tokens) - len(request.blocks)
             gone = False
             while needed > len(self.free) and not gone:
@@ -81,7 +84,7 @@ class Rules:
                 self.running.remove(last)
                 budget += planned.pop(last.name, 0)
                 self._release(last)
-                last.computed = 0
+                last.computed = last.proposed = 0
                 self.waiting.insert(0, last)
                 self._sort()
                 preempted.append(last.name)
@@ -94,7 +97,7 @@ class Rules:
             place += 1
         for request in self.running:
             if request.name in planned:
-                self._name(request, request.computed + planned[request.name])
+                self._name(request, min(request.computed + planned[request.name], len(request.tokens)))
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             found = self._found(request)
@@ -123,12 +126,27 @@ class Rules:
         rows = [(r.name, r.computed, planned[r.name]) for r in self.running if r.name in planned]
         for request in list(self.running):
             request.computed += planned.get(request.name, 0)
-            if request.name in planned and request.computed == len(request.tokens):
-                request.tokens.append(request.answer.pop(0))
+            if request.name in planned and request.computed >= len(request.tokens):
+                verified = request.computed - len(request.tokens)
+                kept = 1 + min(verified, self.agreed(request))
+                request.tokens += request.answer[:kept]
+                del request.answer[:kept]
+                request.computed, request.proposed = len(request.tokens) - 1, 0
                 if not request.answer:
                     self.running.remove(request)
                     self._release(request)
         return rows, preempted
+
+    def agreed(self, request: Request) -> int:
+        """How many proposed tokens the model would say, too, where there are as many: by the request and the place."""
+        return (3 * request.name + len(request.tokens)) % 4
+
+    def propose(self, most: int) -> None:
+        """For requests that lack their last token alone; never beyond their end."""
+        for request in self.running:
+            wanted = (request.name + len(request.tokens)) % (most + 1)
+            waits_for_last = request.computed == len(request.tokens) - 1
+            request.proposed = min(wanted, len(request.answer) - 1) if waits_for_last else 0
 
     def _content(self, request: Request, index: int) -> tuple[int, ...]:
         return tuple(request.tokens[: (index + 1) * self.block_size])

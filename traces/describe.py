@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .acceptance import Acceptance, total
 from .metrics import percentiles
 from .trace import Trace
 
@@ -53,6 +54,7 @@ class AppStatistics:
                         prefix cache without limits would save; None where the trace has no prefix hashes
     sessions            distinct ones
     adapters            (name, requests), most used first
+    acceptance          of speculative decoding; None where it was not used
     """
 
     app: str | None
@@ -67,6 +69,7 @@ class AppStatistics:
     prefix_reuse: float | None
     sessions: int
     adapters: tuple[tuple[str, int], ...]
+    acceptance: Acceptance | None
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,16 @@ def _of(
         prefix_reuse=None if reused is None else float(reused[rows].sum() / input_tokens.sum(dtype=np.int64)),
         sessions=0 if trace.session is None else len(np.setdiff1d(trace.session.codes[rows], [-1])),
         adapters=adapters,
+        acceptance=_acceptance(trace, app, bool(rows.all())),
     )
+
+
+def _acceptance(trace: Trace, app: str | None, everybody: bool) -> Acceptance | None:
+    if not trace.acceptance:
+        return None
+    if app is None and everybody:
+        return total(trace.acceptance)
+    return next((each for each in trace.acceptance if each.app == app), None)
 
 
 def _lengths(tokens: npt.NDArray[np.int32]) -> Lengths:

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from .acceptance import COUNTS, Acceptance, merged
 from .columns import MAX_SECONDS, MAX_TOKENS, BadTrace, Labels, PrefixHashes, is_text
 from .text_file import COUNT, bad_line, lines_of
 from .trace import Trace, join_targets, parse_target
@@ -66,9 +67,10 @@ def read_openai(data: bytes, name: str) -> Trace:
     The response may stand under `response`, or under `response.body` as in the output of the Batch API. The time is
     `timestamp`, else `created`, of the object or else of the response. Beside them, optional, in the object:
     `app` or `metadata.app` (else the model is the application), `session` or `metadata.session`, `adapter`,
-    `prefix_hashes` with `prefix_block_size`, and `target`, the request's own. Prompts, answers and the end user's
-    name (`user`) are not read. Failed requests (an `error`, a status of 400 or more, a null response or usage, 0
-    tokens) are left out and counted. Logs are written at completion: lines are sorted by time, ties in file order.
+    `prefix_hashes` with `prefix_block_size`, `target`, the request's own, and `speculation`, what was proposed for it
+    and kept (traces/acceptance.py). Prompts, answers and the end user's name (`user`) are not read. Failed requests (an
+    `error`, a status of 400 or more, a null response or usage, 0 tokens) are left out and counted. Logs are written at
+    completion: lines are sorted by time, ties in file order.
     """
     requests: list[_Request] = []
     failed = 0
@@ -102,6 +104,7 @@ def read_openai(data: bytes, name: str) -> Trace:
         prefix=PrefixHashes.of(hashes, chain.block_size) if chain.block_size else None,
         targets=targets,
         target=target,
+        acceptance=merged(each for request in ordered if (each := request["acceptance"]) is not None),
         source=name,
         notes=(*notes, *_left_out(failed, len(requests))),
     )
@@ -140,17 +143,30 @@ def _request(row: dict[str, Any], name: str, number: int, chain: _Chain) -> _Req
     target = _text(row, "target", name, number)
     if target is not None:
         parse_target(f"{name}:{number}: target", target)
+    app = _text(row, "app", name, number) or _text(metadata, "app", name, number, "metadata.") or model
     return {
         "line": number,
         "time_s": time_s,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
-        "app": _text(row, "app", name, number) or _text(metadata, "app", name, number, "metadata.") or model,
+        "app": app,
+        "acceptance": _acceptance(row, app, name, number),
         "session": _text(row, "session", name, number) or _text(metadata, "session", name, number, "metadata."),
         "adapter": _text(row, "adapter", name, number),
         "hashes": hashes,
         "target": target,
     }
+
+
+def _acceptance(row: dict[str, Any], app: str, name: str, number: int) -> Acceptance | None:
+    if row.get("speculation") is None:
+        return None
+    speculation = _object(row["speculation"], "speculation", name, number)
+    counts = [_count(speculation, key, name, number, "speculation.") for key in COUNTS]
+    try:
+        return Acceptance(app, *counts)
+    except BadTrace as error:
+        raise bad_line(name, number, "speculation", speculation, error.allowed) from None
 
 
 class _Chain:

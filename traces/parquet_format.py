@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .acceptance import acceptance_of_rows, acceptance_rows
 from .columns import BadTrace, Labels, PrefixHashes
 from .trace import Trace, join_targets, parse_target
 from .whole_file import whole_file
@@ -44,6 +45,7 @@ def write_parquet(trace: Trace, path: str | os.PathLike[str]) -> None:
         "schema_version": SCHEMA_VERSION,
         "targets": [str(target) for i, target in enumerate(trace.targets) if i not in owned],
         "prefix_block_size": None if trace.prefix is None else trace.prefix.block_size,
+        "acceptance": acceptance_rows(trace.acceptance),
         "source": trace.source,
         "notes": list(trace.notes),
     }
@@ -79,6 +81,7 @@ def read_parquet(data: bytes, name: str) -> Trace:
         prefix=_prefix(table, about["prefix_block_size"], name),
         targets=targets,
         target=target,
+        acceptance=acceptance_of_rows(about["acceptance"], f"{name}: metadata"),
         source=about["source"],
         notes=(*about["notes"], *([f"columns not read: {', '.join(unread)[:200]}"] if unread else [])),
     )
@@ -87,6 +90,7 @@ def read_parquet(data: bytes, name: str) -> Trace:
 def _about(metadata: dict[bytes, bytes], name: str) -> dict[str, Any]:
     """The JSON of our metadata, checked; what a Parquet file has that somebody else wrote, where there is none."""
     about = {"schema_version": SCHEMA_VERSION, "targets": [], "prefix_block_size": None, "source": name, "notes": []}
+    about["acceptance"] = []
     if _METADATA_KEY not in metadata:
         return about
     try:
@@ -103,6 +107,7 @@ def _about(metadata: dict[bytes, bytes], name: str) -> dict[str, Any]:
         if not isinstance(found.get(key), kinds):
             raise BadTrace(f"{name}: metadata: {key}", found.get(key), f"{kinds}", "write the file again")
         about[key] = found[key]
+    about["acceptance"] = found.get("acceptance", [])  # files from before it was recorded have none
     about["notes"] = [str(note) for note in found["notes"]]
     return about
 

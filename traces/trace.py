@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .acceptance import Acceptance, acceptance_of_rows, acceptance_rows
 from .columns import MAX_SECONDS, MAX_TOKENS, BadTrace, Labels, PrefixHashes, frozen
 from .metrics import BadTarget, Target
 
@@ -31,6 +32,7 @@ class Trace:
     prefix         PrefixHashes of n rows, or None; at most ceil(input_tokens / block_size) hashes a request
     targets        what the requests are owed; see `rows`
     target         (n,) int32, index into targets for requests with a target of their own, -1 = none; or None
+    acceptance     of speculative decoding, by application, while the log was written; empty where it was not used
     source         where it came from, for people
     notes          what reading or transforming left out or changed, for people; no part of the digest, nor is source
 
@@ -49,6 +51,7 @@ class Trace:
     prefix: PrefixHashes | None = None
     targets: tuple[Target, ...] = ()
     target: npt.NDArray[np.int32] | None = None
+    acceptance: tuple[Acceptance, ...] = ()
     source: str = "memory"
     notes: tuple[str, ...] = ()
 
@@ -140,6 +143,8 @@ class Trace:
             assert own is not None, "owned is not empty"
             _update(sha, "own targets", json.dumps(own.names).encode())
             _update(sha, "own target codes", own.codes.astype("<i4").tobytes())
+        if self.acceptance:
+            _update(sha, "acceptance", json.dumps(acceptance_rows(self.acceptance)).encode())
         return sha.hexdigest()
 
     def to_pandas(self) -> pd.DataFrame:
@@ -165,6 +170,7 @@ class Trace:
         frame.attrs["paretune"] = {
             "targets": [str(target) for i, target in enumerate(self.targets) if i not in owned],
             "prefix_block_size": None if self.prefix is None else self.prefix.block_size,
+            "acceptance": acceptance_rows(self.acceptance),
             "source": self.source,
             "notes": list(self.notes),
         }
@@ -203,6 +209,7 @@ class Trace:
             prefix=prefix,
             targets=targets,
             target=target,
+            acceptance=acceptance_of_rows(about.get("acceptance", []), source),
             source=source,
             notes=tuple(about.get("notes", ())),
         )

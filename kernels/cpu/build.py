@@ -80,6 +80,7 @@ class Library:
         )  # fmt: skip
         self.argmax = bind("argmax", None, pointer, size, size, size, pointer, number)
         self.draw = bind("draw", c_int64, pointer, size, size, size, *([pointer] * 4), *workspace)
+        self.race = bind("race", c_int64, pointer, size, size, size, *([pointer] * 4), *workspace)
         self.rope_and_cache = bind(
             "rope_and_cache", c_int64, pointer, size, pointer, size, pointer, size, number, pointer, pointer, pointer,
             *cache, pointer, *([size] * 4), number,

@@ -6,6 +6,7 @@ defaults: research of the wheels of vLLM 0.32 and 0.33; flags are checked agains
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import ClassVar
@@ -74,8 +75,8 @@ def export(deployment: Deployment, *, engine_version: str | None = None, allow_u
     engine_version = engine_version or TESTED_VERSIONS[-1]
     version = _version(engine_version, allow_untested)
     pool = _checked(deployment)
-    flags = _flags(pool) + _lora_flags(deployment)
-    model = str(MODEL_DIR) if deployment.model == SMALL_MODEL else deployment.model
+    flags = _flags(pool) + _speculation_flags(pool) + _lora_flags(deployment)
+    model = _folder(deployment.model)
     unknown = [name for name, _ in flags if f"--{name}" not in FLAGS[version]]
     if unknown:
         raise CannotExport(
@@ -88,6 +89,10 @@ def export(deployment: Deployment, *, engine_version: str | None = None, allow_u
     return Export(
         tuple(argv), _environment(pool), config, version, _not_translated(deployment, engine_version, version)
     )
+
+
+def _folder(model: str) -> str:
+    return str(MODEL_DIR) if model == SMALL_MODEL else model
 
 
 def _version(asked: str, allow_untested: bool) -> str:
@@ -184,6 +189,21 @@ def _flags(pool: Pool) -> list[tuple[str, Value]]:
     ]
 
 
+def _speculation_flags(pool: Pool) -> list[tuple[str, Value]]:
+    """vLLM's SpeculativeConfig as JSON; the method's name and the fields' are its own."""
+    if pool.speculation == "none":
+        return []
+    config: dict[str, str | int] = {
+        "method": pool.speculation,
+        "num_speculative_tokens": pool.num_speculative_tokens,
+    }
+    if pool.speculation == "ngram":
+        config |= {"prompt_lookup_max": pool.prompt_lookup_max, "prompt_lookup_min": pool.prompt_lookup_min}
+    else:
+        config["model"] = _folder(pool.draft_model)
+    return [("speculative-config", json.dumps(config))]
+
+
 def _lora_flags(deployment: Deployment) -> list[tuple[str, Value]]:
     pool = deployment.pool
     if pool.max_loras == 0:
@@ -227,6 +247,10 @@ def _not_translated(deployment: Deployment, asked: str, version: str) -> tuple[s
         notes = ["predictions in the spec are of the bundled runtime, with vLLM's rules but no asynchronous scheduling"]
     if len(pool.tiles):
         notes.append(f"{len(pool.tiles)} tiles: vLLM has kernels and tuned configurations of its own")
+    if pool.speculation == "ngram":
+        notes.append("n-grams: of equally long matches vLLM takes the earliest, ours the latest")
+    if pool.speculation == "draft_model":
+        notes.append("the draft model's proposals: vLLM keeps sampled ones by another rule, so acceptance differs")
     if pool.max_loras and pool.max_lora_rank not in _LORA_RANKS:
         notes.append(f"max_lora_rank {pool.max_lora_rank} is the next that vLLM has: {_LORA_RANKS}")
     if pool.replicas > 1 or pool.router != "round_robin":

@@ -274,6 +274,7 @@ class Service:
                 ttft_s=ttft_s,
                 e2e_s=e2e_s,
                 finish_reason=reason,
+                speculated=None if self.fleet.pool.speculation == "none" else generation.speculated,
             )
             asyncio.get_running_loop().call_soon(self._request_log.write, finished)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..speculated import NOTHING
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .answers import Choice, EventWriter, TokenLogprobs, Usage, chat_logprobs, completion_logprobs, whole_answer
 from .metrics import Metrics
@@ -26,6 +27,7 @@ class Generation:
     admitted_s      when the step began that admitted it first; None before
     first_token_s, last_token_s  when its first and latest tokens came from the engine; None before
     finish_reason   "stop", "length" or "abort"; None while it runs
+    speculated      what was proposed for it so far, and kept
     abort           tells the engine to end it; set when it is handed to a replica
     """
 
@@ -50,6 +52,7 @@ class Generation:
         self.abort: Callable[[], None] | None = None
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.speculated = NOTHING
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None

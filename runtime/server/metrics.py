@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..worker import Queue
+from ..worker import Queue, Stats
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -177,8 +177,24 @@ class _Replicas:
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
         for name, value in (("queries", queries), ("hits", hits)):
             yield self._counter(f"vllm:gpu_prefix_cache_{name}", "Older name of prefix_cache_" + name, value)
+        if self._fleet.pool.speculation != "none":
+            yield from self._speculation(stats)
         yield self._cache_config()
         yield self._counter("paretune:engine_steps", "Engine steps.", sum(s.steps for s in stats))
+
+    def _speculation(self, stats: Sequence[Stats]) -> Iterator[Metric]:
+        drafts, tokens = sum(one.drafts for one in stats), sum(one.draft_tokens for one in stats)
+        accepted = sum(one.accepted_tokens for one in stats)
+        yield self._counter("vllm:spec_decode_num_drafts", "Steps of a request that verified proposals.", drafts)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens proposed, and verified.", tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Proposed tokens that the model said.", accepted)
+        text = "Drafts whose token at this position, counted from 0, was accepted."
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        by_position = CounterMetricFamily(name, text, labels=["model_name", "position"])
+        for position in range(self._fleet.pool.num_speculative_tokens):
+            counts = (sum(one.accepted_by_position[position : position + 1]) for one in stats)
+            by_position.add_metric([self._model, str(position)], sum(counts))
+        yield by_position
 
     def _cache_config(self) -> Metric:
         """What dashboards multiply usage with; always 1."""

@@ -24,6 +24,7 @@ from .. import worker
 from ..parallel import thread_environment
 from ..router import new_router, num_prefix_hashes, route
 from ..spec import Deployment, Pool
+from ..speculated import Speculated
 from ..worker import (
     ABORT,
     ADAPTER,
@@ -179,7 +180,7 @@ class Replica(asyncio.Protocol):
             generation.fail(error)
 
     def _step(self, message: tuple[object, ...], now_s: float) -> None:
-        _, request_ids, counts, token_ids, finish_reasons, cached, logprobs, stats, queue = message
+        _, request_ids, counts, token_ids, finish_reasons, cached, speculated, logprobs, stats, queue = message
         self._queue = Queue(*queue)  # type: ignore[misc]
         for request_id in self._queue.admitted:
             admitted = self.live.get(request_id)
@@ -187,11 +188,12 @@ class Replica(asyncio.Protocol):
                 admitted.admitted_s = self._queue.started_s
         self.on_step(self._queue)
         start = 0
-        for request_id, count, finish_reason, cached_tokens, its_logprobs in zip(
+        for request_id, count, finish_reason, cached_tokens, its_speculated, its_logprobs in zip(
             request_ids,
             counts,
             finish_reasons,
             cached,
+            speculated,
             logprobs,  # type: ignore[call-overload]
         ):
             ids = token_ids[start : start + count]  # type: ignore[index]
@@ -199,6 +201,8 @@ class Replica(asyncio.Protocol):
             # a request that was aborted here may still be in the outputs of the step that ran meanwhile
             generation = self.live.get(request_id)
             if generation is not None:
+                if its_speculated is not None:
+                    generation.speculated = Speculated(*its_speculated)
                 if finish_reason is not None:
                     del self.live[request_id]
                     self.outstanding_tokens -= most_tokens(generation)
@@ -345,7 +349,7 @@ class Fleet:
         """A retired replica has ended: keep what it counted."""
         self._retired.remove(replica)
         counted = replica.stats._replace(running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)
-        self._past = Stats(*map(sum, zip(self._past, counted)))
+        self._past = self._past.plus(counted)
 
 
 class ReplicaProcesses:

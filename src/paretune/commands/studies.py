@@ -106,6 +106,9 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
         f"step times +-{modeled.relative_error:.0%}{label}"
     )
+    if pool.speculation != "none":
+        kept = result.accepted_tokens / max(1, result.draft_tokens)
+        text += f"\n{result.draft_tokens:,} tokens proposed, {kept:.0%} of them kept, as often as the log recorded"
     for target, value in violations(result.times, trace):
         text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
     data = {
@@ -115,6 +118,8 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
         "preemptions": result.preemptions,
         "rejected": result.rejected,
         "prefix_hit_tokens": result.prefix_hit_tokens,
+        "draft_tokens": result.draft_tokens,
+        "accepted_tokens": result.accepted_tokens,
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
         "not_modeled": not_modeled,

@@ -42,6 +42,12 @@ def _application(app: AppStatistics, title: str, window_s: float) -> list[str]:
     ]
     if app.sessions:
         lines.append(f"  sessions       {app.sessions:,}")
+    if app.acceptance is not None:
+        found = app.acceptance
+        lines.append(
+            f"  speculation    {found.accepted_share:.1%} of {found.draft_tokens:,} proposed tokens kept; proposals in "
+            f"{found.drafted_share:.1%} of the steps after a first token"
+        )
     if app.adapters:
         lines.append("  adapters       " + ", ".join(f"{name} {count:,}" for name, count in app.adapters))
     return lines
