@@ -28,7 +28,7 @@ from paretune.kernels.jit import user_cache_dir
 from paretune.runtime.random_model import SHAPES, write_random_model
 
 ROUNDS = 3
-HOPELESS = 0.75
+HOPELESS = 0.85
 ENGINE_LIMIT_S = 400.0
 # No round begins that would not end by then: the script itself is bounded to 20 minutes.
 LAST_ROUND_ENDS_S = 1150.0
@@ -109,19 +109,22 @@ def contenders(engines: list[Engine], runs: dict[Key, list[dict[str, Any]]]) -> 
 
 def compare(engines: list[Engine], rounds: int) -> dict[Key, list[dict[str, Any]]]:
     runs: dict[Key, list[dict[str, Any]]] = {}
+    took: dict[Key, float] = {}
     begin = time.monotonic()
     for number in range(rounds):
-        started = time.monotonic()
+        if number > 0:
+            engines = contenders(engines, runs)
+            needed = sum(took[engine.name, engine.precision] for engine in engines)
+            if time.monotonic() - begin + needed > LAST_ROUND_ENDS_S:
+                say("no time for another round")
+                break
         say(f"round {number + 1} of {rounds}, {len(engines)} engines")
         for engine in engines:
+            started = time.monotonic()
             result = run(engine)
+            took[engine.name, engine.precision] = time.monotonic() - started
             if result is not None:
                 runs.setdefault((engine.name, engine.precision), []).append(result)
-        took = time.monotonic() - started
-        engines = contenders(engines, runs)
-        if number + 1 < rounds and time.monotonic() - begin + took > LAST_ROUND_ENDS_S:
-            say("no time for another round")
-            break
     return runs
 
 

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..runtime.model_shape import ModelShape
-from ..runtime.spec import Pool, Tiles
+from ..runtime.pool import Tiles
+from ..runtime.spec import Pool
 from ..traces.whole_file import write_whole
 
 SCHEMA_VERSION = 1

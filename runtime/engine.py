@@ -30,7 +30,7 @@ from .draft_shape import check_same_tokens
 from .engine_adapters import EngineAdapters
 from .engine_stats import EngineStats, StepRecord, stats_of
 from .launch import Launch
-from .memory import check_memory
+from .memory import check_memory, give_back_freed_memory
 from .model_shape import ModelShape, resolve_model
 from .parallel import Layout, RankFailed
 from .peers import Peers
@@ -138,6 +138,7 @@ class Engine:
             self._adapters = EngineAdapters(self._rank, self.pool.max_loras)
             self._reset()
             self._warm_up()
+            give_back_freed_memory()  # what Numba's compiler took, where its cache was empty: about 280 MB
             for adapter in deployment.adapters:
                 self.load_adapter(adapter.name, Path(adapter.path))
         except BaseException:
