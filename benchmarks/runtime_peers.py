@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers.engines import HERE, PEERS, Engine, install, is_installed, say
+from peers.engines import HERE, PEERS, Engine, ready, say
 
 from bars import Bar, finish, spread
 from paretune.kernels.jit import user_cache_dir
@@ -54,12 +54,8 @@ def prepare(cache: Path, only: set[str] | None, may_install: bool) -> list[Engin
         if only is not None and peer.name not in only:
             continue
         try:
-            if not is_installed(peer, cache) and may_install:
-                install(peer, cache)
-            if not is_installed(peer, cache):
-                say(f"left out: {peer.name} is not installed")
-                continue
-            engines += peer.engines(cache, model)
+            if ready(peer.name, cache, may_install):
+                engines += peer.engines(cache, model)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             why = getattr(error, "stderr", None) or b""
             say(f"left out: {peer.name}: {error}\n{why.decode(errors='replace')[-1500:]}")

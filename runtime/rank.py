@@ -28,6 +28,7 @@ from ..kernels import placement
 from ..kernels.gpu_linear import activation_dtype
 from ..kernels.gpu_lora import GpuLoraSlots
 from ..kernels.lora import LoraSlots
+from ..kernels.sampling import argmax
 from ..kernels.tiles import TileTable
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from .adapters import RankAdapters
@@ -166,7 +167,7 @@ class Rank:
         if not self._share.has_head:
             return None
         if peers is None or self._share.size == 1:
-            return logits.argmax(dim=1) if batch.head == ARGMAX else logits
+            return _best(logits) if batch.head == ARGMAX else logits
         return self._merged_argmax(logits, peers) if batch.head == ARGMAX else self._gathered(logits, peers)
 
     def use_tiles(self, tiles: TileTable) -> None:
@@ -204,6 +205,11 @@ class Rank:
         if not parts:
             return None
         return torch.cat([part[:, :size] for part, size in zip(parts, self._vocab_sizes)], dim=1)
+
+
+def _best(logits: Tensor) -> Tensor:
+    """(rows, vocab) -> (rows,) int64, where the logits are."""
+    return torch.from_numpy(argmax(logits)) if logits.device.type == "cpu" else logits.argmax(dim=1)
 
 
 def _transformer(

