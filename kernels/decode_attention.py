@@ -68,7 +68,7 @@ def decode_attention(
         raise BadTile("decode_attention: backend", tile.backend, "what this machine has", "run `paretune doctor`")
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
-    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype)
+    out = q.new_empty((sequences, heads, head_dim))
     arguments = (
         q.data_ptr(), q.stride(0), q.dtype is torch.bfloat16,
         cache.blocks.data_ptr(), cache.code, cache.block_size,

@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = Non
         return _torch_rms_norm(x, weight, eps)
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = torch.empty((rows, width), dtype=x.dtype)
+    out = x.new_empty((rows, width))
     library.rms_norm(
         x.data_ptr(), x.stride(0), weight.data_ptr(), eps, out.data_ptr(), rows, width, x.dtype is torch.bfloat16,
         torch.get_num_threads(),
@@ -74,7 +74,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, bac
         residual.copy_(residual.float() + x.float())
         return _torch_rms_norm(residual, weight, eps)
     x = x.contiguous()
-    out = torch.empty((rows, width), dtype=x.dtype)
+    out = x.new_empty((rows, width))
     library.add_rms_norm(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, width,
         x.dtype is torch.bfloat16, torch.get_num_threads(),
@@ -97,7 +97,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         return (functional.silu(gate) * up).to(gate_up.dtype)
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
-    out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
+    out = gate_up.new_empty((rows, width // 2))
     library.swiglu(
         gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, width // 2, gate_up.dtype is torch.bfloat16,
         torch.get_num_threads(),

@@ -210,7 +210,7 @@ def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:
         return _linear_torch(x, packed, tile)
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = torch.empty((rows, packed.out_features), dtype=x.dtype)
+    out = x.new_empty((rows, packed.out_features))
     library = load()
     assert library is not None
     arguments = (

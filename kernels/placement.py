@@ -8,8 +8,7 @@ from torch import Tensor
 
 def on_gpu(where: Tensor | torch.device) -> bool:
     """Whether the operators on a tensor, or on a device, are those of an NVIDIA GPU."""
-    device = where if isinstance(where, torch.device) else where.device
-    return device.type == "cuda"
+    return where.type == "cuda" if isinstance(where, torch.device) else where.is_cuda
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def prefill_attention(
     tokens, heads, head_dim = q.shape
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
-    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype)
+    out = q.new_empty((tokens, heads, head_dim))
     arguments = (
         q.data_ptr(), q.stride(0), q.dtype is torch.bfloat16,
         cache.blocks.data_ptr(), cache.code, cache.block_size,
@@ -140,7 +140,7 @@ def torch_attention(
 ) -> Tensor:
     heads, head_dim = q.shape[1:]
     kv_heads = cache.kv_heads
-    out = torch.empty((q.shape[0], heads, head_dim), dtype=q.dtype)
+    out = q.new_empty((q.shape[0], heads, head_dim))
     starts, contexts = query_start.tolist(), context_len.tolist()
     for sequence, context in enumerate(contexts):
         first, last = starts[sequence], starts[sequence + 1]

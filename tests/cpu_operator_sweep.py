@@ -27,13 +27,16 @@ from paretune.kernels.stored_weight import quantize_int8, store
 from paretune.kernels.weight_formats import WEIGHT_FORMATS
 
 SIZES = (1, 17, 127)
-_empty = torch.empty
 
 
-def poisoned(*arguments, **keywords):
-    """torch.empty, full of NaN: an entry that nobody wrote shows."""
-    tensor = _empty(*arguments, **keywords)
-    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+def poisoned(allocate):
+    """torch.empty or its like, full of NaN: an entry that nobody wrote shows."""
+
+    def allocate_poisoned(*arguments, **keywords):
+        tensor = allocate(*arguments, **keywords)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_poisoned
 
 
 def check(result, oracle, tolerance=1e-4):
@@ -196,7 +199,8 @@ if __name__ == "__main__":
         build._attempt = lambda: build._Attempt(other, None)
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    torch.empty = poisoned
+    torch.empty, torch.Tensor.new_empty = poisoned(torch.empty), poisoned(torch.Tensor.new_empty)
+    assert torch.ones(1).new_empty(9).isnan().all()
     sweep_linear()
     sweep_attention()
     sweep_fused()
