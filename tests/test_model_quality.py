@@ -50,7 +50,8 @@ def test_rounding_costs_little(
     assert found.num_tokens == 8 * (CONTEXT - 1)
     assert abs(found.perplexity_increase) < most_increase
     assert 0 < found.kl_nats < most_kl
-    assert least_agreement < found.top1_agreement < 1
+    # where the processor multiplies in fp32, bf16 weights may choose every token as fp32 ones do: what differs is the KL
+    assert least_agreement < found.top1_agreement <= 1
 
 
 @pytest.mark.parametrize(
