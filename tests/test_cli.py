@@ -395,6 +395,25 @@ def test_an_accelerator_may_be_spelled_otherwise_and_another_engine_is_said_not_
     assert other["summary"] == plain["summary"]
 
 
+def test_simulate_runs_the_scheduler_policy_of_the_spec(here: Path) -> None:
+    """Of two requests that begin alike and come together, vLLM's rules let one find what the other computes."""
+    spec = yaml.safe_load(Path("out/spec.yaml").read_text())
+    spec["pools"][0] |= {"enable_prefix_caching": True, "max_num_seqs": 8, "max_num_batched_tokens": 2048}
+    usage = {"prompt_tokens": 100, "completion_tokens": 5}
+    prefix = {"prefix_hashes": [1, 2, 3], "prefix_block_size": spec["pools"][0]["block_size"]}
+    row = {"object": "chat.completion", "created": 1, "model": "m", "usage": usage, **prefix}
+    Path("twins.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    found = {}
+    for policy in ("paretune", "vllm_v1"):
+        Path("spec.yaml").write_text(yaml.safe_dump({**spec, "scheduler_policy": policy}))
+        data = data_of(paretune("simulate", "twins.jsonl", "--spec", "spec.yaml", "--json"), "simulate")
+        found[policy] = data["prefix_hit_tokens"]
+    assert found == {"paretune": 0, "vllm_v1": 3 * spec["pools"][0]["block_size"]}
+    Path("spec.yaml").write_text(yaml.safe_dump({**spec, "scheduler_policy": "vllm_v1", "engine": "vllm"}))
+    shown = paretune("simulate", "twins.jsonl", "--spec", "spec.yaml").stdout
+    assert "not modeled: the scheduler of vllm: paretune's, by the rules of vLLM's V1, ran in its place" in shown
+
+
 def test_export_prints_a_command_and_writes_a_file_that_says_the_same(here: Path) -> None:
     import shlex
 

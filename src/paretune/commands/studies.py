@@ -94,12 +94,13 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
     modeled = sources.step_model(pool)
     k = k or k_of(target.metric for target in trace.targets)
-    result = run(trace, pool, modeled.tables, k=k, rate=rate)
+    result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
     summary = summarize(result.times)
     label = "" if modeled.measured else f"\n{NOT_MEASURED}"
     not_modeled = modeled.not_modeled
     if deployment.engine != "paretune":
-        other = f"the scheduler of {deployment.engine}: paretune's own ran in its place"
+        ran = {"paretune": "paretune's own", "vllm_v1": "paretune's, by the rules of vLLM's V1,"}
+        other = f"the scheduler of {deployment.engine}: {ran[deployment.scheduler_policy]} ran in its place"
         not_modeled, label = (other, *not_modeled), f"{label}\nnot modeled: {other}"
     text = (
         f"{summary_table(summary, goodput_of(result.times, trace))}\n"
