@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import pytest
 
 from paretune.runtime.engine import EngineStats, Output
 from paretune.runtime.speculated import Speculated
@@ -58,6 +59,19 @@ def test_proposals_are_counted_under_vllms_names_and_logged_by_application(tmp_p
     assert counted["vllm:spec_decode_num_accepted_tokens_total"] == "6.0"
     found = read(log).acceptance[0]
     assert (found.steps, found.drafts, found.draft_tokens, found.accepted_tokens) == (12 - 1 - 6, 3, 9, 6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_end_with_the_tokens_where_a_stop_string_cuts_a_step_short(stream: bool) -> None:
+    asked = {"stop": "two", "logprobs": 1}
+    with running(Speculating(tokens_per_step=12), **NGRAM) as server:
+        answers = [server.complete("one two three four", **asked)]
+        if stream:
+            answers = server.stream("one two three four", **asked)
+    told = [choice["logprobs"] for answer in answers for choice in answer["choices"] if choice["logprobs"]]
+    assert "".join(name for each in told for name in each["tokens"]).endswith("two")
+    for each in told:
+        assert len(each["tokens"]) == len(each["token_logprobs"]) == len(each["top_logprobs"])
 
 
 def test_a_server_without_speculation_says_nothing_of_it(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Generation:
             text, count, stopped = self._text_before_stop(self._stops, token_ids, finish_reason)
             self.completion_tokens += count
             token_ids = token_ids[:count]
+            logprobs = None if logprobs is None else logprobs[:count]
             if stopped:
                 if finish_reason is None and self.abort is not None:
                     self.abort()
