@@ -196,7 +196,8 @@ def capacity(
     """
     single = pool.model_copy(update={"replicas": 1})
     slack_s = longest_answer_s(trace, tables, single)
-    ceiling = CEILING * saturation
+    # the mean field proposes nothing; where all proposals are kept, a step brings so many times the tokens
+    ceiling = CEILING * saturation * (1 + pool.num_speculative_tokens)
     low, high = 0.0, math.inf
     best: SimulationResult | None = None
     runs = 0

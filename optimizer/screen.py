@@ -246,6 +246,9 @@ def screen(
 ) -> Screening:
     """Drop what cannot carry the rate, cannot meet a target even idle, or is beaten in latency and cost by MARGIN.
 
+    The mean field proposes nothing. So a candidate that speculates is dropped only where it would be with every
+    proposal kept, which brings one token and num_speculative_tokens a step. It drops others as if it did not speculate.
+
     Args:
         estimates, pools, means, usd_per_replica_hour, most_replicas: of each candidate, in one order.
         targets: what must hold; without any the rate is not asked for either, since the load is swept.
@@ -254,8 +257,9 @@ def screen(
     """
     dropped: dict[int, str] = {}
     counts: Counter[str] = Counter()
+    margins = np.array([MARGIN * (1 + pool.num_speculative_tokens) for pool in pools])
     for i, (found, mean) in enumerate(zip(estimates, means)):
-        kind, reason = _hopeless(found, mean, targets, most_replicas[i])
+        kind, reason = _hopeless(found, mean, targets, most_replicas[i], margins[i])
         if kind:
             dropped[i] = reason
             counts[kind] += 1
@@ -266,31 +270,33 @@ def screen(
         # the load of a replica is still open: what can be compared is a request alone
         latency = np.array([percentile(alone_s(metric, estimates[i], means[i]), p) for i in left])
     cost = np.array([usd_per_replica_hour[i] / max(1e-12, estimates[i].saturation_per_s) for i in left])
-    for at in _beaten(latency, cost):
-        dropped[left[at]] = f"another candidate is {MARGIN:g} times better in both {metric}:p{p:g} and cost"
+    for at in _beaten(latency, cost, margins[left]):
+        dropped[left[at]] = f"another is {margins[left[at]]:g} times better in both {metric}:p{p:g} and cost"
         counts["beaten in both latency and cost"] += 1
     kept = tuple(i for i in left if i not in dropped)
     return Screening(kept, dropped, dict(sorted(counts.items())))
 
 
-def _hopeless(found: Estimate, means: Means, targets: Sequence[Target], most_replicas: int) -> tuple[str, str]:
+def _hopeless(
+    found: Estimate, means: Means, targets: Sequence[Target], most_replicas: int, margin: float
+) -> tuple[str, str]:
     if not targets:
         return "", ""
     share = found.saturation_per_s * most_replicas / means.rate_per_s
-    if share * MARGIN < 1:
+    if share * margin < 1:
         return "cannot carry the recorded rate", f"carries at most {share:.2f} of the recorded rate"
     for target, rows in zip(targets, means.rows):
         least_s = percentile(alone_s(target.metric, found, means)[rows], target.percentile)
-        if least_s > target.limit_s * MARGIN:
+        if least_s > target.limit_s * margin:
             return "misses a target even when idle", f"{target}: {least_s:.3g} s even with one request at a time"
     return "", ""
 
 
-def _beaten(latency: NDArray[np.float64], cost: NDArray[np.float64]) -> list[int]:
-    """Points for which another one is MARGIN times better on both axes: a sweep by cost keeping the best latency."""
+def _beaten(latency: NDArray[np.float64], cost: NDArray[np.float64], margins: NDArray[np.float64]) -> list[int]:
+    """Points that another one beats by their margin on both axes: a sweep by cost keeping the best latency."""
     order = np.argsort(cost, kind="stable")
     best_s = np.minimum.accumulate(latency[order])
-    cheaper = np.searchsorted(cost[order], cost / MARGIN, side="right") - 1
+    cheaper = np.searchsorted(cost[order], cost / margins, side="right") - 1
     rival_s = best_s[np.maximum(cheaper, 0)]
-    beaten = (cheaper >= 0) & np.isfinite(rival_s) & (rival_s * MARGIN <= latency)
+    beaten = (cheaper >= 0) & np.isfinite(rival_s) & (rival_s * margins <= latency)
     return [int(i) for i in np.flatnonzero(beaten)]

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; rows that verify count as prefill attention, by query-key pairs",
-    "speculation: screening takes a candidate as if nothing were proposed, simulation does not",
+    "speculation: screening, and the loads that are tried where no target is given, know nothing of proposals",
 )
 
 

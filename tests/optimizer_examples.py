@@ -10,6 +10,7 @@ from paretune.profiler.hardware import Price
 from paretune.profiler.step_time import WORK_GRID, StepTables
 from paretune.profiler.tables import ModeledStep
 from paretune.runtime.spec import Deployment, Pool
+from paretune.traces.acceptance import Acceptance
 from paretune.traces.columns import Labels
 from paretune.traces.metrics import RequestTimes, Summary, Target, summarize
 from paretune.traces.trace import Trace
@@ -34,7 +35,7 @@ def step_model(pool: Pool) -> ModeledStep:
     tables = StepTables(
         tokens_s=tokens_s,
         rows_s=rows * 1e-5,
-        samples_s=rows * 2e-5 / cores,
+        samples_s=np.arange(pool.max_num_samples + 1.0) * 2e-5 / cores,
         decode_attention_s=WORK_GRID * 5e-8 / cores,
         prefill_attention_s=WORK_GRID * 2e-9 / cores,
         request_s=np.array([1e-3, 1e-3]),
@@ -59,6 +60,10 @@ def poisson_trace(
         targets=tuple(Target.parse(text) for text in targets),
         source="made up",
     )
+
+
+NGRAM = {"speculation": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+ALL_KEPT = (Acceptance(None, 100, 100, 300, 300),)
 
 
 def deployment(**changes: object) -> Deployment:

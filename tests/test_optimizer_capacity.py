@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from paretune.profiler.tables import scaled
 from paretune.traces.metrics import Metric, Target
 from paretune.traces.transform import scale
 
-from .optimizer_examples import deployment, poisson_trace, price, step_model
+from .optimizer_examples import ALL_KEPT, NGRAM, deployment, poisson_trace, price, step_model
 
 TTF30 = Metric("ttf", 30)
 TARGET = Target.parse("ttf30:p95<=1s")
@@ -62,6 +63,13 @@ def test_the_answer_hardly_depends_on_the_guess(guess):
     other = of(trace, pool, guess=best.rate * guess)
     # both are brackets of 2 %, and the percentile of a finite trace is not quite monotone in the rate
     assert other.rate == pytest.approx(best.rate, rel=0.06)
+
+
+def test_proposals_that_are_kept_raise_the_capacity_beyond_what_the_mean_field_knows_of():
+    trace = replace(poisson_trace(600), acceptance=ALL_KEPT)
+    plain, speculating = (of(trace, deployment(max_num_seqs=1, **changes).pool) for changes in ({}, NGRAM))
+    assert speculating.rate > 2 * plain.rate
+    assert speculating.tolerance <= TOLERANCE * (1 + 1e-6), "a run failed above it: no ceiling cut it off"
 
 
 def test_a_good_guess_takes_two_runs():

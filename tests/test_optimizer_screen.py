@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from paretune.traces.formats import read, sample_path
 from paretune.traces.metrics import Metric, Target, percentile
 from paretune.traces.transform import clip
 
-from .optimizer_examples import deployment, poisson_trace, price, small_space, step_model
+from .optimizer_examples import ALL_KEPT, NGRAM, deployment, poisson_trace, price, small_space, step_model
 
 TTF30 = Metric("ttf", 30)
 
@@ -101,3 +103,16 @@ def test_what_is_dropped_is_told_why():
         assert found.kept == ()
         assert reason in next(iter(found.counts))
         assert found.dropped[0]
+
+
+def test_who_speculates_is_not_dropped_for_what_it_would_do_without():
+    trace = replace(poisson_trace(100, 0.5, targets=("tpot:p95<=3ms",)), acceptance=ALL_KEPT)
+    pools = [deployment(max_num_seqs=1, **changes).pool for changes in ({}, NGRAM, {"num_threads": 2})]
+    means = means_of(trace, trace.targets, False)
+    estimates = [estimate(means, pool, step_model(pool).tables, 30) for pool in pools]
+    found = screen(
+        estimates, pools, [means] * 3, [0.05] * 3, targets=trace.targets, metric=TTF30, p=95, most_replicas=[1] * 3
+    )
+    assert found.kept == (1, 2)
+    kept = simulate(trace, pools[1], step_model(pools[1]).tables)
+    assert percentile(kept.times.values(Metric("tpot")), 95) < 0.003
