@@ -36,6 +36,10 @@ def check_draft(pool: Pool, shape: ModelShape) -> None:
         raise BadSpec(field, found, f"a model with no window that is active up to max_model_len, {pool.max_model_len}")
     if pool.weight_dtype == "ternary" and draft.ternary is None:
         raise BadSpec(field, pool.draft_model, "a model that was trained ternary, as weight_dtype is")
+    experts = draft.experts.num_experts if draft.experts else pool.tensor_parallel_size
+    if pool.enable_expert_parallel and experts < pool.tensor_parallel_size:
+        found = f"{pool.draft_model}, with {experts} experts for {pool.tensor_parallel_size} ranks"
+        raise BadSpec(field, found, "a dense model, or one with an expert for each rank, with enable_expert_parallel")
     sizes = tensor_parallel_sizes(draft)
     fits = keeps_scales_whole(draft, pool.weight_dtype, Layout.of(pool))
     if pool.tensor_parallel_size not in sizes or not fits:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from paretune.runtime.draft_shape import check_draft
 from paretune.runtime.engine import Engine, EngineStats, Output, Request
 from paretune.runtime.memory import memory_need
 from paretune.runtime.model_shape import BadModel, ModelShape
@@ -329,6 +330,22 @@ def test_what_a_draft_model_must_be_is_said(models: dict[str, Path], tmp_path: P
     for layout in ("pipeline_parallel_size", "context_parallel_size"):
         with pytest.raises(BadSpec, match="speculation"):
             serve(models["model"], {**drafted_by(models, "other"), layout: 2})
+
+
+def test_a_draft_model_with_fewer_experts_than_ranks_that_divide_them_is_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    shape = ModelShape.load(models["model"])
+    ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    for count in (1, 2):
+        experts = {"num_local_experts": count, "num_experts_per_tok": 1}
+        folder = write_random_model(tmp_path / str(count), **SIZES, family="mixtral", experts=experts)
+        pool = Pool.model_validate({**POOL, **drafted_by({"few": folder}, "few"), **ranks})
+        if count == 1:
+            with pytest.raises(BadSpec, match=r"draft_model.*an expert for each rank"):
+                check_draft(pool, shape)
+        else:
+            check_draft(pool, shape)
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
