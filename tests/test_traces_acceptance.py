@@ -54,6 +54,7 @@ def test_a_log_says_how_often_proposals_of_each_application_were_kept(tmp_path: 
         {"steps": 1, "drafts": 2, "draft_tokens": 2, "accepted_tokens": 0},
         {"steps": 3, "drafts": 2, "draft_tokens": 4, "accepted_tokens": 5},
         {"steps": 3, "drafts": -1, "draft_tokens": 4, "accepted_tokens": 3},
+        {"steps": 3, "drafts": 0, "draft_tokens": 4, "accepted_tokens": 3},
         {"steps": 3, "drafts": 2, "draft_tokens": 4},
         [1, 2],
     ],

@@ -39,8 +39,9 @@ class Acceptance:
         counts = [getattr(self, name) for name in COUNTS]
         if not all(type(count) is int and 0 <= count <= _MOST for count in counts):
             raise BadTrace(f"acceptance of {self.app}", counts, "integers from 0 on", "correct the log")
-        if not (self.drafts <= self.steps and self.drafts <= self.draft_tokens >= self.accepted_tokens):
-            allowed = "drafts <= steps, drafts <= draft_tokens, accepted_tokens <= draft_tokens"
+        drafted = self.drafts > 0 or self.draft_tokens == 0
+        if not (drafted and self.drafts <= self.steps and self.drafts <= self.draft_tokens >= self.accepted_tokens):
+            allowed = "drafts <= steps, drafts <= draft_tokens (0 without drafts), accepted_tokens <= draft_tokens"
             raise BadTrace(f"acceptance of {self.app}", counts, allowed, "correct the log")
 
     @property
