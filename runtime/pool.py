@@ -248,6 +248,6 @@ def _check_speculation(pool: Pool) -> None:
         )
     if pool.max_num_batched_tokens < pool.max_num_samples:
         raise ValueError(
-            f"max_num_batched_tokens ({pool.max_num_batched_tokens}) must be at least max_num_seqs x "
-            f"(1 + num_speculative_tokens) ({pool.max_num_samples}): each running request verifies so many a step"
+            f"max_num_batched_tokens ({pool.max_num_batched_tokens}) must be at least max_num_seqs times one more than "
+            f"num_speculative_tokens ({pool.max_num_samples}): each running request verifies so many in a step"
         )
