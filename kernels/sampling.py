@@ -5,7 +5,7 @@ those left, best first. `race` lets every token arrive after an exponential time
 is the same distribution (the Gumbel-max trick: Maddison et al., arXiv:1411.0030): where another distribution that is
 nearly the same is raced with the same seed, mostly the same token wins, more often than one number picks it in both.
 C++ does either in a pass over a row and the cut on a heap; torch, where there is no compiler, sorts, as it does for
-logits on a GPU, where they lie.
+logits on a GPU, where they lie (a race goes on with the order on the host).
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _torch_race(
     logits: Tensor, seeds: NDArray[np.uint64], top_k: NDArray[np.int64], top_p: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    best, order = torch.sort(logits.double(), dim=1, descending=True, stable=True)
+    # the numbers of the tokens are made on the host, so the rest is done there, too
+    best, order = (each.cpu() for each in torch.sort(logits.double(), dim=1, descending=True, stable=True))
     limit = torch.from_numpy(np.where(top_k > 0, top_k, logits.shape[1]))[:, None]
     probability = torch.softmax(best.masked_fill(torch.arange(logits.shape[1]) >= limit, -math.inf), dim=1)
     before = probability.cumsum(dim=1) - probability

@@ -161,6 +161,20 @@ def note_ended(
 
 
 @njit
+def note_tokens(state: State, plan: Plan, times: Times, k: int, at_s: float) -> None:
+    """Write down whose first and k-th tokens a step brings, before it is committed."""
+    for row in range(plan.counts[PLAN_SIZE]):
+        if plan.samples[row]:
+            slot = plan.slot[row]
+            before = state.num_tokens[slot] - state.num_prompt_tokens[slot]
+            request = state.request_id[slot]
+            if before == 0:
+                times.first_s[request] = at_s
+            if before < k <= before + plan.accepted[row]:
+                times.kth_s[request] = at_s
+
+
+@njit
 def run_replica(
     state: State,
     plan: Plan,
@@ -301,15 +315,7 @@ def run_pipeline(
         plan = plans[number]
         now_s = max(now_s, clock[3 + number])
         clock[1] += now_s - began_s
-        for row in range(plan.counts[PLAN_SIZE]):
-            if plan.samples[row]:
-                slot = plan.slot[row]
-                taken = state.num_tokens[slot] - state.num_prompt_tokens[slot] + 1
-                request = state.request_id[slot]
-                if taken == 1:
-                    times.first_s[request] = now_s + client_s
-                if taken == k:
-                    times.kth_s[request] = now_s + client_s
+        note_tokens(state, plan, times, k, now_s + client_s)
         commit(state, plan)
         cursor[STEPS] += 1
         if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):

@@ -29,6 +29,7 @@ from .event_loop import (
     Times,
     admit,
     note_ended,
+    note_tokens,
 )
 from .step_time import StepTables, composed_time_s, composition
 
@@ -171,15 +172,7 @@ def run_speculative(
         now_s += step_s
         clock[1] += step_s
         cursor[STEPS] += 1
-        for row in range(size):
-            if plan.samples[row]:
-                slot = plan.slot[row]
-                before = state.num_tokens[slot] - state.num_prompt_tokens[slot]
-                request = state.request_id[slot]
-                if before == 0:
-                    times.first_s[request] = now_s + client_s
-                if before < k <= before + plan.accepted[row]:
-                    times.kth_s[request] = now_s + client_s
+        note_tokens(state, plan, times, k, now_s + client_s)
         commit(state, plan)
         if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
             status = GAVE_UP
