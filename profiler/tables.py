@@ -29,7 +29,8 @@ Floats = NDArray[np.float64]
 
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
-    "speculation: the time to look for n-grams; rows that verify count as prefill attention, by query-key pairs",
+    "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
+    "speculation: attention of rows that verify counts as that of prompts, by query-key pairs",
     "speculation: screening, and the loads that are tried where no target is given, know nothing of proposals",
 )
 

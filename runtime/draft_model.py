@@ -5,8 +5,8 @@ every request a pass, greedy or sampled as the request is, with the random bits 
 place. Whatever the scheduler does with a block (share, evict, swap, find again), it does with the block of both caches.
 
 Of proposals that were all accepted the draft model has not computed the last; it catches up in its next first pass. The
-last block of a request that ends so, or is swapped out, is one token short in the draft's cache, and a later request
-that finds it gets worse proposals there: that costs acceptance, and changes no answer.
+last block of a request that ends so, or is preempted, is one token short in the draft's cache, and whoever finds it
+later, that request or another, gets worse proposals there: that costs acceptance, and changes no answer.
 """
 
 from __future__ import annotations

@@ -26,24 +26,24 @@ def check_draft(pool: Pool, shape: ModelShape) -> None:
         return
     field = "pools.0.draft_model"
     if draft.vocab_size != shape.vocab_size:
-        found = f"{pool.draft_model}, of {draft.vocab_size} tokens"
+        found = f"{draft.vocab_size} tokens in {pool.draft_model}"
         raise BadSpec(field, found, f"a model of the same vocabulary, {shape.vocab_size} tokens")
     if draft.max_position_embeddings < pool.max_model_len:
-        found = f"{pool.draft_model}, for {draft.max_position_embeddings} tokens"
+        found = f"{draft.max_position_embeddings} tokens at most in {pool.draft_model}"
         raise BadSpec(field, found, f"a model for max_model_len, {pool.max_model_len} tokens, or more")
     if draft.sliding_window is not None and pool.max_model_len > draft.sliding_window:
-        found = f"{pool.draft_model}, with a window of {draft.sliding_window} tokens"
+        found = f"a window of {draft.sliding_window} tokens in {pool.draft_model}"
         raise BadSpec(field, found, f"a model with no window that is active up to max_model_len, {pool.max_model_len}")
     if pool.weight_dtype == "ternary" and draft.ternary is None:
         raise BadSpec(field, pool.draft_model, "a model that was trained ternary, as weight_dtype is")
     experts = draft.experts.num_experts if draft.experts else pool.tensor_parallel_size
     if pool.enable_expert_parallel and experts < pool.tensor_parallel_size:
-        found = f"{pool.draft_model}, with {experts} experts for {pool.tensor_parallel_size} ranks"
+        found = f"{experts} experts for {pool.tensor_parallel_size} ranks in {pool.draft_model}"
         raise BadSpec(field, found, "a dense model, or one with an expert for each rank, with enable_expert_parallel")
     sizes = tensor_parallel_sizes(draft)
     fits = keeps_scales_whole(draft, pool.weight_dtype, Layout.of(pool))
     if pool.tensor_parallel_size not in sizes or not fits:
-        found = f"{pool.draft_model}, whose layers {pool.tensor_parallel_size} ranks cannot share"
+        found = f"layers that {pool.tensor_parallel_size} ranks cannot share in {pool.draft_model}"
         raise BadSpec(field, found, "a model that tensor_parallel_size divides, too")
 
 

@@ -269,6 +269,26 @@ def test_requests_that_name_an_adapter_outlive_its_name_and_its_folder(tmp_path:
     assert not engine._adapters._names._folders
 
 
+def test_a_draft_model_without_the_adapter_changes_no_answer_of_it(tmp_path: Path, model_dir: Path) -> None:
+    """The base drafts for itself and for an adapter in one batch: it is right about itself alone."""
+    folder = write_random_adapter(tmp_path / "a", ModelShape.load(model_dir), rank=4, std=0.5)
+    drafted = {"speculation": "draft_model", "num_speculative_tokens": 3, "draft_model": str(model_dir)}
+    answers, kept = [], {}
+    for changes in ({}, drafted):
+        engine = engine_with(model_dir, [folder], **changes)
+        ask(engine, "a", 0)
+        ask(engine, None, 1)
+        answers.append({0: [], 1: []})
+        while engine.has_work:
+            for output in engine.step():
+                answers[-1][output.request_id] += output.token_ids
+                kept[output.request_id] = output.speculated
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
+    assert kept[0].accepted_tokens < kept[0].draft_tokens
+    assert kept[1].accepted_tokens == kept[1].draft_tokens > 0
+
+
 def test_an_adapter_that_does_not_fit_ends_the_start_with_its_reason(tmp_path: Path, model_dir: Path) -> None:
     shape = ModelShape.load(model_dir)
     folder = write_random_adapter(tmp_path / "a", shape, rank=9)

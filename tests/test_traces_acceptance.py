@@ -35,7 +35,7 @@ def test_a_log_says_how_often_proposals_of_each_application_were_kept(tmp_path: 
     log.write(finished("chat", 5, None))
     log.close()
     found = read(tmp_path / "log.jsonl")
-    assert found.acceptance == (Acceptance("code", 4 + 5, 9, 27, 21),)
+    assert found.acceptance == (Acceptance("chat", 4, 0, 0, 0), Acceptance("code", 4 + 5, 9, 27, 21))
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[3]).get("speculation") is None
     write(found, tmp_path / "log.parquet")
     again = read(tmp_path / "log.parquet")
@@ -44,8 +44,8 @@ def test_a_log_says_how_often_proposals_of_each_application_were_kept(tmp_path: 
     assert Trace.from_pandas(found.to_pandas()).acceptance == found.acceptance
     assert found.select(slice(0, 1)).acceptance == found.acceptance
     described = statistics(found)
-    assert described.total.acceptance == dataclasses.replace(found.acceptance[0], app=None)
-    assert {each.app: each.acceptance for each in described.apps} == {"code": found.acceptance[0], "chat": None}
+    assert described.total.acceptance == Acceptance(None, 13, 9, 27, 21)
+    assert {each.app: each.acceptance for each in described.apps} == dict(zip(("chat", "code"), found.acceptance))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_chance_of_a_token_is_found_in_the_mean_of_what_was_kept(p: float, l
 
 
 def test_an_application_that_was_not_recorded_gets_what_all_have_together() -> None:
-    acceptance = merged([Acceptance("a", 10, 10, 10, 10), Acceptance("b", 30, 10, 10, 0), Acceptance("c", 9, 0, 0, 0)])
+    acceptance = merged([Acceptance("a", 10, 10, 10, 10), Acceptance("b", 30, 10, 10, 0), Acceptance("c", 0, 0, 0, 0)])
     assert [each.app for each in acceptance] == ["a", "b"]
     assert total(acceptance) == Acceptance(None, 40, 20, 20, 10)
     drafted, probability = by_request(acceptance, Labels.of(["b", None, "a", "c"]), 4)
@@ -86,3 +86,10 @@ def test_an_application_that_was_not_recorded_gets_what_all_have_together() -> N
     assert probability == pytest.approx([0.0, 0.5, 1.0, 0.5])
     drafted, _ = by_request(acceptance, None, 3)
     assert drafted.tolist() == [0.5] * 3
+
+
+def test_an_application_for_which_nothing_was_proposed_is_proposed_nothing() -> None:
+    acceptance = merged([Acceptance("code", 10, 10, 20, 20), Acceptance("poems", 90, 0, 0, 0)])
+    drafted, probability = by_request(acceptance, Labels.of(["poems", "code"]), 2)
+    assert drafted.tolist() == [0.0, 1.0]
+    assert probability.tolist() == [1.0, 1.0]  # of a draft model's, which proposes all the same

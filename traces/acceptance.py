@@ -76,12 +76,12 @@ class Acceptance:
 
 
 def merged(found: Iterable[Acceptance]) -> tuple[Acceptance, ...]:
-    """One of each application, by name; those without proposals are left out."""
+    """One of each application, by name; those whose answers took no further step say nothing, and are left out."""
     sums: dict[str | None, Acceptance] = {}
     for each in found:
         before = sums.get(each.app, Acceptance(each.app, 0, 0, 0, 0))
         sums[each.app] = replace(before, **{name: getattr(before, name) + getattr(each, name) for name in COUNTS})
-    kept = (each for each in sums.values() if each.drafts)
+    kept = (each for each in sums.values() if each.steps)
     return tuple(sorted(kept, key=lambda each: (each.app is not None, each.app or "")))
 
 
@@ -95,11 +95,12 @@ def by_request(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """`drafted_share` and `probability` of each request's application, (n,) each.
 
-    An application of which nothing was recorded gets what was recorded of all together.
+    An application of which nothing was recorded gets what was recorded of all together; one for which nothing was
+    proposed is proposed nothing, and would keep what all together do.
     """
-    rates = {each.app: (each.drafted_share, each.probability) for each in found}
     everybody = total(found)
     rest = (everybody.drafted_share, everybody.probability)
+    rates = {each.app: (each.drafted_share, each.probability if each.drafts else rest[1]) for each in found}
     if app is None:
         table, codes = [rates.get(None, rest)], np.zeros(requests, np.int64)
     else:
