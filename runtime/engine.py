@@ -25,7 +25,6 @@ from torch import Tensor
 from .adapters import BadAdapter
 from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
 from .device import check_gpus
-from .draft_model import DraftModel
 from .draft_shape import check_same_tokens
 from .engine_adapters import EngineAdapters
 from .engine_stats import EngineStats, StepRecord, stats_of
@@ -34,6 +33,7 @@ from .memory import check_memory, give_back_freed_memory
 from .model_shape import ModelShape, resolve_model
 from .parallel import Layout, RankFailed
 from .peers import Peers
+from .proposals import Proposals
 from .rank import OtherRanks, Rank, RanksOfOthers, file_store
 from .request import FinishReason, KeptLogits, Output, Request, checked_prompt
 from .runnable import check_runnable, fields_that_need_new_replicas
@@ -54,8 +54,7 @@ from .scheduler_state import (
     new_state,
 )
 from .spec import CPU, BadSpec, Deployment, Pool
-from .speculated import NOTHING, Speculated
-from .speculation import ask_for_drafts, keep_agreed, propose_ngrams, sampled_places
+from .speculation import sampled_places
 from .token_store import TokenStore
 
 __all__ = [
@@ -156,10 +155,7 @@ class Engine:
         self._sampler = Sampler(slots, self.shape.vocab_size, self.shape.eos_token_ids, races=races)
         self._num_cached = np.zeros(slots, np.int64)
         self._full = np.zeros((self.pool.max_num_seqs, 2), np.int64)
-        self._draft = DraftModel(self.pool, self._rank, slots) if self.pool.draft_model else None
-        self._speculated = np.zeros((slots, 3), np.int64)
-        self._accepted_by_position = np.zeros(self.pool.num_speculative_tokens, np.int64)
-        self._speculated_before = np.zeros(3, np.int64)  # by requests that have ended
+        self._proposals = Proposals(self.pool, self._rank, slots)
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
@@ -220,9 +216,7 @@ class Engine:
         self._sampler.grow(slots)
         more = slots - len(self._num_cached)
         self._num_cached = np.concatenate([self._num_cached, np.zeros(more, np.int64)])
-        self._speculated = np.concatenate([self._speculated, np.zeros((more, 3), np.int64)])
-        if self._draft is not None:
-            self._draft.grow(slots)
+        self._proposals.grow(slots)
 
     def abort(self, request_id: int) -> bool:
         """End a request whose answer nobody wants; the next step reports it as "abort". False: no such request."""
@@ -230,7 +224,7 @@ class Engine:
         if slot is None:
             return False
         cached = int(self._num_cached[slot])
-        self._aborted.append(Output(request_id, (), None, "abort", cached, self._speculated_for(slot)))
+        self._aborted.append(Output(request_id, (), None, "abort", cached, self._proposals.of(slot)))
         del self._slot_of[request_id]
         if abort(self._state, slot):
             self._free(slot)
@@ -294,7 +288,7 @@ class Engine:
         rows = int(plan.counts[PLAN_SIZE])
         tokens, logprobs = self._sampled(result, flight, plan)
         ends = self._sampler.ends(slots, tokens)
-        keep_agreed(state, plan, self._store.tokens, tokens, ends, self._speculated, self._accepted_by_position)
+        self._proposals.keep(state, plan, self._store.tokens, tokens, ends)
         if flight.head == ALL_LOGITS:
             self._keep(result, plan)
         self._take(plan, tokens)
@@ -334,18 +328,14 @@ class Engine:
             last = first + kept[row]
             told = tuple(each for each in logprobs[first:last] if each is not None) or None
             token_ids = tuple(tokens[first:last])
-            yield Output(ids[row], token_ids, told, reason, cached[row], self._speculated_for(slot))
+            yield Output(ids[row], token_ids, told, reason, cached[row], self._proposals.of(slot))
 
     def _begin(self) -> bool:
         """Plan the next step and have it computed; False where there is nothing to compute."""
         started_s = time.perf_counter()
         index = self._begun % len(self._plans)
         state, plan = self._state, self._plans[index]
-        if self._draft is not None:
-            ask_for_drafts(state, self.pool.num_speculative_tokens)
-        elif self.pool.speculation == "ngram":
-            longest, shortest = self.pool.prompt_lookup_max, self.pool.prompt_lookup_min
-            propose_ngrams(state, self._store.tokens, self.pool.num_speculative_tokens, longest, shortest)
+        self._proposals.ask(state, self._store.tokens)
         schedule(state, plan)
         rows = int(plan.counts[PLAN_SIZE])
         if rows == 0:
@@ -361,8 +351,7 @@ class Engine:
             self._others.check()
         if plan.counts[PLAN_ADMITTED]:
             self._adapters.fill_slots(state)
-        if self._draft is not None:
-            self._draft.propose(state, plan, self._store.tokens, self._sampler)
+        self._proposals.draft(state, plan, self._store.tokens, self._sampler)
         used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
         self._rank.begin(index, used)
         self._flights.append(_Flight(index, each, slots, generated, head, started_s))
@@ -402,20 +391,14 @@ class Engine:
             state.num_hashes[slot] = last
 
     def _free(self, slot: int) -> None:
-        self._speculated_before += self._speculated[slot]
-        self._speculated[slot] = 0
+        self._proposals.end(slot)
         self._adapters.end(int(self._state.adapter[slot]))
         self._store.give_back(int(self._state.hash_start[slot]), int(self._state.max_num_tokens[slot]))
 
-    def _speculated_for(self, slot: int) -> Speculated:
-        if self.pool.speculation == "none":
-            return NOTHING
-        return Speculated(*self._speculated[slot].tolist())
-
     def stats(self) -> EngineStats:
         """Counts since the engine began, and what it holds now. Cached blocks that nobody holds are not in use."""
-        speculated = Speculated(*(self._speculated_before + self._speculated.sum(axis=0)).tolist())
-        return stats_of(self._state, self._steps, speculated, tuple(self._accepted_by_position.tolist()))
+        proposals = self._proposals
+        return stats_of(self._state, self._steps, proposals.total(), proposals.accepted_by_position())
 
     def close(self) -> None:
         """End the other ranks. The engine is of no more use."""
