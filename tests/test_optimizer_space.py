@@ -1,9 +1,6 @@
 import itertools
-import re
-from pathlib import Path
 
 import pytest
-import yaml
 
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.optimizer.space import BadSpace, SearchSpace, TileKey, default_space, load_space
@@ -119,14 +116,6 @@ def test_stages_and_parts_hold_devices_like_ranks_and_threads():
     held = {each.pool.replicas * each.pool.devices_per_replica for each in found.deployments}
     assert held == {1, 2}
     assert {each.pool.pipeline_parallel_size * each.pool.context_parallel_size for each in found.deployments} == {1, 2}
-
-
-def test_the_documented_fields_of_speculation_make_candidates_with_and_without():
-    text = (Path(__file__).parents[1] / "docs" / "spec.md").read_text()
-    fields = re.search(r"```yaml\n(fields:\n  speculation: .*?)```", text, re.DOTALL)
-    found = SearchSpace.from_dict(yaml.safe_load(fields[1]), default=deployment()).candidates()
-    tried = [(each.pool.speculation, each.pool.num_speculative_tokens) for each in found.deployments]
-    assert tried == [("none", 0), ("ngram", 2), ("ngram", 4)]
 
 
 def test_a_batch_that_cannot_verify_all_proposals_is_counted_by_a_reason_that_reads_well():

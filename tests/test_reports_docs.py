@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from paretune.optimizer.space import SearchSpace
 from paretune.runtime.spec import Deployment, parse_deployment
 
 ROOT = Path(__file__).parents[1]
@@ -95,11 +96,17 @@ def test_spec_page_has_the_fields_of_the_schema(model: str) -> None:
 
 def test_every_combination_the_spec_page_shows_is_read() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", spec_page(), re.DOTALL)
-    whole, tiles, adapters = (yaml.safe_load(block) for block in blocks)
+    whole, space, tiles, adapters = (yaml.safe_load(block) for block in blocks)
     assert parse_deployment(whole).targets == ("ttf30:p95<=600ms",)
     pool = {**whole["pools"][0], **tiles}
     assert len(parse_deployment({**whole, "pools": [pool]}).pool.tiles) == 1
     assert [adapter.name for adapter in parse_deployment(adapters).adapters] == ["support"]
+    pools = [each.pool for each in SearchSpace.from_dict(space).candidates().deployments]
+    assert [(each.speculation, each.num_speculative_tokens) for each in pools] == [
+        ("none", 0),
+        ("ngram", 2),
+        ("ngram", 4),
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
