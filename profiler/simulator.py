@@ -27,7 +27,7 @@ from ..runtime.scheduler_state import (
 )
 from ..runtime.spec import BadSpec, Pool
 from ..runtime.speculated import Speculated
-from ..traces.acceptance import by_request
+from ..traces.acceptance import by_request, total
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
 from ..traces.trace import BadTrace, Trace
@@ -251,7 +251,8 @@ def _chances(trace: Trace, pool: Pool) -> Chances | None:
     if pool.pipeline_parallel_size > 1:
         found = f"{pool.speculation} with pipeline_parallel_size {pool.pipeline_parallel_size}"
         raise BadSpec("pools.0.speculation", found, "none with several stages")
-    if not trace.acceptance:
+    # where n-grams found nothing to propose, that says something of n-grams, and nothing of a draft model
+    if not trace.acceptance or (pool.draft_model and total(trace.acceptance).drafts == 0):
         todo = "serve some of this traffic with speculation on, and take that server's request log"
         raise BadTrace(f"{trace.source}: speculation", "not recorded", "how often proposals were kept", todo)
     drafted, probability = by_request(trace.acceptance, trace.app, len(trace))

@@ -198,6 +198,11 @@ def test_without_a_recorded_acceptance_nothing_is_made_up() -> None:
     limits = pool(**NGRAM)
     with pytest.raises(BadTrace, match="speculation"):
         simulate(Trace([0.0], [8], [8]), limits, tables(limits))
+    nothing_proposed = Trace([0.0], [8], [8], acceptance=kept(None, 100, 0, 0, 0))
+    assert simulate(nothing_proposed, limits, tables(limits)).drafts == 0
+    drafted = pool(**drafted_by(Path("x")))
+    with pytest.raises(BadTrace, match="speculation"):
+        simulate(nothing_proposed, drafted, tables(drafted, tables(drafted)))
     several = pool(**NGRAM, pipeline_parallel_size=2)
     with pytest.raises(BadSpec, match="speculation"):
         simulate(Trace([0.0], [8], [8], acceptance=ALWAYS), several, tables(several))
