@@ -50,7 +50,7 @@ def test_rounding_costs_little(
     assert found.num_tokens == 8 * (CONTEXT - 1)
     assert abs(found.perplexity_increase) < most_increase
     assert 0 < found.kl_nats < most_kl
-    # where the processor multiplies in fp32, bf16 weights may choose every token as fp32 ones do: what differs is the KL
+    # where the processor multiplies in fp32, bf16 weights may choose every token as fp32 ones do: the KL differs
     assert least_agreement < found.top1_agreement <= 1
 
 
