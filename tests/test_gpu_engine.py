@@ -102,8 +102,7 @@ def test_the_gpu_path_answers_token_by_token_as_the_cpu_does(model_dir: Path) ->
 def test_a_padded_decode_step_gives_every_row_what_it_had_alone_and_touches_no_other_block(model_dir: Path) -> None:
     run_on_the_cpu(
         textwrap.dedent("""
-        from paretune.runtime.batch import LOGITS, write_wire
-        from paretune.runtime.device_batch import DeviceBatch
+        from paretune.runtime.batch import HEADER, LOGITS, TARGET
         pool = Pool.model_validate({**LIMITS, "accelerator": "H100", "max_num_seqs": 4, "cuda_graph_sizes": (4,)})
         rank = ranks.Rank(pool, engines.ModelShape.load(Path(MODEL)), Path(MODEL), None)
         rank.capture()
@@ -117,13 +116,13 @@ def test_a_padded_decode_step_gives_every_row_what_it_had_alone_and_touches_no_o
             places += [1 if rows < 3 or row != 1 else 0 for row in range(rows)] + [-1] * rows
             deepest = max(contexts[:rows]) // pool.block_size + 1
             places += np.pad(tables, ((0, 0), (0, 2)))[:rows, :deepest].ravel().tolist()
-            batch.wire[: 5 + len(places)] = [rows, rows, deepest, LOGITS, 0, *places]
+            batch.wire[: HEADER + len(places)] = [rows, rows, deepest, LOGITS, 0, TARGET, *places]
             results = []
             for padded in (True, False):
                 cache.copy_(start)
                 rank._gpu.graphs.sizes = (4,) if padded else ()
                 replays.clear()
-                rank.begin(0, 5 + len(places))
+                rank.begin(0, HEADER + len(places))
                 assert replays == ([4] if padded else [])
                 results.append((rank.result(0).clone(), cache.clone()))
             (logits, blocks), (alone, blocks_alone) = results
