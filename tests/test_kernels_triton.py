@@ -63,8 +63,7 @@ def test_prefill_attention_is_causal_softmax_attention():
     run("""
         from paretune.kernels.prefill_attention import reference
         from paretune.kernels.triton_prefill_attention import prefill_attention
-        for cached_as in ("fp32", "bf16", "fp8", "int8"):
-            rows, contexts = [40, 1, 0, 7], [0, 20, 0, 30]
+        rows, contexts = [40, 1, 0, 7], [0, 20, 0, 30]
         for cached_as, heads, kv_heads, head_dim, dtype, tolerance in (
             ("fp32", 4, 1, 24, torch.float32, 1e-4), ("fp32", 2, 2, 16, torch.float16, 1e-2),
             ("bf16", 8, 1, 16, torch.float32, 1e-4), ("fp8", 2, 1, 24, torch.float32, 1e-4),

@@ -1,9 +1,13 @@
 """Programs with Triton kernels, each in a process of its own: TRITON_INTERPRET counts when triton is imported, and the
 process of the tests stays without triton."""
 
+import atexit
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 PREAMBLE = r"""
@@ -58,9 +62,48 @@ def compiled(kernel, arch, kinds, constants, num_warps=4, num_stages=2):
 """
 
 
-def run(program, interpret=True):
+# Importing torch and triton takes longer than most programs: one process has them, and forks for each program.
+PARENT = r"""
+import json, os, signal, sys, traceback
+import torch, triton
+import paretune.kernels.moe
+""" + PREAMBLE + r"""
+names = dict(globals())
+for line in sys.stdin:
+    program, output = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(300)
+        file = os.open(output, os.O_WRONLY)
+        os.dup2(file, 1), os.dup2(file, 2)
+        code = 1
+        try:
+            exec(compile(program, "<program>", "exec"), names)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@functools.cache
+def _parent(interpret):
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    code = textwrap.dedent(PREAMBLE) + textwrap.dedent(program)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    command = [sys.executable, "-c", PARENT]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)  # it ends when its input does
+    return process
+
+
+def run(program, interpret=True):
+    """Run a program behind PREAMBLE; what it printed."""
+    process = _parent(interpret)
+    with tempfile.NamedTemporaryFile("r") as output:
+        process.stdin.write(json.dumps((textwrap.dedent(program), output.name)) + "\n")
+        process.stdin.flush()
+        status = process.stdout.readline()
+        printed = output.read()
+    assert status == "0\n", printed[-3000:]
+    return printed
