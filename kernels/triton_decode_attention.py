@@ -31,7 +31,7 @@ def cached_numbers(ptrs, mask, FORMAT: tl.constexpr):
     return stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # changes from step to step: one kernel for all
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, context_ptr, mixed_ptr, largest_ptr, total_ptr, scale,
     q_stride, table_stride, block_size, block_stride, head_stride, scale_block_stride, kv_heads, GROUP: tl.constexpr,

@@ -18,7 +18,7 @@ from .tiles import BadTile, Tile, bucket
 from .triton_decode_attention import cached_numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # changes from step to step: one kernel for all
 def prefill_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, query_start_ptr, context_ptr, out_ptr, scale, q_stride,
     table_stride, block_size, block_stride, head_stride, scale_block_stride, heads, kv_heads, HEAD_DIM: tl.constexpr,

@@ -22,7 +22,7 @@ _FORMAT = {"fp8": FP8, "int8": INT8, "int4": INT4, "ternary": TERNARY, "nvfp4": 
 STORED_PRECISIONS = tuple(_FORMAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # changes from step to step: one kernel for all
 def stored_matmul_kernel(
     x_ptr, weight_ptr, group_scale_ptr, channel_scale_ptr, bias_ptr, out_ptr, rows, out_features, in_features,
     x_stride, weight_stride, group_stride, out_stride, FORMAT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class DecodeGraphs:
         self._recorded: dict[int, Recorded] = {}
 
     def capture(self, empty: Batch, record: Callable[[Callable[[], Tensor]], Recorded]) -> None:
-        """Capture all sizes, the largest first, whose memory the others then share.
+        """Capture all sizes, the largest first, whose memory the others then share, that of its logits too.
 
         Args:
             empty: a step without a row: padded, it is nothing but padding.
@@ -78,8 +79,15 @@ class DecodeGraphs:
         started_s = time.perf_counter()
         for size in reversed(self.sizes):
             self._batch.take(empty, size)
-            self._recorded[size] = record(lambda: self._forward(self._batch))
+            if size == self.sizes[-1]:
+                self._recorded[size] = record(lambda: self._forward(self._batch))
+            else:
+                shared = self._recorded[self.sizes[-1]].result.narrow(0, 0, size)
+                self._recorded[size] = record(partial(self._forward_into, shared))
         self.capture_s = time.perf_counter() - started_s
+
+    def _forward_into(self, shared: Tensor) -> Tensor:
+        return shared.copy_(self._forward(self._batch))
 
     def run(self, batch: Batch) -> Tensor | None:
         """The logits (head rows, vocabulary) of a step; None: it is not captured. The next step overwrites them."""

@@ -16,13 +16,16 @@ from .spec import Pool
 
 _cuda: Any = torch.cuda  # its classes have no annotations
 _NO_SLOT = -1
+_ALIGNED = 4  # int32 places: of addresses that are no multiple of 16 bytes Triton makes, and compiles, other kernels
+_MOST_PARTS = 16
 
 
 class DeviceBatch:
     """The tensors of one step under the names of `Batch`, all int32, on the device; `copies` stays on the host.
 
-    All of them lie one after the other in one buffer, in an order and of sizes that follow from the numbers of tokens,
-    rows and blocks alone: the views of a padded decode step of n rows are the same memory each time.
+    All of them lie one after the other in one buffer, each on a multiple of 16 bytes, in an order and of sizes that
+    follow from the numbers of tokens, rows and blocks alone: the views of a padded decode step of n rows are the same
+    memory each time.
 
     max_query_rows   most tokens of one request
     """
@@ -47,6 +50,7 @@ class DeviceBatch:
         self._width = -(-pool.max_model_len // pool.block_size)
         places = 4 * tokens + 3 * rows + 1 + rows * self._width
         places += 2 * most_tile_places(tokens, pool.max_loras) if pool.max_loras else 0
+        places += _MOST_PARTS * _ALIGNED
         self._on_gpu = placement.on_gpu(device)
         pinned = device.type == "cuda"
         self._host = torch.zeros(places, dtype=torch.int32, pin_memory=pinned)
@@ -90,13 +94,19 @@ class DeviceBatch:
 
     def _put(self, values: Tensor, missing: int, filler: int) -> Tensor:
         count = values.shape[0]
-        first, self._used = self._used, self._used + count + missing
+        first = self._room(count + missing)
         self._places[first : first + count] = values.numpy()
-        self._places[first + count : self._used] = filler
+        self._places[first + count : first + count + missing] = filler
         return self._device.narrow(0, first, count + missing)
 
     def _put_tables(self, tables: Tensor, rows: int, width: int) -> Tensor:
-        first, self._used = self._used, self._used + rows * width
-        places = self._places[first : self._used].reshape(rows, width)
+        first = self._room(rows * width)
+        places = self._places[first : first + rows * width].reshape(rows, width)
         places[: tables.shape[0], : tables.shape[1]] = tables.numpy()
         return self._device.narrow(0, first, rows * width).view(rows, width)
+
+    def _room(self, places: int) -> int:
+        """Where the next part begins."""
+        first = self._used
+        self._used += -(-places // _ALIGNED) * _ALIGNED
+        return first

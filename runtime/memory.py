@@ -55,13 +55,15 @@ def memory_need(
     on_cpu = pool.accelerator == CPU
     host_blocks = pool.host_kv_blocks if on_cpu else 0
     adapters = pool.max_loras + (_host_adapters(pool) if on_cpu else 0)
+    # the ranks in a GPU's slots are padded: kernels/gpu_lora.py
+    lora_rank = pool.max_lora_rank if on_cpu else max(16, 1 << (pool.max_lora_rank - 1).bit_length())
     return MemoryNeed(
         weight_bytes=replicas * sum(rank_weight_bytes(shape, share, pool.weight_dtype) for share in here),
         kv_cache_bytes=replicas * (pool.num_kv_blocks + host_blocks) * _block_bytes(shape, pool, ranks),
         activation_bytes=replicas * sum(_activation_bytes(shape, pool, share) for share in here),
         process_bytes=replicas * len(here) * _PROCESS_BYTES if on_cpu else 0,
         draft_bytes=replicas * _draft_bytes(pool, ranks),
-        adapter_bytes=replicas * len(here) * adapters * _adapter_bytes(shape, pool),
+        adapter_bytes=replicas * len(here) * adapters * _adapter_bytes(shape, pool, lora_rank),
     )
 
 
@@ -71,7 +73,7 @@ def host_bytes_beside_gpus(
     """What a pool on GPUs takes of the host's memory: processes, host blocks and adapters. Arguments as memory_need."""
     replicas = pool.replicas if replicas is None else replicas
     size = len(_shares(shape, pool, ranks))
-    each = _PROCESS_BYTES + _host_adapters(pool) * _adapter_bytes(shape, pool)
+    each = _PROCESS_BYTES + _host_adapters(pool) * _adapter_bytes(shape, pool, pool.max_lora_rank)
     return replicas * (size * each + pool.host_kv_blocks * _block_bytes(shape, pool, ranks))
 
 
@@ -126,19 +128,25 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     hidden, sparse, between = held.hidden_size, held.experts, 0
     dense = 0 if sparse and len(sparse.layers) == held.num_layers else 3 * held.intermediate_size
     width = max(2 * held.qkv_features, dense)
-    if sparse:  # the shared expert's answer and the sum, the router's logits, and for each choice its answer and place
+    itemsize = 4 if pool.accelerator == CPU or pool.weight_dtype == "fp32" else 2
+    if sparse and pool.accelerator != CPU:
+        # of each choice gate and up, their product, its answer where it was computed and in place, and that in fp32,
+        # also times its weight
+        chosen = sparse.experts_per_token * (3 * sparse.intermediate_size + 2 * hidden + 8 * hidden // itemsize)
+        width = max(width, 3 * sparse.shared_intermediate_size, 2 * hidden + 2 * sparse.num_experts + chosen)
+    elif sparse:  # the shared expert's answer and the sum, the router's logits, and for each choice its answer and place
         chosen = 2 * hidden + sparse.num_experts + sparse.experts_per_token * (hidden + 4)
         width = max(width, 3 * sparse.shared_intermediate_size, chosen)
         between = pool.num_threads * _ROW_BLOCK * (hidden + 3 * sparse.intermediate_size)
     width += 2 * hidden
     logits = 2 * pool.max_num_samples * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
-    itemsize = 4 if pool.accelerator == CPU or pool.weight_dtype == "fp32" else 2
     return itemsize * (pool.max_num_batched_tokens * width + between) + 4 * (logits + angles)
 
 
-def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
-    """Of one adapter: A and B of q, k, v, gate, up, o and down. A rank holds one of the two cut, not taken off here.
+def _adapter_bytes(shape: ModelShape, pool: Pool, rank: int) -> int:
+    """Of one adapter: A and B, of rank `rank`, of q, k, v, gate, up, o and down. Tensor parallel ranks hold one of the
+    two cut, which is not taken off here.
 
     Of a mixture of experts adapters change q, k, v and o alone.
     """
@@ -146,7 +154,7 @@ def _adapter_bytes(shape: ModelShape, pool: Pool) -> int:
     narrow = shape.num_kv_heads * shape.head_dim
     values = 4 * hidden + 2 * wide + 2 * narrow + (0 if shape.experts else 3 * (hidden + inter))
     itemsize = 4 if pool.weight_dtype == "fp32" else 2
-    return shape.num_layers * values * pool.max_lora_rank * itemsize
+    return shape.num_layers * values * rank * itemsize
 
 
 def _host_adapters(pool: Pool) -> int:
