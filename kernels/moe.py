@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import placement
 from .cpu.build import load
 from .cpu.workspace import WORKSPACE
 from .fused import swiglu
@@ -60,11 +61,15 @@ def reference(x: Tensor, routing: Routing, gate_up: Sequence[Tensor], down: Sequ
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """Experts `first`, `first + 1`, ... of a layer; immutable. `pack_experts` makes it."""
+    """Experts `first`, `first + 1`, ... of a layer; immutable. `pack_experts` makes it.
+
+    stacks  on a GPU: the weights of all of them, of gate_up and of down, (experts, out, in); theirs are views of these
+    """
 
     first: int
     gate_up: tuple[PackedLinear, ...]
     down: tuple[PackedLinear, ...]
+    stacks: tuple[Tensor, Tensor] | None
     _descriptors: ctypes.Array[Any] | None = field(repr=False)
     _tiles: Tensor | None = field(repr=False)
 
@@ -78,18 +83,27 @@ def pack_experts(gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear], 
     """Experts of one size, precision and tile table, at least one.
 
     One call computes them all where every tile is the C++ one; where some are torch's, each expert is called by itself.
+    Raises ValueError: on a GPU, a precision other than fp32, bf16 and fp16.
     """
+    weight = gate_up[0].weight
+    if weight is not None and placement.on_gpu(weight):
+        from . import gpu_moe
+
+        (first_stack, first_layer), (last_stack, last_layer) = gpu_moe.stacked(gate_up), gpu_moe.stacked(down)
+        return PackedExperts(first, first_layer, last_layer, (first_stack, last_stack), None, None)
     tiles = gate_up[0].tiles
     if any(tile.backend != "cpp" for tile in (*tiles, *down[0].tiles)):
-        return PackedExperts(first, tuple(gate_up), tuple(down), None, None)
+        return PackedExperts(first, tuple(gate_up), tuple(down), None, None, None)
     numbers = torch.tensor([tile.arguments for tile in tiles], dtype=torch.int32)
     pairs = [packed for pair in zip(gate_up, down, strict=True) for packed in pair]
-    return PackedExperts(first, tuple(gate_up), tuple(down), descriptors(pairs), numbers)
+    return PackedExperts(first, tuple(gate_up), tuple(down), None, descriptors(pairs), numbers)
 
 
 def retile_experts(packed: PackedExperts, tiles: TileTable) -> PackedExperts:
     """The same weights, computed with other tiles. Raises BadTile: a layout that is not there."""
-    gate_up, down = ([retile(each, tiles) for each in part] for part in (packed.gate_up, packed.down))
+    gate_up, down = (tuple(retile(each, tiles) for each in part) for part in (packed.gate_up, packed.down))
+    if packed.stacks is not None:
+        return replace(packed, gate_up=gate_up, down=down)
     return pack_experts(gate_up, down, packed.first)
 
 
@@ -104,7 +118,7 @@ def route(logits: Tensor, k: int, renormalize: bool) -> Routing:
     """
     if logits.ndim != 2 or logits.dtype != torch.float32 or not 1 <= k <= logits.shape[1]:
         raise ValueError(f"route: {k} experts of logits {tuple(logits.shape)} {logits.dtype}")
-    library = load()
+    library = None if placement.on_gpu(logits) else load()
     if library is None:
         chosen = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
         weights = logits.softmax(dim=1).gather(1, chosen)
@@ -124,9 +138,13 @@ def moe(x: Tensor, routing: Routing, packed: PackedExperts) -> Tensor:
     """Sum over each token's experts of weight * down(silu(gate(x)) * up(x)); x (T, hidden) fp32 -> (T, hidden) fp32.
 
     Experts that are not in `packed` add nothing. Within 1e-5 (fp32), 2e-2 (bf16) of reference() relative to the largest
-    output for N(0, 1) inputs.
+    output for N(0, 1) inputs. On a GPU x is fp32, bf16 or fp16, as the weights are, and so is the result.
     Raises ValueError: x or the routing has another shape or dtype.
     """
+    if packed.stacks is not None:
+        from . import gpu_moe
+
+        return gpu_moe.moe(x, routing, packed)
     rows, hidden = x.shape
     k = routing.experts.shape[1]
     if hidden != packed.gate_up[0].in_features or x.dtype != torch.float32:

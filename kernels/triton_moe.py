@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from .moe import Routing
 from .tiles import BadTile, Tile
+from .triton_fused import swiglu
 
 
 @triton.jit
@@ -75,8 +75,9 @@ def sorted_rows(experts: Tensor, first: int, count: int, block_m: int) -> Sorted
     most = triton.cdiv(len(local), block_m) + count
     tile = torch.arange(most, device=local.device)
     expert = torch.searchsorted(tile_ends, tile, right=True).clamp(max=count - 1)
-    start = (ends - rows)[expert] + (tile - (tile_ends - tiles)[expert]) * block_m
-    end = torch.where(tile < tile_ends[-1], torch.minimum(start + block_m, ends[expert]), start)
+    ends_before, tiles_before = (ends - rows).index_select(0, expert), (tile_ends - tiles).index_select(0, expert)
+    start = ends_before + (tile - tiles_before) * block_m
+    end = torch.where(tile < tile_ends[-1], torch.minimum(start + block_m, ends.index_select(0, expert)), start)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=local.device))
     parts = (order // k, place.view(experts.shape), start, end, expert)
     return SortedRows(*(part.to(torch.int32).contiguous() for part in parts))
@@ -116,9 +117,9 @@ def moe(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, tile: Tile, 
         )  # fmt: skip
         return out
 
-    gate, up = multiplied(x, rows.token, gate_up).float().chunk(2, dim=1)
-    activated = (functional.silu(gate) * up).to(x.dtype)
+    activated = swiglu(multiplied(x, rows.token, gate_up))
     in_order = torch.arange(choices, dtype=torch.int32, device=x.device)
-    answers = multiplied(activated, in_order, down)[rows.place.long()].float()
+    answers = multiplied(activated, in_order, down).index_select(0, rows.place.flatten())
+    answers = answers.view(*rows.place.shape, hidden).float()
     held = (routing.experts >= first) & (routing.experts < first + count)
     return (answers * routing.weights.where(held, 0.0)[:, :, None]).sum(dim=1).to(x.dtype)

@@ -134,7 +134,8 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
         # also times its weight
         chosen = sparse.experts_per_token * (3 * sparse.intermediate_size + 2 * hidden + 8 * hidden // itemsize)
         width = max(width, 3 * sparse.shared_intermediate_size, 2 * hidden + 2 * sparse.num_experts + chosen)
-    elif sparse:  # the shared expert's answer and the sum, the router's logits, and for each choice its answer and place
+    elif sparse:
+        # the shared expert's answer and the sum, the router's logits, and for each choice its answer and place
         chosen = 2 * hidden + sparse.num_experts + sparse.experts_per_token * (hidden + 4)
         width = max(width, 3 * sparse.shared_intermediate_size, chosen)
         between = pool.num_threads * _ROW_BLOCK * (hidden + 3 * sparse.intermediate_size)

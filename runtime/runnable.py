@@ -9,6 +9,7 @@ from .parallel import Layout, keeps_scales_whole, tensor_parallel_sizes
 from .spec import CPU, BadSpec, Deployment, Pool
 
 # the arrays of a batch are as large as the limits that the engine was built with
+GPU_EXPERT_DTYPES = ("fp32", "bf16", "fp16")  # kernels/triton_moe.py multiplies weights as they are stored
 MAX_GPU_RANK = 256  # of an adapter: A and B of one program then take no more than 64 KB of shared memory
 _LIMITS_CHANGED_WHILE_RUNNING = ("max_num_seqs", "max_num_batched_tokens")
 WEIGHT_DTYPES = tuple(WEIGHT_FORMATS)
@@ -69,8 +70,9 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if pool.tensor_parallel_size not in sizes:
         fit = f"{', '.join(map(str, sizes))}, which divide the KV heads, or their groups of heads"
         raise BadSpec("pools.0.tensor_parallel_size", pool.tensor_parallel_size, fit)
-    if shape.experts is not None and pool.accelerator != CPU:
-        raise BadSpec("pools.0.accelerator", pool.accelerator, "'cpu' for a mixture of experts, for the bundled engine")
+    if shape.experts is not None and pool.accelerator != CPU and pool.weight_dtype not in GPU_EXPERT_DTYPES:
+        precisions = f"{', '.join(GPU_EXPERT_DTYPES)} for a mixture of experts on a GPU, for the bundled engine"
+        raise BadSpec("pools.0.weight_dtype", pool.weight_dtype, precisions)
     _check_experts(pool, shape)
     if not keeps_scales_whole(shape, pool.weight_dtype, Layout.of(pool)):
         group = WEIGHT_FORMATS[pool.weight_dtype].sharded_by

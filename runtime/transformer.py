@@ -203,7 +203,7 @@ class Transformer:
             return dense
         shape = self._shape.experts
         assert shape is not None
-        logits = linear(x, experts.router)
+        logits = linear(x.float(), experts.router)
         routing = route(logits[:, : shape.num_experts], shape.experts_per_token, shape.renormalize)
         out = moe(x, routing, experts.packed)
         return out if dense is None else out.addcmul_(dense, logits[:, shape.num_experts :].sigmoid())

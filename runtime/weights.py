@@ -315,7 +315,8 @@ def _layer(
         if sparse.shared_intermediate_size:
             router.append(checkpoint.read(f"{layer}.{block}.shared_expert_gate.weight", (1, hidden)).float())
         packed = pack_experts([first for first, _ in each], [last for _, last in each], share.experts.start)
-        return SparseMlp(pack(torch.cat(router), matrix_dtype("router", weight_dtype), tiles=tiles), packed)
+        dtype = matrix_dtype("router", weight_dtype)
+        return SparseMlp(pack(torch.cat(router), dtype, tiles=tiles, device=device), packed)
 
     sparse = shape.experts if shape.experts and index in shape.experts.layers else None
     gate_up: PackedLinear | None

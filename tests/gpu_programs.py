@@ -35,11 +35,12 @@ gpu_steps.CudaRecorder = Recorder
 def answers(engine, requests):
     for request in requests:
         engine.add(request)
-    found = {}
+    found, logprobs = {}, []
     while engine.has_work:
         for output in engine.step():
             found.setdefault(output.request_id, []).extend(output.token_ids)
-    return found
+            logprobs += [value for each in output.logprobs or () for _, value in each.top]
+    return found, logprobs
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from paretune.profiler.hardware import accelerator
 from paretune.profiler.tables import step_tables
@@ -36,19 +37,34 @@ GIB = 1 << 30
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79 * GIB, 80 * GIB)
 
 
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 128, "dtype": "float32",
+}  # fmt: skip
+# of two layers the first is dense, the second has three experts and a shared one
+EXPERTS = {
+    "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    "decoder_sparse_step": 2,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(
-        tmp_path_factory.mktemp("model") / "tiny",
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        dtype="float32",
-    )
+    return emphatic(write_random_model(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=1, **SIZES))
+
+
+@pytest.fixture(scope="module")
+def mixture_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "mixture"
+    return emphatic(write_random_model(folder, family="qwen2_moe", num_hidden_layers=2, **SIZES, experts=EXPERTS))
+
+
+def emphatic(folder: Path) -> Path:
+    """The model with layers that say something: with weights as small as they are written it repeats its embedding."""
+    tensors = load_file(folder / "model.safetensors")
+    layers = {name: 10 * tensor for name, tensor in tensors.items() if "proj" in name or "gate" in name}
+    save_file(tensors | layers, folder / "model.safetensors")
+    return folder
 
 
 def requests() -> list[Request]:
@@ -56,7 +72,7 @@ def requests() -> list[Request]:
     lengths_and_sampling = (
         (11, {"max_tokens": 5, "temperature": 0.0}),
         (3, {"max_tokens": 3, "temperature": 0.0}),
-        (2, {"max_tokens": 4, "temperature": 1.0, "seed": 4, "top_p": 0.9}),
+        (2, {"max_tokens": 4, "temperature": 1.0, "seed": 4, "top_p": 0.9, "logprobs": 20}),
     )
     return [
         Request(number, rng.integers(0, 64, length).astype(np.int32), SamplingParams(**sampling, ignore_eos=True))
@@ -64,19 +80,24 @@ def requests() -> list[Request]:
     ]
 
 
-def answers(engine: Engine) -> dict[str, list[int]]:
+def answers(engine: Engine) -> tuple[dict[str, list[int]], list[float]]:
+    """Tokens by request, and all log-probabilities that any request asked for: tokens alone forgive small errors."""
     for request in requests():
         engine.add(request)
     found: dict[str, list[int]] = {}
+    logprobs: list[float] = []
     while engine.has_work:
         for output in engine.step():
             found.setdefault(str(output.request_id), []).extend(output.token_ids)
-    return found
+            logprobs += [value for each in output.logprobs or () for _, value in each.top]
+    return found, logprobs
 
 
 @needs_triton
-def test_the_gpu_path_answers_token_by_token_as_the_cpu_does(model_dir: Path) -> None:
-    expected = answers(Engine(Deployment(pools=(Pool.model_validate(LIMITS),)), model_dir))
+@pytest.mark.parametrize("model", ["model_dir", "mixture_dir"])
+def test_the_gpu_path_answers_token_by_token_as_the_cpu_does(model: str, request: pytest.FixtureRequest) -> None:
+    model_dir = request.getfixturevalue(model)
+    expected, logprobs = answers(Engine(Deployment(pools=(Pool.model_validate(LIMITS),)), model_dir))
     asked = [
         (request.request_id, request.prompt_token_ids.tolist(), request.sampling.__dict__) for request in requests()
     ]
@@ -87,14 +108,16 @@ def test_the_gpu_path_answers_token_by_token_as_the_cpu_does(model_dir: Path) ->
         engine = Engine(Deployment(pools=(pool,)), Path(folder))
         replays.clear()
         requests = [Request(n, np.array(p, np.int32), SamplingParams(**s)) for n, p, s in asked]
-        print(json.dumps((answers(engine, requests), replays)))
+        print(json.dumps((*answers(engine, requests), replays)))
         """)
         .replace("LIMITS", repr(LIMITS))
         .replace("MODEL", repr(str(model_dir)))
         .replace("ASKED", repr(asked))
     )
-    found, replays = json.loads(printed.splitlines()[-1])
+    found, logprobs_found, replays = json.loads(printed.splitlines()[-1])
     assert found == expected
+    assert len(logprobs) == 80
+    assert logprobs_found == pytest.approx(logprobs, abs=1e-4)
     assert set(replays) == {1, 3}  # of one row, and of two and three rows padded to three
 
 
@@ -333,7 +356,7 @@ def step(rows, tokens, width, decode_only, adapters):
 
 def check(folder, weight_dtype, kv_cache_dtype, ranks=1):
     shape, cpu = ModelShape.load(Path(folder)), torch.device("cpu")
-    share = shares(shape, Layout(shards=ranks))[0]
+    share = shares(shape, Layout(shards=ranks, expert_parallel=ranks > 1))[0]
     weights = load_weights(shape, Path(folder), share, weight_dtype, TileTable(), cpu)
     dtype = activation_dtype(weight_dtype)
     slots = GpuLoraSlots(matrices(shape, share), 2, 16, dtype, cpu)
@@ -356,6 +379,9 @@ def check(folder, weight_dtype, kv_cache_dtype, ranks=1):
 
 
 with torch.inference_mode():
+    for weight_dtype in ("fp32", "bf16", "fp16"):
+        check(MIXTURE, weight_dtype, "bf16")
+    check(MIXTURE, "bf16", "bf16", ranks=2)
     for weight_dtype in ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4", "mxfp4"):
         check(FOLDER, weight_dtype, "bf16")
     for kv_cache_dtype in ("fp32", "fp8", "int8"):
@@ -365,10 +391,11 @@ with torch.inference_mode():
 
 
 @needs_triton
-def test_a_step_in_every_precision_stays_on_the_gpu_and_waits_for_nothing(tmp_path: Path) -> None:
+def test_a_step_in_every_precision_stays_on_the_gpu_and_waits_for_nothing(tmp_path: Path, mixture_dir: Path) -> None:
     """On tensors that have a device and no numbers: whatever looked at a number, or lay elsewhere, would raise."""
     folder = write_random_model(
         tmp_path / "model", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, family="qwen3",
     )  # fmt: skip
-    run(FAKE_GPU.replace("FOLDER", repr(str(folder))), interpret=False)
+    program = FAKE_GPU.replace("FOLDER", repr(str(folder))).replace("MIXTURE", repr(str(mixture_dir)))
+    run(program, interpret=False)

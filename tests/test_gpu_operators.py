@@ -1,10 +1,9 @@
-"""What the GPU path computes by torch alone, here with its tensors on the CPU: products, the step's one buffer, graphs."""
+"""What the GPU path does by torch alone, here with its tensors on the CPU: products, a step's one buffer, graphs."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -73,8 +72,8 @@ def test_the_parts_of_a_step_lie_on_16_bytes_and_hold_what_the_batch_has() -> No
     batch, there = Batch(pool), DeviceBatch(pool, CPU)
     for counts, padded in (((1, 1, 1), 5), ((7, 2, 5), None), ((1,), 1)):
         rows, tokens = len(counts), sum(counts)
-        places = [*range(10, 10 + tokens), *counts, *(3 * row for row in range(rows)), *[1] * rows, 1, *[0] * (rows - 1)]
-        places += list(range(rows * 4))
+        adapters = [1] + [0] * (rows - 1)
+        places = [*range(10, 10 + tokens), *counts, *range(3, 3 + rows), *[1] * rows, *adapters, *range(rows * 4)]
         batch.wire[: HEADER + len(places)] = [rows, tokens, 4, LOGITS, 0, TARGET, *places]
         batch.read()
         there.take(batch, padded)

@@ -29,12 +29,15 @@ CASES: list[tuple[str, dict[str, object]]] = [
     *((name, case) for name in CONFIGS for case in ({}, {"max_num_batched_tokens": 11}, {"num_kv_blocks": 16})),
     ("mixtral", {"num_threads": 2}),
     ("mixtral", {"tensor_parallel_size": 2}),
+    ("qwen2_moe", {"tensor_parallel_size": 2, **EP}),
+    ("qwen2_moe", {"pipeline_parallel_size": 2}),
+    ("qwen3_moe", {"context_parallel_size": 2}),
+]
+SLOW_CASES: list[tuple[str, dict[str, object]]] = [
     ("mixtral", {"tensor_parallel_size": 2, **EP}),
     ("qwen2_moe", {"tensor_parallel_size": 2}),
     ("qwen2_moe", {"tensor_parallel_size": 4, **EP}),
-    ("qwen2_moe", {"pipeline_parallel_size": 2}),
     ("qwen3_moe", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, **EP}),
-    ("qwen3_moe", {"context_parallel_size": 2}),
 ]
 
 
@@ -55,7 +58,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, to
     return made
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "case"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=str
+)
 def test_logits_are_those_of_transformers(models, name: str, case: dict[str, object]) -> None:
     folder, model = models[name]
     with Engine(deployment(**case), folder, keep_logits=True) as engine:

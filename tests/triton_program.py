@@ -65,9 +65,9 @@ def compiled(kernel, arch, kinds, constants, num_warps=4, num_stages=2):
 # Importing torch and triton takes longer than most programs: one process has them, and forks for each program.
 PARENT = r"""
 import json, os, signal, sys, traceback
-import torch, triton
+import triton
 import paretune.kernels.moe
-""" + PREAMBLE + r"""
+exec(sys.argv[1])
 names = dict(globals())
 for line in sys.stdin:
     program, output = json.loads(line)
@@ -91,7 +91,7 @@ for line in sys.stdin:
 @functools.cache
 def _parent(interpret):
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PARENT]
+    command = [sys.executable, "-c", PARENT, PREAMBLE]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(process.communicate)  # it ends when its input does
     return process
