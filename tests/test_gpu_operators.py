@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paretune.kernels import placement
+from paretune.kernels import gpu_moe, placement
 from paretune.kernels.gpu_linear import quantize_e4m3
 from paretune.kernels.gpu_lora import GpuLoraSlots
 from paretune.kernels.linear import linear, pack, reference
+from paretune.kernels.moe import pack_experts
 from paretune.kernels.stored_weight import quantize_int8, store
 from paretune.runtime.adapters import matrices
 from paretune.runtime.batch import HEADER, LOGITS, TARGET, Batch
@@ -20,6 +21,7 @@ from paretune.runtime.device_batch import DeviceBatch
 from paretune.runtime.memory import memory_need
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.parallel import Layout, share_of
+from paretune.runtime.runnable import GPU_EXPERT_DTYPES
 from paretune.runtime.small_model import MODEL_DIR
 from paretune.runtime.spec import Pool
 
@@ -53,6 +55,26 @@ def test_what_the_libraries_multiply_is_the_product_of_what_is_stored(
     assert found.dtype == torch.float32
     assert found.shape == (rows, 48)
     assert (found - oracle).abs().max() < tolerance * oracle.abs().max() if rows else found.numel() == 0
+
+
+def test_experts_are_stacked_without_a_copy_of_each_and_only_in_what_the_kernel_multiplies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "on_gpu", lambda where: True)
+    monkeypatch.setattr(placement, "capability", lambda device: (9, 0))
+    weights = torch.randn(3, 32, 16)
+    packed = pack_experts(*([pack(weight, "bf16", device=CPU) for weight in weights] for _ in range(2)), first=4)
+    assert packed.stacks is not None
+    assert torch.equal(packed.stacks[0], weights.bfloat16())
+    assert packed.nbytes == sum(stack.nbytes for stack in packed.stacks)
+    for stack, layer in zip(packed.stacks, (packed.gate_up, packed.down)):
+        for row, each in zip(stack, layer):
+            assert each.weight is not None
+            assert each.weight.data_ptr() == row.data_ptr()
+    eight_bits = [pack(weight, "int8", device=CPU) for weight in weights]
+    with pytest.raises(ValueError, match="int8"):
+        pack_experts(eight_bits, eight_bits)
+    assert gpu_moe.PRECISIONS == GPU_EXPERT_DTYPES
 
 
 def test_rows_of_e4m3_keep_three_bits_and_their_largest_number() -> None:
