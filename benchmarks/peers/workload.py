@@ -15,8 +15,8 @@ PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
 NEW_TOKENS = 33
 BATCHES = (1, 16)
-# Timed runs of each kind; a prefill of 16 prompts takes seconds, and the rounds of the comparison repeat it anyway.
-REPEATS = {1: 3, 16: 1}
+# Timed runs of each kind. The least counts, so that the first warms up; a prefill of 16 prompts takes seconds.
+REPEATS = {1: 4, 16: 2}
 
 
 def prompts(batch: int, length: int) -> list[list[int]]:
@@ -49,13 +49,15 @@ def resident_mb(field: str = "VmRSS") -> float:
 def report(engine: str, version: str, generate: Generate, **more: float) -> None:
     """Time `generate(prompts, number of new tokens)`, greedy and never stopping early; print one JSON object."""
     long_prompt = prompts(1, PREFILL_TOKENS)
-    seconds(generate, long_prompt, 1)  # warm-up
     figures = {"prefill": PREFILL_TOKENS / best_s(generate, long_prompt, 1)}
     for batch in BATCHES:
         asked = prompts(batch, PROMPT_TOKENS)
-        seconds(generate, asked, 1)  # warm-up
         first = best_s(generate, asked, 1)
         whole = best_s(generate, asked, NEW_TOKENS)
+        if whole <= first:
+            raise SystemExit(
+                f"batch {batch}: {whole:.3f} s with {NEW_TOKENS} new tokens, {first:.3f} s with one: too busy"
+            )
         figures[f"decode_{batch}"] = batch * (NEW_TOKENS - 1) / (whole - first)
     memory = {"resident_mb": resident_mb(), "peak_mb": resident_mb("VmHWM")}
     print(json.dumps({"engine": engine, "version": version, **figures, **memory, **more}), flush=True)
