@@ -49,14 +49,14 @@ def gpus() -> tuple[Gpu, ...]:
             [sys.executable, "-P", "-m", __name__], capture_output=True, text=True, timeout=_LOOK_LIMIT_S
         )
     except subprocess.TimeoutExpired:
-        raise BadSpec("accelerator", f"no answer within {_LOOK_LIMIT_S:.0f} s", "GPUs that answer", _TODO) from None
+        raise BadSpec("accelerator", f"no answer within {_LOOK_LIMIT_S:.0f} s", "GPUs that answer", _INSTEAD) from None
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BadSpec("accelerator", last, "a torch that can be imported", _TODO)
+        raise BadSpec("accelerator", last, "a torch that can be imported", _INSTEAD)
     return tuple(Gpu(**{**row, "capability": tuple(row["capability"])}) for row in json.loads(done.stdout))
 
 
-_TODO = "run `paretune doctor`, or export the spec and start that server"
+_INSTEAD = "run `paretune doctor`, or export the spec and start that server"
 
 
 def _seen() -> tuple[Gpu, ...]:
@@ -95,7 +95,7 @@ def check_gpus(pool: Pool, ranks: Sequence[int] | None = None, replicas: int = 1
     found = gpus()
     if not found:
         where = "a machine with that GPU, a driver and a CUDA build of torch; 'cpu' here"
-        raise BadSpec("pools.0.accelerator", f"{pool.accelerator}, and torch sees no NVIDIA GPU", where, _TODO)
+        raise BadSpec("pools.0.accelerator", f"{pool.accelerator}, and torch sees no NVIDIA GPU", where, _INSTEAD)
     needed = replicas * (Layout.of(pool).size if ranks is None else len(ranks))
     if needed > len(found):
         allowed = f"at most {len(found)}, the GPUs here: each rank has one of its own"
@@ -103,10 +103,10 @@ def check_gpus(pool: Pool, ranks: Sequence[int] | None = None, replicas: int = 1
     for gpu in found[:needed]:
         if not is_called(pool.accelerator, gpu.name):
             named = "the GPU that is here, by its name in the catalog"
-            raise BadSpec("pools.0.accelerator", f"{pool.accelerator}, and CUDA says {gpu.name}", named, _TODO)
+            raise BadSpec("pools.0.accelerator", f"{pool.accelerator}, and CUDA says {gpu.name}", named, _INSTEAD)
         if gpu.capability < BF16_CAPABILITY:
             shown = ".".join(map(str, gpu.capability))
-            raise BadSpec("pools.0.accelerator", f"{gpu.name} of compute capability {shown}", "8.0 and up", _TODO)
+            raise BadSpec("pools.0.accelerator", f"{gpu.name} of compute capability {shown}", "8.0 and up", _INSTEAD)
 
 
 def rank_device(pool: Pool, local_rank: int) -> torch.device:

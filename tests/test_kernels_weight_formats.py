@@ -14,6 +14,8 @@ from paretune.kernels.stored_weight import E2M1, e2m1_values, stack, store
 from paretune.kernels.weight_formats import WEIGHT_FORMATS
 from paretune.kernels.weight_layout import rows_of, stored_rows
 
+from .conftest import missing
+
 FORMATS = list(WEIGHT_FORMATS)
 # Root mean square error of N(0, 1) weights, that of the weights being 1: what the formats can do, with a tenth of room.
 MOST_ERROR = {
@@ -98,7 +100,7 @@ def test_the_rows_for_torch_hold_every_number(precision, in_features, weight):
 @pytest.mark.parametrize("backends", [("torch",), ("cpp",)])
 def test_memory_is_that_of_the_format(precision, backends):
     if backends == ("cpp",) and load() is None:
-        pytest.skip("no C++ compiler")
+        missing("a C++ compiler", "install g++ or clang++")
     for out_features, in_features in ((64, 320), (32, 64), (128, 1024)):
         packed = pack(torch.randn(out_features, in_features), precision, backends=backends)
         counted = WEIGHT_FORMATS[precision].nbytes(out_features, in_features)
