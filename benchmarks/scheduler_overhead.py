@@ -13,10 +13,11 @@ import time
 import numpy as np
 
 from bars import Bar, finish, spread
-from paretune.runtime.batch import ARGMAX, Batch, append_tokens, write_wire
-from paretune.runtime.scheduler import add_request, commit, schedule
+from paretune.runtime.batch import ARGMAX, TARGET, Batch
+from paretune.runtime.scheduler import add_request
 from paretune.runtime.scheduler_state import PLAN_SIZE, new_plan, new_state
 from paretune.runtime.spec import Pool
+from paretune.runtime.step_calls import StepCalls
 
 SEQS = 256
 PROMPT = 512
@@ -42,20 +43,23 @@ def step_times_us(policy: str, changes: dict[str, object]) -> list[float]:
     tokens = np.zeros(SEQS * pool.max_model_len, np.int32)
     state, plan = new_state(pool, policy=policy, hashes=hashes), new_plan(pool)
     batch = Batch(pool)
-    new_tokens = np.zeros(SEQS, np.int64)
+    new_tokens, ends = np.zeros(SEQS, np.int64), np.zeros(SEQS, np.bool_)
     num_cached, full = np.zeros(len(state.request_id), np.int64), np.zeros((SEQS, 2), np.int64)
     for number in range(SEQS):
         add_request(state, number, PROMPT, pool.max_model_len, number * blocks, PROMPT // pool.block_size, number % 3)
+    counts = np.zeros((len(state.request_id), 3), np.int64), np.zeros(0, np.int64)
+    calls = StepCalls(state, plan, tokens, batch.wire, num_cached, full, *counts)
     times_us: list[float] = []
     while len(times_us) < STEPS:
         begin = time.perf_counter()
-        schedule(state, plan)
-        write_wire(state, plan, tokens, ARGMAX, batch.wire)
+        calls.schedule()
+        calls.write_wire(ARGMAX, TARGET)
         batch.read()
-        found = append_tokens(state, plan, tokens, new_tokens, num_cached, full)
-        for slot, blocks in full[:found].tolist():
+        calls.keep_agreed(new_tokens, ends)
+        for slot, blocks in full[: calls.append_tokens(new_tokens)].tolist():
             state.num_hashes[slot] = blocks
-        commit(state, plan)
+        calls.commit()
+        calls.work()
         end = time.perf_counter()
         if plan.counts[PLAN_SIZE] == SEQS and plan.num_tokens[:SEQS].max() == 1:
             times_us.append((end - begin) * 1e6)

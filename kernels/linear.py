@@ -85,6 +85,11 @@ class PackedLinear:
     _descriptor_address: int = field(repr=False)
 
     @property
+    def descriptor_address(self) -> int:
+        """What C++ operators that multiply are handed, valid as long as this lives; 0: it is not packed for C++."""
+        return self._descriptor_address
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory, of all layouts it holds."""
         held = (self.panels, self.weight, self.group_scale, self.channel_scale, self.bias, self._zero_sum)

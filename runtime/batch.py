@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.jit import njit
+from ..kernels.jit import bind, njit
 from ..kernels.lora import AdapterRows, sort_by_slot
 from .scheduler_state import BLOCK_SIZE, PLAN_COPIES, PLAN_SIZE, PREFIX_CACHING, Plan, State, new_plan
 from .spec import Pool
@@ -90,7 +90,7 @@ def read_fill(wire: NDArray[np.int32]) -> tuple[int, int, Path]:
 
 @njit
 def write_wire(
-    state: State, plan: Plan, tokens: NDArray[np.int32], head: int, wire: NDArray[np.int32], model: int = TARGET
+    state: State, plan: Plan, tokens: NDArray[np.int32], wire: NDArray[np.int32], head: int, model: int
 ) -> int:
     """Write a plan; returns how many places of the wire it takes.
 
@@ -230,12 +230,25 @@ class Batch:
         self._sorted, self._head_sorted = _Sorted(tokens, pool.max_loras), _Sorted(tokens, pool.max_loras)
         self._tensors = tuple(torch.from_numpy(array) for array in self._arrays)
         self.wire_tensor = torch.from_numpy(self.wire)
+        self._expand = bind(_expand, self.wire, self._block_size, *self._arrays)
+        self._sizes: tuple[int, ...] = ()  # of the views there are
 
     def read(self) -> None:
         """Take the step that lies in `wire`."""
-        wire = self.wire
-        rows, tokens, width = int(wire[ROWS]), int(wire[TOKENS]), int(wire[TABLE_WIDTH])
-        heads = _expand(wire, self._block_size, *self._arrays)
+        rows, tokens, width, self.head, copies, self.model = self.wire[:HEADER].tolist()
+        heads = self._expand()
+        sizes = (rows, tokens, width, heads, copies)
+        if sizes != self._sizes:  # of a step as large as the last one they are the same views: 30 us
+            self._take_views(*sizes)
+            self._sizes = sizes
+        head_places, adapter_slots = self._arrays[-2:]
+        self.adapter_slots = adapter_slots[:tokens]
+        self.adapter_rows = self._sorted.read(self.adapter_slots)
+        self.head_adapter_rows = None
+        if self.adapter_rows is not None:
+            self.head_adapter_rows = self._head_sorted.read(adapter_slots[head_places[:heads]])
+
+    def _take_views(self, rows: int, tokens: int, width: int, heads: int, num_copies: int) -> None:
         token_ids, positions, slots, query_start, lengths, head_rows, _ = self._tensors
         counts = HEADER + tokens
         tables = counts + 4 * rows
@@ -244,15 +257,8 @@ class Batch:
         self.context_len = self.wire_tensor[counts + rows : counts + 2 * rows]
         self.block_tables = self.wire_tensor[tables : tables + rows * width].view(rows, width)
         copies = tables + rows * width
-        self.copies = self.wire_tensor[copies : copies + 2 * int(wire[COPIES])].view(-1, 2)
-        self.head, self.model = int(wire[HEAD]), int(wire[MODEL])
+        self.copies = self.wire_tensor[copies : copies + 2 * num_copies].view(-1, 2)
         self.decode_only = rows == tokens
-        head_places, adapter_slots = self._arrays[-2:]
-        self.adapter_slots = adapter_slots[:tokens]
-        self.adapter_rows = self._sorted.read(self.adapter_slots)
-        self.head_adapter_rows = None
-        if self.adapter_rows is not None:
-            self.head_adapter_rows = self._head_sorted.read(adapter_slots[head_places[:heads]])
 
 
 class _Sorted:
@@ -276,20 +282,20 @@ def append_tokens(
     state: State,
     plan: Plan,
     tokens: NDArray[np.int32],
-    new_tokens: NDArray[np.int64],
     num_cached: NDArray[np.int64],
     full: NDArray[np.int64],
+    new_tokens: NDArray[np.int64],
 ) -> int:
     """Between `schedule` and `commit`: put the tokens that are kept behind those of their requests.
 
     Args:
         tokens: the arena, as in write_wire.
-        new_tokens: (sampled,) in the order of the plan, one of each sampling row and one for each of its proposals; of
-            a row's the first `plan.accepted` are kept.
         num_cached: (slots,) set for requests that get their first token.
         full: (max_num_seqs, 2) filled with the slots of requests whose tokens, the new ones too, fill blocks that have
             no hash yet, and how many these blocks are. The newest block may be computed only by the next step, which
             names it (policy vllm_v1).
+        new_tokens: (sampled,) in the order of the plan, one of each sampling row and one for each of its proposals; of
+            a row's the first `plan.accepted` are kept.
     Returns: how many of `full` there are.
     """
     block_size = state.limits[BLOCK_SIZE]

@@ -45,7 +45,7 @@ class DraftModel:
             generated = state.num_tokens[slots] - state.num_prompt_tokens[slots] + proposed
             head = ARGMAX if sampler.argmax_will_do(slots, generated) else LOGITS
             batch = self._rank.batches[0]
-            self._rank.begin(0, write_wire(state, own, tokens, head, batch.wire, DRAFT))
+            self._rank.begin(0, write_wire(state, own, tokens, batch.wire, head, DRAFT))
             result = self._rank.result(0)
             with torch.inference_mode():
                 drawn = result.numpy() if head == ARGMAX else sampler.draw(result, slots, generated)

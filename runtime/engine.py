@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .adapters import BadAdapter
-from .batch import ALL_LOGITS, ARGMAX, LOGITS, append_tokens, step_work, write_wire
+from .batch import ALL_LOGITS, ARGMAX, LOGITS, TARGET
 from .device import check_gpus
 from .draft_shape import check_same_tokens
 from .engine_adapters import EngineAdapters
@@ -38,7 +38,7 @@ from .rank import OtherRanks, Rank, RanksOfOthers, file_store
 from .request import FinishReason, KeptLogits, Output, Request, checked_prompt
 from .runnable import check_runnable, fields_that_need_new_replicas
 from .sampler import BadRequest, Sampler, SamplingParams, TokenLogprobs
-from .scheduler import abort, add_request, commit, schedule
+from .scheduler import abort, add_request
 from .scheduler_state import (
     NUM_RUNNING,
     NUM_WAITING,
@@ -55,6 +55,7 @@ from .scheduler_state import (
 )
 from .spec import CPU, BadSpec, Deployment, Pool
 from .speculation import sampled_places
+from .step_calls import StepCalls
 from .token_store import TokenStore
 
 __all__ = [
@@ -156,12 +157,24 @@ class Engine:
         self._num_cached = np.zeros(slots, np.int64)
         self._full = np.zeros((self.pool.max_num_seqs, 2), np.int64)
         self._proposals = Proposals(self.pool, self._rank, slots)
+        self._bind()
         self._slot_of: dict[int, int] = {}
         self._aborted: list[Output] = []
         self._leaving: set[int] = set()  # slots of requests that were aborted while a step computed them
         self._steps = 0
         self.last_step: StepRecord | None = None
         self.last_admitted: list[int] = []
+
+    def _bind(self) -> None:
+        """Every time that an array of a step was replaced by a longer one."""
+        proposals = self._proposals
+        self._calls = [
+            StepCalls(
+                self._state, plan, self._store.tokens, batch.wire, self._num_cached, self._full, proposals.counts,
+                proposals.by_position,
+            )
+            for plan, batch in zip(self._plans, self._rank.batches)
+        ]  # fmt: skip
 
     def _warm_up(self) -> None:
         """Prefill and decode once, then forget it: the first request shall not wait for Numba, threads and memory."""
@@ -186,6 +199,7 @@ class Engine:
         unit = self._store.hold(max_num_tokens)
         if self._store.hashes is not self._state.hashes:
             self._state = self._state._replace(hashes=self._store.hashes)
+            self._bind()
         first = unit * self.pool.block_size
         self._store.tokens[first : first + len(prompt)] = prompt
         num_hashes = len(prompt) // self.pool.block_size if self.pool.enable_prefix_caching else 0
@@ -217,6 +231,7 @@ class Engine:
         more = slots - len(self._num_cached)
         self._num_cached = np.concatenate([self._num_cached, np.zeros(more, np.int64)])
         self._proposals.grow(slots)
+        self._bind()
 
     def abort(self, request_id: int) -> bool:
         """End a request whose answer nobody wants; the next step reports it as "abort". False: no such request."""
@@ -285,14 +300,16 @@ class Engine:
             self._failed = error if isinstance(error, RankFailed) else self._others.explain(error)
             raise self._failed from error
         state, plan, slots = self._state, self._plans[flight.number], flight.slots
+        calls = self._calls[flight.number]
         rows = int(plan.counts[PLAN_SIZE])
         tokens, logprobs = self._sampled(result, flight, plan)
-        ends = self._sampler.ends(slots, tokens)
-        self._proposals.keep(state, plan, self._store.tokens, tokens, ends)
+        calls.keep_agreed(tokens, self._sampler.ends(slots, tokens))
         if flight.head == ALL_LOGITS:
             self._keep(result, plan)
-        self._take(plan, tokens)
-        commit(state, plan)
+        for slot, last in self._full[: calls.append_tokens(tokens)].tolist():
+            self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
+            state.num_hashes[slot] = last
+        calls.commit()
         ended = set(plan.finished[: plan.counts[PLAN_FINISHED]].tolist())
         outputs += self._outputs(flight, plan, tokens.tolist(), logprobs, ended)
         for slot in ended:
@@ -303,7 +320,7 @@ class Engine:
             self._free(slot)
         self._steps += 1
         seconds = time.perf_counter() - flight.started_s
-        decode_context, prefill_pairs = step_work(plan)
+        decode_context, prefill_pairs = calls.work()
         num_tokens = int(plan.counts[PLAN_TOKENS])
         self.last_step = StepRecord(
             num_tokens, rows, len(slots), decode_context, prefill_pairs, seconds, flight.started_s
@@ -336,7 +353,7 @@ class Engine:
         index = self._begun % len(self._plans)
         state, plan = self._state, self._plans[index]
         self._proposals.ask(state, self._store.tokens)
-        schedule(state, plan)
+        self._calls[index].schedule()
         rows = int(plan.counts[PLAN_SIZE])
         if rows == 0:
             assert plan.counts[PLAN_COPIES] == 0, "copies are made by the step that they belong to"
@@ -352,7 +369,7 @@ class Engine:
         if plan.counts[PLAN_ADMITTED]:
             self._adapters.fill_slots(state)
         self._proposals.draft(state, plan, self._store.tokens, self._sampler)
-        used = write_wire(state, plan, self._store.tokens, head, self._rank.batches[index].wire)
+        used = self._calls[index].write_wire(head, TARGET)
         self._rank.begin(index, used)
         self._flights.append(_Flight(index, each, slots, generated, head, started_s))
         self._begun += 1
@@ -363,7 +380,7 @@ class Engine:
     ) -> tuple[NDArray[np.int64], list[TokenLogprobs | None]]:
         """Tokens (and log-probabilities, where any are wanted) at the places of a step that are sampled."""
         if flight.head == ARGMAX:
-            return result.numpy(), []
+            return np.ascontiguousarray(result.numpy()), []
         if flight.head == ALL_LOGITS:
             ends = np.cumsum(plan.num_tokens[: plan.counts[PLAN_SIZE]])[plan.samples[: plan.counts[PLAN_SIZE]]]
             before = np.cumsum(flight.each) - flight.each
@@ -381,14 +398,6 @@ class Engine:
             request_id = int(self._state.request_id[plan.slot[row]])
             rejected = int(plan.num_drafts[row] + 1 - plan.accepted[row])
             self.kept_logits.append(KeptLogits(request_id, start, logits[end - count : end - rejected]))
-
-    def _take(self, plan: Plan, tokens: NDArray[np.int64]) -> None:
-        """Put new tokens behind those of their requests, and name the blocks that this step fills."""
-        state = self._state
-        full = append_tokens(state, plan, self._store.tokens, tokens, self._num_cached, self._full)
-        for slot, last in self._full[:full].tolist():
-            self._store.hash_blocks(int(state.hash_start[slot]), int(state.num_hashes[slot]), last)
-            state.num_hashes[slot] = last
 
     def _free(self, slot: int) -> None:
         self._proposals.end(slot)

@@ -11,25 +11,29 @@ from .sampler import Sampler
 from .scheduler_state import Plan, State
 from .spec import Pool
 from .speculated import NOTHING, Speculated
-from .speculation import ask_for_drafts, keep_agreed, propose_ngrams
+from .speculation import ask_for_drafts, propose_ngrams
 
 Tokens = NDArray[np.int32]  # the arena, as in write_wire
 
 
 class Proposals:
-    """Who proposes, if anybody, and counts of what was proposed and accepted, by scheduler slot."""
+    """Who proposes, if anybody, and what became of it, as keep_agreed counts it.
+
+    counts       (slots, 3) int64 by scheduler slot; `grow` replaces it
+    by_position  (num_speculative_tokens,) int64
+    """
 
     def __init__(self, pool: Pool, rank: Rank, slots: int) -> None:
         self._pool = pool
         self._draft = DraftModel(pool, rank, slots) if pool.draft_model else None
-        self._counts = np.zeros((slots, 3), np.int64)
+        self.counts = np.zeros((slots, 3), np.int64)
         self._ended = np.zeros(3, np.int64)  # of requests that have
-        self._by_position = np.zeros(pool.num_speculative_tokens, np.int64)
+        self.by_position = np.zeros(pool.num_speculative_tokens, np.int64)
 
     def grow(self, slots: int) -> None:
         """Room for so many requests."""
-        more = np.zeros((slots - len(self._counts), 3), np.int64)
-        self._counts = np.concatenate([self._counts, more])
+        more = np.zeros((slots - len(self.counts), 3), np.int64)
+        self.counts = np.concatenate([self.counts, more])
         if self._draft is not None:
             self._draft.grow(slots)
 
@@ -47,25 +51,19 @@ class Proposals:
         if self._draft is not None:
             self._draft.propose(state, plan, tokens, sampler)
 
-    def keep(
-        self, state: State, plan: Plan, tokens: Tokens, sampled: NDArray[np.int64], ends: NDArray[np.bool_]
-    ) -> None:
-        """Between sampling and `commit`: say in the plan which tokens are kept, and count (see keep_agreed)."""
-        keep_agreed(state, plan, tokens, sampled, ends, self._counts, self._by_position)
-
     def of(self, slot: int) -> Speculated:
         """Of a request so far."""
-        return NOTHING if self._pool.speculation == "none" else Speculated(*self._counts[slot].tolist())
+        return NOTHING if self._pool.speculation == "none" else Speculated(*self.counts[slot].tolist())
 
     def end(self, slot: int) -> None:
         """The request has ended: its counts are kept in the total only."""
-        self._ended += self._counts[slot]
-        self._counts[slot] = 0
+        self._ended += self.counts[slot]
+        self.counts[slot] = 0
 
     def total(self) -> Speculated:
         """Of all requests since the engine began."""
-        return Speculated(*(self._ended + self._counts.sum(axis=0)).tolist())
+        return Speculated(*(self._ended + self.counts.sum(axis=0)).tolist())
 
     def accepted_by_position(self) -> tuple[int, ...]:
         """Drafts whose first, second, ... proposal was accepted."""
-        return tuple(self._by_position.tolist())
+        return tuple(self.by_position.tolist())

@@ -89,19 +89,19 @@ def keep_agreed(
     state: State,
     plan: Plan,
     tokens: NDArray[np.int32],
-    sampled: NDArray[np.int64],
-    ends: NDArray[np.bool_],
     speculated: NDArray[np.int64],
     by_position: NDArray[np.int64],
+    sampled: NDArray[np.int64],
+    ends: NDArray[np.bool_],
 ) -> None:
     """Between sampling and `commit`: fill in `plan.accepted` and `plan.stopped`, and count what was agreed with.
 
     Args:
         tokens: the arena, with the proposals behind each request's tokens.
-        sampled: (places,) in the order of the plan, one of each sampling row and one for each of its proposals.
-        ends: (places,) whether this token would end its request.
         speculated: (slots, 3) by request, as in Speculated.
         by_position: (num_speculative_tokens,) drafts whose proposal at this place was accepted.
+        sampled: (places,) in the order of the plan, one of each sampling row and one for each of its proposals.
+        ends: (places,) whether this token would end its request.
     """
     block_size = state.limits[BLOCK_SIZE]
     place = 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels import placement
 from ..kernels.cpu.build import load
 from ..kernels.decode_attention import decode_attention
+from ..kernels.decoder import Decoder, DecoderLayer, decoder_of
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
 from ..kernels.gpu_lora import RowTiles
 from ..kernels.linear import PackedLinear, linear
@@ -138,6 +139,22 @@ class Transformer:
         self._kv_cache_dtype = kv_cache_dtype
         self._decode_tiles = _by_bucket(tiles, "decode_attention", kv_cache_dtype, on_gpu=self._on_gpu)
         self._prefill_tiles = _by_bucket(tiles, "prefill_attention", kv_cache_dtype, on_gpu=self._on_gpu)
+        self._decoder = self._whole()
+
+    def _whole(self) -> Decoder | None:
+        """The layers as one call, where nothing has to be done between their operators but on this rank's CPU."""
+        shape, weights = self._shape, self._weights
+        if self._on_gpu or self._reduce is not None or shape.experts is not None:
+            return None
+        layers = []
+        for layer, cache in zip(weights.layers, self._cache):
+            assert layer.gate_up is not None
+            assert layer.down is not None
+            norms = (layer.input_norm, layer.qkv, layer.q_norm, layer.k_norm, layer.o, layer.post_norm)
+            layers.append(DecoderLayer(*norms, layer.gate_up, layer.down, cache))
+        head = weights.head if self._is_last else None
+        sizes = {"heads": self._heads, "eps": shape.rms_norm_eps, "scale": self._scale}
+        return decoder_of(layers, weights.embedding, weights.norm, head, self._cos, self._sin, **sizes)
 
     def use_tiles(self, tiles: TileTable) -> None:
         """Compute with other tiles from now on. Raises: BadTile, and nothing changed: the weights lack their layout."""
@@ -145,6 +162,7 @@ class Transformer:
         prefill = _by_bucket(tiles, "prefill_attention", self._kv_cache_dtype, on_gpu=self._on_gpu)
         self._weights = retiled(self._weights, tiles)
         self._decode_tiles, self._prefill_tiles = decode, prefill
+        self._decoder = self._whole()
 
     def copy_blocks(self, copies: Tensor) -> None:
         """Copy whole blocks, one pair after the other: what one reads, a later one may overwrite.
@@ -172,6 +190,11 @@ class Transformer:
         Returns: the logits where this rank has the head; before the last stage what the next one takes as `hidden`.
         """
         weights, eps = self._weights, self._shape.rms_norm_eps
+        if self._decoder is not None and isinstance(batch, Batch) and batch.adapter_rows is None:
+            tokens = batch.token_ids.shape[0]
+            tile = self._attention_tile(batch.decode_only, tokens)
+            if tokens <= self._decoder.most_tokens and (tile is None or tile.backend == "cpp"):
+                return self._decoder(batch, hidden, tile)
         residual = self._embedded(batch.token_ids) if hidden is None else hidden
         x = rms_norm(residual, weights.layers[0].input_norm, eps)
         last = len(weights.layers) - 1
@@ -233,18 +256,20 @@ class Transformer:
         rope_and_cache(q, k, v, batch.positions, self._cos, self._sin, cache, batch.slot_mapping)
         if isinstance(batch, ContextPart):
             self._exchange(index, batch)
-        exponent = (tokens - 1).bit_length()
+        tile = self._attention_tile(batch.decode_only, tokens)
         if batch.decode_only:
-            tile = self._decode_tiles[exponent]
             out = decode_attention(q, cache, batch.block_tables, batch.length, self._scale, tile)
         else:
-            tile = self._prefill_tiles[exponent]
             most = batch.max_query_rows if isinstance(batch, DeviceBatch) else None
             out = prefill_attention(
                 q, cache, batch.block_tables, batch.query_start, batch.context_len, self._scale, tile,
                 max_query_rows=most,
             )  # fmt: skip
         return out.view(tokens, heads * head_dim)
+
+    def _attention_tile(self, decode_only: bool, tokens: int) -> Tile | None:
+        tiles = self._decode_tiles if decode_only else self._prefill_tiles
+        return tiles[(tokens - 1).bit_length() if tokens else 0]
 
     def _adapted(
         self, x: Tensor, weight: PackedLinear, layer: int, matrix: int, rows: AdapterRows | RowTiles | None

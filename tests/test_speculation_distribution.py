@@ -83,7 +83,7 @@ def answers(params: dict[str, Any], propose: Propose, rule: Rule, races: bool) -
         places = state.hash_start[slots] * 16 + state.num_prompt_tokens[slots] + generated
         logits = MODEL[torch.from_numpy(tokens[places - 1]).long()]  # of the token before, proposed or not
         sampled = sampler.draw(logits, slots, generated)
-        rule(state, plan, tokens, sampled, np.zeros(len(slots), np.bool_), speculated, by_position)
+        rule(state, plan, tokens, speculated, by_position, sampled, np.zeros(len(slots), np.bool_))
         first = np.cumsum(each) - each
         for row in range(int(plan.counts[PLAN_SIZE])):
             begin = int(state.hash_start[plan.slot[row]] * 16 + state.num_tokens[plan.slot[row]])
@@ -126,21 +126,21 @@ def test_answers_are_those_without_proposals_seed_by_seed(params: dict[str, Any]
             assert (answers(params, propose, keep_agreed, races)[0] == without).all()
 
 
-def keeps_every_third_anyway(state: State, plan: Any, tokens: Any, sampled: Any, *rest: Any) -> None:
+def keeps_every_third_anyway(state: State, plan: Any, tokens: Any, *rest: Any) -> None:
     """Wrong: a proposal now and then stays, though the model said another token."""
-    _overrule(state, plan, tokens, sampled, lambda number, place: (number + place) % 3 == 0)
-    keep_agreed(state, plan, tokens, sampled, *rest)
+    _overrule(state, plan, tokens, rest[2], lambda number, place: (number + place) % 3 == 0)
+    keep_agreed(state, plan, tokens, *rest)
 
 
-def keeps_what_is_likely(state: State, plan: Any, tokens: Any, sampled: Any, *rest: Any) -> None:
+def keeps_what_is_likely(state: State, plan: Any, tokens: Any, *rest: Any) -> None:
     """Wrong: a proposal stays where the model gives it a probability of 0.3 or more."""
     probability = torch.softmax(MODEL, 1).numpy()
 
     def likely(number: int, place: int) -> bool:
         return bool(probability[tokens[place - 1], tokens[place]] >= 0.3)
 
-    _overrule(state, plan, tokens, sampled, likely)
-    keep_agreed(state, plan, tokens, sampled, *rest)
+    _overrule(state, plan, tokens, rest[2], likely)
+    keep_agreed(state, plan, tokens, *rest)
 
 
 def _overrule(state: State, plan: Any, tokens: Any, sampled: Any, stays: Callable[[int, int], bool]) -> None:
@@ -164,7 +164,8 @@ def test_the_test_would_notice_a_wrong_rule(rule: Rule, propose: Propose) -> Non
 def test_drawing_again_where_a_proposal_was_rejected_would_be_noticed() -> None:
     """Wrong: where the proposal was not said, another draw from the whole distribution in the place of what was."""
 
-    def again(state: State, plan: Any, tokens: Any, sampled: Any, *rest: Any) -> None:
+    def again(state: State, plan: Any, tokens: Any, *rest: Any) -> None:
+        sampled = rest[2]
         kept = sampled.copy()
         at = 0
         rng = np.random.default_rng(0)
@@ -177,7 +178,7 @@ def test_drawing_again_where_a_proposal_was_rejected_would_be_noticed() -> None:
                         of = probability[tokens[first + i - 1]]
                         sampled[at + i] = rng.choice(VOCAB, p=of / of.sum())
                 at += 1 + int(plan.num_drafts[row])
-        keep_agreed(state, plan, tokens, sampled, *rest)
+        keep_agreed(state, plan, tokens, *rest)
 
     found, _ = answers({}, by_ngram, again, False)
     assert statistic(found, {}) > 2 * CHI_SQUARE_63

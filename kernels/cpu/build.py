@@ -85,6 +85,7 @@ class Library:
             "rope_and_cache", c_int64, pointer, size, pointer, size, pointer, size, number, pointer, pointer, pointer,
             *cache, pointer, *([size] * 4), number,
         )  # fmt: skip
+        self.decoder = bind("decoder", c_int64, *([pointer] * 4), *workspace)
         self.lora_ranks: int = bind("lora_ranks", c_int)()
         self.lora = bind(
             "lora", None, pointer, size, number, pointer, size, size, pointer, size, pointer, pointer, pointer, size,

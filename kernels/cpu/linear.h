@@ -1,4 +1,4 @@
-// What the other operators call of linear.cpp.
+// What the other operators call of linear.cpp: products of fp32 activations with a packed weight.
 #pragma once
 #include <cstdint>
 
@@ -17,3 +17,19 @@ struct Weight {  // kernels/linear.py: _Weight
 extern "C" int64_t paretune_linear(const void* weight, const void* x, int x_is_bf16, int64_t x_row_stride, int64_t rows,
                                    void* out, int row_tile, int row_block, int k_block, int prefetch_bytes,
                                    int serial_below_kmacs, void* workspace, int64_t workspace_bytes, int threads);
+
+namespace paretune {
+
+constexpr int TILE_NUMBERS = 5;  // row_tile, row_block, k_block, prefetch_bytes, serial_below_kmacs
+
+// paretune_linear on fp32 rows with the tile of their number: `tiles` holds TILE_NUMBERS for each power of two of rows.
+static inline int64_t linear_by_bucket(const Weight& weight, const int32_t* tiles, const float* x, int64_t x_stride,
+                                       int64_t rows, float* out, void* workspace, int64_t bytes, int threads) {
+    int bucket = 0;
+    while ((int64_t)1 << bucket < rows) ++bucket;
+    const int32_t* tile = tiles + bucket * TILE_NUMBERS;
+    return paretune_linear(&weight, x, 0, x_stride, rows, out, tile[0], tile[1], tile[2], tile[3], tile[4], workspace, bytes,
+                           threads);
+}
+
+}  // namespace paretune

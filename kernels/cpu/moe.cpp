@@ -5,16 +5,14 @@
 
 #include "gemm_tile.h"
 #include "linear.h"
+#include "operators.h"
+#include "parts.h"
 #include "rows.h"
-
-extern "C" void paretune_swiglu(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t width, int is_bf16,
-                                int threads);
 
 namespace paretune {
 namespace {
 
 constexpr int64_t ROW_BLOCK = 256;  // of one expert at a time: its gathered rows and what lies between its two products
-constexpr int TILE_NUMBERS = 5;     // row_tile, row_block, k_block, prefetch_bytes, serial_below_kmacs
 
 // The k largest logits, the largest first and of equal ones the lower expert; NaN is never larger, and makes every weight NaN.
 void route_row(const float* logits, int64_t experts, int64_t k, bool renormalize, int32_t* chosen, float* weight) {
@@ -45,18 +43,6 @@ void route_row(const float* logits, int64_t experts, int64_t k, bool renormalize
     for (int64_t j = 0; renormalize && j < k; ++j) weight[j] /= of_chosen;
 }
 
-// Parts of a buffer, one after the other; of none at all it only says how many bytes they take.
-struct Parts {
-    void* memory;
-    int64_t taken = 0;
-    template <class Element>
-    Element* take(int64_t count) {
-        Element* part = (Element*)((uintptr_t)memory + taken);
-        taken += (count * (int64_t)sizeof(Element) + 63) / 64 * 64;
-        return part;
-    }
-};
-
 struct Experts {  // one call, resolved
     const Weight (*weights)[2];  // of each expert held: gate_up, down
     const int32_t* tiles;        // TILE_NUMBERS for each power of two of rows
@@ -68,11 +54,7 @@ struct Experts {  // one call, resolved
 
     int64_t linear(const Weight& weight, const float* from, int64_t stride, int64_t rows, float* to, void* workspace,
                    int64_t bytes) const {
-        int bucket = 0;
-        while ((int64_t)1 << bucket < rows) ++bucket;
-        const int32_t* tile = tiles + bucket * TILE_NUMBERS;
-        return paretune_linear(&weight, from, 0, stride, rows, to, tile[0], tile[1], tile[2], tile[3], tile[4], workspace,
-                               bytes, linear_threads);
+        return linear_by_bucket(weight, tiles, from, stride, rows, to, workspace, bytes, linear_threads);
     }
 
     // Workspace of both products: more rows of one tile never need less.
