@@ -27,13 +27,13 @@ from torch.nn import functional
 
 from paretune.kernels import Tile, fused
 from paretune.kernels.cpu.build import load, why_missing
+from paretune.kernels.cpu.huge_pages import zeros_on_huge_pages
 from paretune.kernels.decode_attention import decode_attention
 from paretune.kernels.linear import PackedLinear, linear, pack
 from paretune.kernels.paged_cache import PagedCache, block_bytes
 from paretune.kernels.prefill_attention import prefill_attention
 from paretune.kernels.stored_weight import quantize_int8
 from paretune.kernels.weight_formats import WEIGHT_FORMATS
-from paretune.runtime.transformer import zeros_on_huge_pages
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 1024, 2816, 16, 4, 64, 16
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -11,9 +11,7 @@ stay in memory as they are stored and are expanded to fp32 (fp16) or bf16, exact
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +21,7 @@ from torch.nn import functional
 
 from . import placement
 from .cpu.build import Library, load
+from .cpu.huge_pages import on_huge_pages
 from .cpu.workspace import WORKSPACE
 from .stored_weight import StoredWeight, quantize_int8, store
 from .tiles import PRECISIONS, BadTile, Tile, TileTable
@@ -149,7 +148,7 @@ def pack(
     panels = zero_sum = descriptor = None
     address = 0
     if "cpp" in backends and library is not None:
-        panels = _on_huge_pages(panels_of(stored, library.panel))
+        panels = on_huge_pages(panels_of(stored, library.panel))
         if precision == "int8":
             zero_sum = (stored.values.sum(dim=1, dtype=torch.int32) * 128).contiguous()
         descriptor = _Weight(
@@ -263,17 +262,6 @@ def _through_expanded(x: Tensor, packed: PackedLinear) -> Tensor:
         stored = stored_rows(packed.precision, packed.weight[cut], scale, packed.in_features)
         parts.append(functional.linear(x, stored.expanded(torch.float32).to(x.dtype)))
     return torch.cat(parts, dim=1)
-
-
-def _on_huge_pages(panels: Tensor) -> Tensor:
-    """The same on 2 MB pages where Linux gives them: decoding reads all weights per token, and the page walks cost
-    10-30 % of it (201 M parameters, batch 1, Zen 4)."""
-    if panels.nbytes < 2 * _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return panels
-    memory = mmap.mmap(-1, panels.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(panels.shape).copy_(panels)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -11,8 +11,6 @@ several of the checkpoint's side by side (q, k and v; gate and up): each is a pa
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cpu.build import Library, load
+from .cpu.huge_pages import zeros_on_huge_pages
 from .jit import njit
 
 MAX_RANK = 512
@@ -231,7 +230,7 @@ class LoraSlots:
         self._dtype = DTYPES[precision]
         self._max_rank = max_rank
         size = _up(slot_bytes(matrices, max_rank, precision), 64)
-        self._memory = _zeros_on_huge_pages(num_slots * size).view(num_slots, size)
+        self._memory = zeros_on_huge_pages((num_slots, size), torch.uint8)
         width = max(len(matrix.parts) for matrix in matrices)
         self._table = np.zeros((len(matrices), num_slots, width), _PART)
         self._table_address = [self._table[matrix].ctypes.data for matrix in range(len(matrices))]
@@ -303,14 +302,6 @@ class LoraSlots:
     def _stored(self, slot: int, offset: int, rows: int, columns: int) -> Tensor:
         nbytes = rows * columns * self._dtype.itemsize
         return self._memory[slot, offset : offset + nbytes].view(self._dtype).view(rows, columns).float()
-
-
-def _zeros_on_huge_pages(nbytes: int) -> Tensor:
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
 def _library(backend: str | None) -> Library | None:

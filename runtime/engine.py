@@ -29,7 +29,7 @@ from .draft_shape import check_same_tokens
 from .engine_adapters import EngineAdapters
 from .engine_stats import EngineStats, StepRecord, stats_of
 from .launch import Launch
-from .memory import check_memory, give_back_freed_memory
+from .memory import check_memory, give_back_compiler, give_back_freed_memory
 from .model_shape import ModelShape, resolve_model
 from .parallel import Layout, RankFailed
 from .peers import Peers
@@ -139,6 +139,7 @@ class Engine:
             self._reset()
             self._warm_up()
             give_back_freed_memory()  # what Numba's compiler took, where its cache was empty: about 280 MB
+            give_back_compiler()
             for adapter in deployment.adapters:
                 self.load_adapter(adapter.name, Path(adapter.path))
         except BaseException:

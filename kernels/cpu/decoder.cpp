@@ -13,7 +13,7 @@
 namespace paretune {
 namespace {
 
-constexpr int64_t MLP_ROWS = 256;  // between gate_up and down at a time: enough to multiply at full speed, few enough to keep
+constexpr int64_t MLP_ROWS = 128;  // between gate_up and down at a time: enough to multiply at full speed, few enough to keep
 
 struct Layer {  // kernels/decoder.py: _Layer
     const Weight *qkv, *o, *gate_up, *down;
