@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from . import placement
 from .stored_weight import StoredWeight, quantize_int8
-from .tiles import BadTile, Tile, TileTable
+from .tiles import BadTile, Tile, TileTable, bucket
 from .weight_formats import FP8_CAPABILITY
 from .weight_layout import rows_of
 
@@ -53,7 +53,7 @@ def default_tile(backend: str, rows: int) -> Tile:
     """Not measured: narrow row tiles where decoding has few rows, in 99 KB of shared memory, without spills."""
     if backend == "torch":
         return Tile("linear", "torch")
-    block_m = min(64, max(16, rows))
+    block_m = min(64, max(16, bucket(rows)))
     num_warps = 8 if block_m == 64 else 4
     parameters = {"block_m": block_m, "block_k": 32, "num_warps": num_warps, "num_stages": 2}
     return Tile("linear", "triton", tuple(parameters.items()))
