@@ -46,5 +46,5 @@ def moe(x: Tensor, routing: Routing, packed: PackedExperts) -> Tensor:
         return torch.zeros_like(x)
     rows = -(-routing.experts.numel() // len(packed.gate_up))
     tile = packed.gate_up[0].tiles[(rows - 1).bit_length()]
-    tile = tile if tile.backend == "triton" else default_tile("triton", rows)
+    tile = tile if tile.backend == "triton" else default_tile(packed.gate_up[0].precision, rows, "triton")
     return triton_moe.moe(x, routing, gate_up, down, tile, first=packed.first)

@@ -46,10 +46,10 @@ def test_numbers_of_rows_that_are_no_power_of_two_have_a_default_tile() -> None:
         for rows, chosen in ((23, 1), (45, 2), (1, 1)):
             x, routing = torch.randn(rows, 40), route(torch.randn(rows, 2), chosen, True)
             gate_up, down = torch.randn(2, 2 * 24, 40) / 6, torch.randn(2, 40, 24) / 5
-            layer = [SimpleNamespace(tiles=[Tile("linear", "torch")] * 33)] * 2
+            layer = [SimpleNamespace(precision="fp32", tiles=[Tile("linear", "torch")] * 33)] * 2
             packed = SimpleNamespace(stacks=(gate_up, down), gate_up=layer, first=0)
             check(gpu_moe.moe(x, routing, packed), reference(x, routing, list(gate_up), list(down)), 1e-4)
-        tiles = [gpu_moe.default_tile("triton", rows) for rows in range(1, 300)]
+        tiles = [gpu_moe.default_tile("bf16", rows, "triton") for rows in range(1, 300)]
         assert {tile.get("block_m") for tile in tiles} == {16, 32, 64}
     """)
 
