@@ -207,10 +207,12 @@ def test_norms_and_swiglu_are_their_references_in_float64():
 def test_rope_rotates_and_the_cache_holds_what_the_cpu_would_store():
     run("""
         from paretune.kernels.fused import reference_rope
+        from paretune.kernels import triton_fused
         from paretune.kernels.triton_fused import rope_and_cache
         for cached_as in ("fp32", "bf16", "fp8", "int8"):
-            cases = ((4, 1, 24, torch.float32, 1e-5), (2, 2, 8, torch.float16, 1e-2))
+            cases = ((4, 1, 24, torch.float32, 1e-5), (2, 2, 8, torch.float16, 1e-2), (18, 5, 8, torch.float32, 1e-5))
             for heads, kv_heads, head_dim, dtype, tolerance in cases:
+                triton_fused._FEW_TOKENS = 0 if heads == 2 else 128  # as of a prompt, and of decoding
                 tokens, block_size = 5, 4
                 qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
                 q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
@@ -289,18 +291,21 @@ def code(kernel, arch, constants, chosen=None, num_warps=4, **types):
     code, stack = compiled(kernel, arch, types, constants, *options)
     assert f".target sm_{arch}" in code.asm["ptx"]
     assert stack == 0, (kernel.__name__, arch, types, stack)
-    assert code.metadata.shared <= 99 * 1024, code.metadata.shared  # what sm_86 and sm_89 have
+    # sm_86, sm_89 and sm_120 have 99 KB
+    assert code.metadata.shared <= (227 if arch == 90 else 99) * 1024, (kernel.__name__, code.metadata.shared)
 
 def attention(arch, cached_as, kind, activations="*bf16"):
     types = dict.fromkeys(("k_ptr", "v_ptr"), kind) | dict.fromkeys(("q_ptr", "out_ptr"), activations)
-    sizes = dict(HEAD_DIM=128, PADDED_DIM=128, FORMAT=cached_as)
+    sizes = dict(HEAD_DIM=128, PADDED_DIM=128, BLOCK_SIZE=16, FORMAT=cached_as, NATIVE_E4M3=arch >= 89)
     wide = activations == "*fp32"
-    t = decode.default_tile(64, 132, wide)
-    grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
-    code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
-    t = prefill.default_tile(512, 128, 4 if wide else 2)
-    sizes |= dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
-    code(prefill.prefill_attention_kernel, arch, sizes, t, **types)
+    for pairs in (64, 1000):
+        t = decode.default_tile(pairs, 132, wide)
+        grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
+        code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
+    for rows in (16, 64, 512):
+        t = prefill.default_tile(rows, 128, 4 if wide else 2, arch == 90)
+        tiled = dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
+        code(prefill.prefill_attention_kernel, arch, sizes | tiled, t, **types)
 
 def linear(arch, precision, weight="*u8", group="*u8", rounds=False, rows=(1, 32, 64, 128, 2048)):
     form, native = stored.WEIGHT_FORMATS[precision], arch >= 89
@@ -337,8 +342,10 @@ def between(arch):
     code(triton_fused.swiglu_kernel, arch, dict(BLOCK=1024))
     for cached_as, kind in ((0, "*bf16"), (1, "*u8"), (2, "*i8")):
         types = dict.fromkeys(("keys_ptr", "values_ptr"), kind)
-        sizes = dict(HALF=64, PADDED_HALF=64, FORMAT=cached_as)
-        code(triton_fused.rope_and_cache_kernel, arch, sizes, num_warps=1, **types)
+        sizes = dict(HALF=64, PADDED_HALF=64, BLOCK_SIZE=16, FORMAT=cached_as, NATIVE_E4M3=arch >= 89)
+        for block_heads in (4, 16):
+            sizes["BLOCK_HEADS"] = block_heads
+            code(triton_fused.rope_and_cache_kernel, arch, sizes, num_warps=block_heads // 4, **types)
     code(triton_lora.shrink_kernel, arch, dict(RANK=64, BLOCK_M=16, BLOCK_K=64))
     code(triton_lora.expand_kernel, arch, dict(RANK=64, BLOCK_M=16, BLOCK_N=64))
 """
