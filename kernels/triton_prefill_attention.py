@@ -118,13 +118,14 @@ def prefill_attention(
             the GPU.
     Raises BadTile: the tile belongs to another operator or backend.
     """
+    planes = cache.gpu_planes
     if tile is None:
-        tile = default_tile(max_query_rows, q.shape[2], q.itemsize, placement.has_wide_shared_memory(q.device))
+        wide = placement.has_wide_shared_memory(q.device)
+        tile = default_tile(max_query_rows, q.shape[2], q.itemsize, wide, planes.format == 2)
     if (tile.operator, tile.backend) != ("prefill_attention", "triton"):
         found = f"{tile.operator} on {tile.backend}"
         raise BadTile("prefill_attention: tile", found, "prefill_attention on triton", "look it up again")
     tokens, heads, head_dim = q.shape
-    planes = cache.gpu_planes
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     block_m, block_n, num_warps, num_stages = tile.arguments
     grid = (heads, context_len.shape[0], triton.cdiv(max_query_rows, block_m))
@@ -140,21 +141,24 @@ def prefill_attention(
     return out
 
 
-def default_tile(query_rows: int, head_dim: int, itemsize: int, wide_shared_memory: bool) -> Tile:
+def default_tile(query_rows: int, head_dim: int, itemsize: int, wide_shared_memory: bool, scaled_cache: bool) -> Tile:
     """A tile without spills on sm_80 and sm_90.
 
     Args:
         wide_shared_memory: 227 KB a program, where else a tile shall fit 99 KB.
-    With it (sm_90), the fastest or within 3 % of it of seven tiles on an NVIDIA H200, for prompts of 64, 512 and 2,048
-    tokens with and without context (bf16, heads of 128 numbers). Without: not measured; four warps spill on sm_80 where
-    the cache is fp8 or int8.
+        scaled_cache: keys and values are int8 with scales.
+    With wide shared memory the fastest, or within 3 % of it, of seven tiles on an NVIDIA H200 for prompts of 64, 512
+    and 2,048 tokens with and without context (bf16, heads of 128 numbers). Without it: not measured; four warps spill
+    on sm_80 where the cache is fp8 or int8.
     """
     if head_dim * itemsize > 256:
-        shape = (16 if query_rows <= 16 else 32, 32, 8, 1)
-    elif wide_shared_memory and query_rows > 64:
-        shape = (128, 128, 8, 2)
+        shape = (16 if query_rows <= 16 else 32, 16, 8, 1)
+    elif query_rows <= 16:
+        shape = (16, 64, 4, 2)
+    elif wide_shared_memory:
+        shape = (64, 64, 4, 2) if query_rows <= 64 else (128, 64 if scaled_cache else 128, 8, 2)
     else:
-        shape = (16 if query_rows <= 16 else 64, 64, 4 if wide_shared_memory else 8, 2)
+        shape = (64, 64, 8, 2)
     return Tile("prefill_attention", "triton", tuple(zip(("block_m", "block_n", "num_warps", "num_stages"), shape)))
 
 

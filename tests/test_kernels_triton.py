@@ -303,7 +303,7 @@ def attention(arch, cached_as, kind, activations="*bf16"):
         grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
         code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
     for rows in (16, 64, 512):
-        t = prefill.default_tile(rows, 128, 4 if wide else 2, arch == 90)
+        t = prefill.default_tile(rows, 128, 4 if wide else 2, arch == 90, cached_as == 2)
         tiled = dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
         code(prefill.prefill_attention_kernel, arch, sizes | tiled, t, **types)
 
