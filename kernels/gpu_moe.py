@@ -1,7 +1,7 @@
 """Mixtures of experts on an NVIDIA GPU: what `moe.py` does, for experts whose weights lie there.
 
 The experts of a layer are stacked, and two launches of the kernel in triton_moe.py multiply them all. Nothing waits for
-the GPU, so that a CUDA graph can hold it. None of it has run on a GPU yet. Imported only where it runs.
+the GPU, so that a CUDA graph can hold it. Imported only where it runs.
 """
 
 from __future__ import annotations

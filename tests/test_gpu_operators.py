@@ -14,6 +14,7 @@ from paretune.kernels.gpu_lora import GpuLoraSlots
 from paretune.kernels.linear import linear, pack, reference
 from paretune.kernels.moe import pack_experts
 from paretune.kernels.stored_weight import store
+from paretune.kernels.weight_formats import GPU_EXPANDED_BYTES
 from paretune.runtime.adapters import matrices
 from paretune.runtime.batch import HEADER, LOGITS, TARGET, Batch
 from paretune.runtime.decode_graphs import DecodeGraphs, Recorded
@@ -63,6 +64,7 @@ def test_every_backend_multiplies_what_is_stored_with_rows_as_they_are_or_rounde
         from paretune.kernels import gpu_linear, placement
         from paretune.kernels.linear import linear, pack, reference
         from paretune.kernels.stored_weight import store
+from paretune.kernels.weight_formats import GPU_EXPANDED_BYTES
         from paretune.kernels.triton_rounding import rounded_rows
         placement.on_gpu = lambda where: True
         for capability in ((9, 0), (8, 0)):
@@ -97,6 +99,7 @@ def test_weights_are_expanded_in_parts_that_hold_every_channel_once() -> None:
         from paretune.kernels import gpu_linear, placement
         from paretune.kernels.linear import linear, pack, reference
         from paretune.kernels.stored_weight import store
+from paretune.kernels.weight_formats import GPU_EXPANDED_BYTES
         placement.on_gpu = lambda where: True
         gpu_linear.GPU_EXPANDED_BYTES = 60_000
         stored, x = store(torch.randn(300, 70), "int4"), torch.randn(2, 70)
@@ -216,3 +219,12 @@ def test_slots_for_adapters_take_what_was_reckoned(rank: int) -> None:
     slots = GpuLoraSlots(matrices(shape, share_of(shape, Layout(), 0)), 3, rank, torch.bfloat16, CPU)
     held = sum(part.nbytes for matrix in (*slots._a, *slots._b) for part in matrix)
     assert memory_need(shape, pool).adapter_bytes == held
+
+
+def test_memory_holds_what_a_weight_of_fewer_bits_is_expanded_to() -> None:
+    shape = ModelShape.load(MODEL_DIR)
+    plain, packed = (
+        memory_need(shape, Pool(accelerator="H100", weight_dtype=dtype)).activation_bytes for dtype in ("bf16", "int4")
+    )
+    widest = max(shape.qkv_features, 2 * shape.intermediate_size, shape.vocab_size)
+    assert packed - plain == min(GPU_EXPANDED_BYTES, 2 * shape.hidden_size * widest)
