@@ -9,7 +9,7 @@
     int4, ternary, nvfp4, mxfp4   activations are not rounded; few rows: expanded to their dtype inside the product
                        (triton_stored_matmul.py); more: expanded in memory, a part at a time, and multiplied by cuBLAS
 
-Where few ends was chosen by records of an NVIDIA H200 (benchmarks/results/kernels_gpu.json). Imported only where it
+Where few ends follows from times on an NVIDIA H200 (benchmarks/results/kernels_gpu.json). Imported only where it
 runs.
 """
 
@@ -53,7 +53,7 @@ def backends(precision: str, out_features: int, in_features: int) -> tuple[str, 
 
 
 def default_tile(precision: str, rows: int, backend: str | None = None) -> Tile:
-    """What was best, or near it, on an H200, in 99 KB of shared memory and without spills.
+    """Reckoned from what other kernels showed on an NVIDIA H200, in 99 KB of shared memory and without spills.
 
     Args:
         backend: left out: the better one of both for a weight of this precision.
@@ -68,7 +68,7 @@ def default_tile(precision: str, rows: int, backend: str | None = None) -> Tile:
     elif rows <= 32:
         shape = (16 if rows <= 16 else 32, 64, 128, 4, 4)
     elif rows <= 64:
-        shape = (64, 64, 128, 4, 3)
+        shape = (64, 64, 128, 8, 3)
     elif rows <= 128:
         shape = (64, 128, 128, 8, 2)
     else:

