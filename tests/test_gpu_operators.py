@@ -64,7 +64,6 @@ def test_every_backend_multiplies_what_is_stored_with_rows_as_they_are_or_rounde
         from paretune.kernels import gpu_linear, placement
         from paretune.kernels.linear import linear, pack, reference
         from paretune.kernels.stored_weight import store
-from paretune.kernels.weight_formats import GPU_EXPANDED_BYTES
         from paretune.kernels.triton_rounding import rounded_rows
         placement.on_gpu = lambda where: True
         for capability in ((9, 0), (8, 0)):
@@ -99,7 +98,6 @@ def test_weights_are_expanded_in_parts_that_hold_every_channel_once() -> None:
         from paretune.kernels import gpu_linear, placement
         from paretune.kernels.linear import linear, pack, reference
         from paretune.kernels.stored_weight import store
-from paretune.kernels.weight_formats import GPU_EXPANDED_BYTES
         placement.on_gpu = lambda where: True
         gpu_linear.GPU_EXPANDED_BYTES = 60_000
         stored, x = store(torch.randn(300, 70), "int4"), torch.randn(2, 70)
