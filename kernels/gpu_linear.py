@@ -1,12 +1,16 @@
-"""Linear layers on an NVIDIA GPU: which weights the libraries multiply, and which a Triton kernel expands.
+"""Linear layers on an NVIDIA GPU: which weights the libraries multiply, and which a Triton kernel.
 
     fp32, bf16, fp16   cuBLAS, activations in the weights' own dtype (fp32 without TF32)
-    fp8                w8a8 by torch._scaled_mm from capability 8.9 on: rows of x rounded to e4m3, one scale a row;
-                       below it, and where a size is no multiple of 16, expanded
-    int8               w8a8 by torch._int_mm, rows of x rounded to int8; where a size is no multiple of 8, expanded
-    int4, ternary, nvfp4, mxfp4   expanded to the activations' dtype inside the product (triton_stored_matmul.py)
+    fp8                w8a8 from capability 8.9 on: rows of x rounded to e4m3, one scale a row; few rows multiplied by
+                       triton_stored_matmul.py, more by torch._scaled_mm; below it, and where a size is no multiple of
+                       16, as the four-bit formats
+    int8               w8a8: rows of x rounded to int8; few rows multiplied by triton_stored_matmul.py, and any number
+                       where a size is no multiple of 8, else by torch._int_mm
+    int4, ternary, nvfp4, mxfp4   activations are not rounded; few rows: expanded to their dtype inside the product
+                       (triton_stored_matmul.py); more: expanded in memory, a part at a time, and multiplied by cuBLAS
 
-None of it has run on a GPU yet; which tile suits which number of rows was not measured. Imported only where it runs.
+Where few ends follows from times on an NVIDIA H200 (benchmarks/results/kernels_gpu.json). Imported only where it
+runs.
 """
 
 from __future__ import annotations
@@ -19,17 +23,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import placement
-from .stored_weight import StoredWeight, quantize_int8
-from .tiles import BadTile, Tile, TileTable
-from .weight_formats import FP8_CAPABILITY
+from .stored_weight import StoredWeight
+from .tiles import BadTile, Tile, TileTable, bucket
+from .weight_formats import FP8_CAPABILITY, GPU_EXPANDED_BYTES
 from .weight_layout import rows_of
 
 if TYPE_CHECKING:
     from .linear import PackedLinear
 
-_MOST_E4M3 = 448.0
 _LEAST_INT_MM_ROWS = 32  # torch._int_mm refuses 16 rows or fewer (aten/src/ATen/native/cuda/Blas.cpp)
+_FEW_ROWS = {"fp8": 64, "int8": 64}  # that Triton multiplies by default; of the others:
+_FEW_ROWS_EXPANDED = 128
+_CHANNELS = 128  # a part that is expanded has a multiple of so many
 _BUCKETS = 33
+_WHOLE = ("fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -38,40 +45,49 @@ def activation_dtype(precision: str) -> torch.dtype:
     return _DTYPES.get(precision, torch.bfloat16)
 
 
-def backends(precision: str, out_features: int, in_features: int, capability: tuple[int, int]) -> tuple[str, ...]:
-    """Which backends multiply such a weight on a GPU of such a capability, the default first."""
-    if precision in ("fp32", "bf16", "fp16"):
-        return ("torch", "triton")
-    if precision == "fp8" and capability >= FP8_CAPABILITY and not (out_features % 16 or in_features % 16):
-        return ("torch", "triton")
-    if precision == "int8" and not (out_features % 8 or in_features % 8):
-        return ("torch", "triton")
-    return ("triton",)
+def backends(precision: str, out_features: int, in_features: int) -> tuple[str, ...]:
+    """Which backends multiply such a weight on a GPU."""
+    if precision == "int8" and (out_features % 8 or in_features % 8):
+        return ("triton",)
+    return ("torch", "triton")
 
 
-def default_tile(backend: str, rows: int) -> Tile:
-    """Not measured: narrow row tiles where decoding has few rows, in 99 KB of shared memory, without spills."""
-    if backend == "torch":
+def default_tile(precision: str, rows: int, backend: str | None = None) -> Tile:
+    """Reckoned from what other kernels showed on an NVIDIA H200, in 99 KB of shared memory and without spills.
+
+    Args:
+        backend: left out: the better one of both for a weight of this precision.
+    """
+    if precision in _WHOLE:
+        if backend != "triton":
+            return Tile("linear", "torch")
+        block_m = min(64, max(16, bucket(rows)))
+        shape = (block_m, 64, 32, 8 if block_m == 64 else 4, 2)
+    elif backend == "torch" or (backend is None and rows > _FEW_ROWS.get(precision, _FEW_ROWS_EXPANDED)):
         return Tile("linear", "torch")
-    block_m = min(64, max(16, rows))
-    num_warps = 8 if block_m == 64 else 4
-    parameters = {"block_m": block_m, "block_k": 32, "num_warps": num_warps, "num_stages": 2}
-    return Tile("linear", "triton", tuple(parameters.items()))
+    elif rows <= 32:
+        shape = (16 if rows <= 16 else 32, 64, 128, 4, 4)
+    elif rows <= 64:
+        shape = (64, 64, 128, 8, 3)
+    elif rows <= 128:
+        shape = (64, 128, 128, 8, 2)
+    else:
+        shape = (128, 128, 64, 8, 3)
+    return Tile("linear", "triton", tuple(zip(("block_m", "block_n", "block_k", "num_warps", "num_stages"), shape)))
 
 
-def chosen_tiles(stored: StoredWeight, tiles: TileTable | None, device: torch.device) -> tuple[Tile, ...]:
+def chosen_tiles(stored: StoredWeight, tiles: TileTable | None) -> tuple[Tile, ...]:
     """The tile of each power-of-two number of rows. Raises BadTile: a backend that does not multiply this weight."""
     out_features, in_features = stored.values.shape
-    return _chosen(stored.precision, out_features, in_features, tiles or TileTable.default(), device)
+    return _chosen(stored.precision, out_features, in_features, tiles or TileTable.default())
 
 
-def _chosen(
-    precision: str, out_features: int, in_features: int, tiles: TileTable, device: torch.device
-) -> tuple[Tile, ...]:
-    having = backends(precision, out_features, in_features, placement.capability(device))
+def _chosen(precision: str, out_features: int, in_features: int, tiles: TileTable) -> tuple[Tile, ...]:
+    having = backends(precision, out_features, in_features)
+    only = having[0] if len(having) == 1 else None
     chosen = []
     for exponent in range(_BUCKETS):
-        tile = tiles.lookup("linear", precision, 1 << exponent) or default_tile(having[0], 1 << exponent)
+        tile = tiles.lookup("linear", precision, 1 << exponent) or default_tile(precision, 1 << exponent, only)
         if tile.backend not in having:
             where = f"linear: backend for {precision} of {out_features} x {in_features} on a GPU"
             raise BadTile(where, tile.backend, ", ".join(having), "search tiles on this machine, or delete the entry")
@@ -93,8 +109,7 @@ def on_device(
 def retiled(packed: PackedLinear, tiles: TileTable) -> PackedLinear:
     """The same weight with other tiles. Raises BadTile."""
     assert packed.weight is not None
-    chosen = _chosen(packed.precision, packed.out_features, packed.in_features, tiles, packed.weight.device)
-    return replace(packed, tiles=chosen)
+    return replace(packed, tiles=_chosen(packed.precision, packed.out_features, packed.in_features, tiles))
 
 
 def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:
@@ -103,59 +118,90 @@ def linear(x: Tensor, packed: PackedLinear, tile: Tile | None = None) -> Tensor:
     rows = x.shape[0]
     if tile is None:
         tile = packed.tiles[(rows - 1).bit_length() if rows else 0]
-    precision, weight = packed.precision, packed.weight
     if rows == 0:
         return x.new_empty((0, packed.out_features))
-    if tile.backend == "triton":
-        return _by_triton(x, packed, tile)
-    if precision == "fp8":
-        return _by_scaled_mm(x, packed)
-    if precision == "int8":
-        return _by_int_mm(x, packed)
-    return functional.linear(x.to(weight.dtype), weight, packed.bias).to(x.dtype)
+    weight = packed.weight
+    if packed.precision in _WHOLE:
+        multiplied = x if x.dtype == weight.dtype else x.to(weight.dtype)
+        if tile.backend == "torch":
+            out = functional.linear(multiplied, weight, packed.bias)
+        else:
+            from .triton_matmul import matmul
 
-
-def _by_triton(x: Tensor, packed: PackedLinear, tile: Tile) -> Tensor:
-    assert packed.weight is not None
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if packed.precision in ("fp32", "bf16", "fp16"):
-        from .triton_matmul import matmul
-
-        return matmul(x.to(packed.weight.dtype), packed.weight, tile, packed.bias).to(x.dtype)
+            out = matmul(_by_rows(multiplied), weight, tile, packed.bias)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
+    x = _by_rows(x)
+    if rounds_rows(packed):
+        return _of_rounded_rows(x, packed, tile)
+    if tile.backend == "torch":
+        return _through_expanded(x, packed)
     from .triton_stored_matmul import stored_matmul
 
-    return stored_matmul(
-        x, packed.precision, packed.weight, packed.group_scale, packed.channel_scale, tile, packed.bias
-    )
+    return stored_matmul(x, packed.precision, weight, packed.group_scale, packed.channel_scale, tile, packed.bias)
 
 
-def _by_scaled_mm(x: Tensor, packed: PackedLinear) -> Tensor:
-    """Row scales times channel scales, applied inside the product; the result is bf16 whatever x is."""
+def rounds_rows(packed: PackedLinear) -> bool:
+    """Whether rows of x are rounded to the dtype of this weight."""
     assert packed.weight is not None
-    assert packed.channel_scale is not None
-    values, scale = quantize_e4m3(x)
-    out = torch._scaled_mm(
-        values, packed.weight.t(), scale_a=scale[:, None], scale_b=packed.channel_scale[None, :],
-        out_dtype=torch.bfloat16, use_fast_accum=True,
-    )  # fmt: skip
-    return (out if packed.bias is None else out + packed.bias).to(x.dtype)
+    if packed.precision == "fp8":
+        whole = not (packed.out_features % 16 or packed.in_features % 16)
+        return whole and placement.capability(packed.weight.device) >= FP8_CAPABILITY
+    return packed.precision == "int8"
 
 
-def _by_int_mm(x: Tensor, packed: PackedLinear) -> Tensor:
-    assert packed.weight is not None
-    assert packed.channel_scale is not None
-    values, scale = quantize_int8(x)
+def _by_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _of_rounded_rows(x: Tensor, packed: PackedLinear, tile: Tile) -> Tensor:
+    from .triton_rounding import rounded_rows
+    from .triton_stored_matmul import scaled, stored_matmul
+
+    weight, by_channel = packed.weight, packed.channel_scale
+    assert weight is not None
+    assert by_channel is not None
+    values, by_row = rounded_rows(x, packed.precision)
+    if tile.backend == "triton":
+        return stored_matmul(values, packed.precision, weight, None, by_channel, tile, packed.bias, by_row, x.dtype)
+    if packed.precision == "fp8":
+        # row scales times channel scales, applied inside the product; the result is bf16 whatever x is
+        out = torch._scaled_mm(
+            values, weight.t(), scale_a=by_row[:, None], scale_b=by_channel[None, :], out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )  # fmt: skip
+        return (out if packed.bias is None else out + packed.bias).to(x.dtype)
     rows = x.shape[0]
     if rows < _LEAST_INT_MM_ROWS:
         values = functional.pad(values, (0, 0, 0, _LEAST_INT_MM_ROWS - rows))
-    sums = torch._int_mm(values, packed.weight.t()).narrow(0, 0, rows)
-    out = sums.float() * (scale[:, None] * packed.channel_scale[None, :])
-    return (out if packed.bias is None else out + packed.bias).to(x.dtype)
+    return scaled(torch._int_mm(values, weight.t()).narrow(0, 0, rows), by_row, by_channel, packed.bias, x.dtype)
 
 
-def quantize_e4m3(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows rounded to e4m3, and the fp32 scale of each: values ~ e4m3 * scale[:, None]. A row of zeros has scale 1."""
-    values = values.float()
-    largest = values.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest / _MOST_E4M3, torch.ones_like(largest))
-    return (values / scale[:, None]).clamp(-_MOST_E4M3, _MOST_E4M3).to(torch.float8_e4m3fn), scale
+def _through_expanded(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The weight is expanded in parts of at most GPU_EXPANDED_BYTES, which stay in a large L2 cache."""
+    from .triton_rounding import expanded
+
+    weight, out_features, in_features = packed.weight, packed.out_features, packed.in_features
+    assert weight is not None
+    out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+    step = channels_at_a_time(out_features, in_features, x.itemsize)
+    for first in range(0, out_features, step):
+        channels = min(step, out_features - first)
+        by_group, by_channel = (
+            None if scale is None else scale.narrow(0, first, channels)
+            for scale in (packed.group_scale, packed.channel_scale)
+        )
+        held = weight.narrow(0, first, channels)
+        whole = expanded(packed.precision, held, by_group, by_channel, in_features, x.dtype)
+        torch.mm(x, whole.t(), out=out.narrow(1, first, channels))
+    return out if packed.bias is None else out.add_(packed.bias)
+
+
+def channels_at_a_time(out_features: int, in_features: int, itemsize: int) -> int:
+    """Output channels of the parts, all but the last alike, that are expanded one after the other.
+
+    >>> channels_at_a_time(28672, 4096, 2), channels_at_a_time(6144, 4096, 2), channels_at_a_time(33, 17, 2)
+    (7168, 6144, 128)
+    """
+    parts = -(-out_features * in_features * itemsize // GPU_EXPANDED_BYTES)
+    each = -(-out_features // parts)
+    return -(-each // _CHANNELS) * _CHANNELS

@@ -1,7 +1,7 @@
 """Many adapters in one step on an NVIDIA GPU: what `lora.py` does, for steps whose tensors lie there.
 
 Which rows have which adapter is known on the host, so their tiles are made there and travel with the step: nothing
-waits for the GPU. The kernels are in triton_lora.py. None of it has run on a GPU yet.
+waits for the GPU. The kernels are in triton_lora.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixtures of experts on an NVIDIA GPU: what `moe.py` does, for experts whose weights lie there.
 
 The experts of a layer are stacked, and two launches of the kernel in triton_moe.py multiply them all. Nothing waits for
-the GPU, so that a CUDA graph can hold it. None of it has run on a GPU yet. Imported only where it runs.
+the GPU, so that a CUDA graph can hold it. Imported only where it runs.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def moe(x: Tensor, routing: Routing, packed: PackedExperts) -> Tensor:
         return torch.zeros_like(x)
     rows = -(-routing.experts.numel() // len(packed.gate_up))
     tile = packed.gate_up[0].tiles[(rows - 1).bit_length()]
-    tile = tile if tile.backend == "triton" else default_tile("triton", rows)
+    tile = tile if tile.backend == "triton" else default_tile(packed.gate_up[0].precision, rows, "triton")
     return triton_moe.moe(x, routing, gate_up, down, tile, first=packed.first)

@@ -124,7 +124,7 @@ def pack(
     if placement.on_gpu(device):
         from . import gpu_linear
 
-        chosen = gpu_linear.chosen_tiles(stored, tiles, device)
+        chosen = gpu_linear.chosen_tiles(stored, tiles)
         weight, group_scale, channel_scale, bias = gpu_linear.on_device(stored, bias, device)
         return PackedLinear(
             precision, out_features, in_features, chosen, None, weight, group_scale, channel_scale, bias, None, None, 0

@@ -74,6 +74,9 @@ PARAMETERS: dict[str, dict[str, dict[str, Parameter]]] = {
             "group_m": Parameter(8, 1, 32, "row tiles that share weights in the L2 cache"),
             "num_warps": _WARPS,
             "num_stages": _STAGES,
+            "splits": Parameter(
+                0, 0, 64, "parts the input channels of weights below 16 bits are cut into; 0 = to occupy the GPU"
+            ),
         },
     },
     "decode_attention": {

@@ -2,8 +2,8 @@
 """Between the matrix products, on a GPU: the Triton kernels of `fused.py` and their launchers. Import it only where it
 runs.
 
-Same formulas and references as kernels/fused.py; a program takes a row, and everything is computed in fp32. Number of
-warps: not searched, no GPU has measured them.
+Same formulas and references as kernels/fused.py; a program takes a row, and everything is computed in fp32. Numbers of
+warps were not searched.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import placement
 from .paged_cache import PagedCache
 from .triton_formats import e4m3_code, round_half_even
 
 _MOST_WIDTH = 1 << 16
 _COLUMNS = 1024  # of swiglu, by program
+_FEW_TOKENS = 128  # of rope_and_cache
 
 
 @triton.jit
@@ -51,18 +53,22 @@ def swiglu_kernel(gate_up_ptr, out_ptr, width, gate_up_stride, out_stride, BLOCK
 @triton.jit
 def rope_and_cache_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr,
-    slot_ptr, q_stride, k_stride, v_stride, heads, kv_heads, block_size, block_stride, head_stride, scale_block_stride,
-    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, FORMAT: tl.constexpr,
+    slot_ptr, q_stride, k_stride, v_stride, heads, kv_heads, block_stride, head_stride, scale_block_stride,
+    BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, NATIVE_E4M3: tl.constexpr,
 ):  # fmt: skip
-    # Programs 0 .. heads - 1 rotate a head of q; the others take a KV head: rotate its key, store key and value.
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # A program takes BLOCK_HEADS heads of a token: the first ones rotate those of q, the others KV heads, and store
+    # these keys and their values.
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half = tl.arange(0, PADDED_HALF)
-    inside = half < HALF
     angle = tl.load(position_ptr + token).to(tl.int64) * HALF + half
-    cosine = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-    sine = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-    if head < heads:
-        q_ptrs = q_ptr + token * q_stride + head * 2 * HALF + half
+    cosine = tl.load(cos_ptr + angle, mask=half < HALF, other=0.0)[None, :]
+    sine = tl.load(sin_ptr + angle, mask=half < HALF, other=0.0)[None, :]
+    parts_of_q = tl.cdiv(heads, BLOCK_HEADS)
+    if part < parts_of_q:
+        head = part * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        inside = (head < heads)[:, None] & (half < HALF)[None, :]
+        q_ptrs = q_ptr + token * q_stride + head[:, None] * (2 * HALF) + half[None, :]
         first = tl.load(q_ptrs, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(q_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
         tl.store(q_ptrs, (first * cosine - second * sine).to(q_ptr.dtype.element_ty), mask=inside)
@@ -70,36 +76,44 @@ def rope_and_cache_kernel(
     else:
         slot = tl.load(slot_ptr + token).to(tl.int64)
         if slot >= 0:
-            kv_head = head - heads
-            k_ptrs = k_ptr + token * k_stride + kv_head * 2 * HALF + half
+            head = (part - parts_of_q) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+            inside = (head < kv_heads)[:, None] & (half < HALF)[None, :]
+            at = head[:, None] * (2 * HALF) + half[None, :]
+            k_ptrs, v_ptrs = k_ptr + token * k_stride + at, v_ptr + token * v_stride + at
             first = tl.load(k_ptrs, mask=inside, other=0.0).to(tl.float32)
             second = tl.load(k_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
-            v_ptrs = v_ptr + token * v_stride + kv_head * 2 * HALF + half
             left = tl.load(v_ptrs, mask=inside, other=0.0).to(tl.float32)
             right = tl.load(v_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
-            block, offset = slot // block_size, slot % block_size
-            place = block * block_stride + kv_head * head_stride + offset * 2 * HALF + half
-            scale_place = block * scale_block_stride + kv_head * 2 * block_size + offset
+            block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+            place = block * block_stride + offset * 2 * HALF + head[:, None] * head_stride + half[None, :]
+            scale_place = block * scale_block_stride + offset + head * (2 * BLOCK_SIZE)
             turned, also = first * cosine - second * sine, second * cosine + first * sine
-            _store_token(keys_ptr + place, key_scale_ptr + scale_place, turned, also, inside, HALF, FORMAT)
-            _store_token(values_ptr + place, value_scale_ptr + scale_place, left, right, inside, HALF, FORMAT)
+            there = head < kv_heads
+            _store_token(
+                keys_ptr + place, key_scale_ptr + scale_place, turned, also, inside, there, HALF, FORMAT, NATIVE_E4M3
+            )
+            _store_token(
+                values_ptr + place, value_scale_ptr + scale_place, left, right, inside, there, HALF, FORMAT, NATIVE_E4M3
+            )
 
 
 @triton.jit
-def _store_token(ptrs, scale_ptr, left, right, inside, HALF: tl.constexpr, FORMAT: tl.constexpr):
-    """One head of one token, in two halves, as paged_cache.py rounds it."""
+def _store_token(
+    ptrs, scale_ptrs, left, right, inside, there, HALF: tl.constexpr, FORMAT: tl.constexpr, NATIVE_E4M3: tl.constexpr
+):
+    """Heads of one token, (heads, half) in two halves, as paged_cache.py rounds them; inside, there: which are real."""
     if FORMAT == 2:  # int8
         finite_left, finite_right = _finite(left), _finite(right)
-        largest = tl.maximum(tl.max(tl.abs(finite_left), 0), tl.max(tl.abs(finite_right), 0))
-        inverse = tl.where(largest > 7.888609052210118e-31, 127.0 / largest, 0.0)  # 2**-100, as paged_cache.py has it
+        largest = tl.maximum(tl.max(tl.abs(finite_left), 1), tl.max(tl.abs(finite_right), 1))
+        inverse = tl.where(largest > 7.888609052210118e-31, 127.0 / largest, 0.0)[:, None]  # 2**-100: paged_cache.py
         tl.store(ptrs, round_half_even(finite_left * inverse).to(tl.int8), mask=inside)
         tl.store(ptrs + HALF, round_half_even(finite_right * inverse).to(tl.int8), mask=inside)
         # 0 * NaN and 0 * infinity are NaN, and mark the token
-        marked = tl.sum(tl.where(inside, left * 0.0 + right * 0.0, 0.0), 0)
-        tl.store(scale_ptr, largest / 127.0 + marked)
+        marked = tl.sum(tl.where(inside, left * 0.0 + right * 0.0, 0.0), 1)
+        tl.store(scale_ptrs, largest / 127.0 + marked, mask=there)
     elif FORMAT == 1:  # fp8
-        tl.store(ptrs, e4m3_code(left), mask=inside)
-        tl.store(ptrs + HALF, e4m3_code(right), mask=inside)
+        tl.store(ptrs, e4m3_code(left, NATIVE_E4M3), mask=inside)
+        tl.store(ptrs + HALF, e4m3_code(right, NATIVE_E4M3), mask=inside)
     else:
         tl.store(ptrs, left.to(ptrs.dtype.element_ty), mask=inside)
         tl.store(ptrs + HALF, right.to(ptrs.dtype.element_ty), mask=inside)
@@ -161,8 +175,12 @@ def rope_and_cache(
     if not tokens:
         return
     planes = cache.gpu_planes
-    rope_and_cache_kernel[(tokens, heads + cache.kv_heads)](
+    # at few tokens many programs, at many each with more to do
+    block_heads = 4 if tokens <= _FEW_TOKENS else 16
+    parts = triton.cdiv(heads, block_heads) + triton.cdiv(cache.kv_heads, block_heads)
+    rope_and_cache_kernel[(tokens, parts)](
         q, k, v, positions, cos, sin, planes.keys, planes.values, planes.key_scales, planes.value_scales, slot_mapping,
-        q.stride(0), k.stride(0), v.stride(0), heads, cache.kv_heads, cache.block_size, *planes.keys.stride()[:2],
-        planes.key_scales.stride(0), head_dim // 2, triton.next_power_of_2(head_dim // 2), planes.format, num_warps=1,
+        q.stride(0), k.stride(0), v.stride(0), heads, cache.kv_heads, *planes.keys.stride()[:2],
+        planes.key_scales.stride(0), cache.block_size, head_dim // 2, triton.next_power_of_2(head_dim // 2),
+        block_heads, planes.format, placement.converts_e4m3(q.device), num_warps=block_heads // 4,
     )  # fmt: skip

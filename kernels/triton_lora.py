@@ -73,7 +73,7 @@ def lora(
             and b of one dtype (fp32, fp16 or bf16). rank: a power of two >= 16, smaller ranks padded with zeros.
         scale: (slots,) fp32.
         rows: on the device of x; a row is in it at most once.
-        block_n, block_k: powers of two >= 16. Not searched: no GPU has measured them.
+        block_n, block_k: powers of two >= 16. Not searched.
     Sums are fp32; between the two products they are rounded to the dtype of b.
     Raises ValueError: shapes or dtypes that do not fit together.
     """

@@ -52,7 +52,7 @@ def matmul(x: Tensor, weight: Tensor, tile: Tile, bias: Tensor | None = None) ->
 
     Args:
         x, weight: one dtype (fp32, fp16 or bf16), last dimension contiguous, on the GPU (or the CPU under
-        TRITON_INTERPRET=1). tile: of the operator "linear" with backend "triton"; never guessed here.
+        TRITON_INTERPRET=1). tile: of the operator "linear" with backend "triton"; its splits count for nothing here.
     Raises BadTile: the tile belongs to another operator or backend.
     """
     if (tile.operator, tile.backend) != ("linear", "triton"):
@@ -60,7 +60,7 @@ def matmul(x: Tensor, weight: Tensor, tile: Tile, bias: Tensor | None = None) ->
     rows, in_features = x.shape
     out_features = weight.shape[0]
     out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    block_m, block_n, block_k, group_m, num_warps, num_stages = tile.arguments
+    block_m, block_n, block_k, group_m, num_warps, num_stages, _ = tile.arguments
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(out_features, block_n),)
     matmul_kernel[grid](
         x, weight, x if bias is None else bias, out, rows, out_features, in_features, x.stride(0), weight.stride(0),

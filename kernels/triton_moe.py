@@ -90,7 +90,7 @@ def moe(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, tile: Tile, 
         x: (T, hidden), last dimension contiguous; gate_up: (count, 2 * inter, hidden); down: (count, hidden, inter),
             contiguous; one dtype (fp32, fp16 or bf16). Products are summed in fp32 and rounded to it.
         routing: on the device of x. Experts outside [first, first + count) add nothing.
-        tile: of the operator "linear" with backend "triton"; group_m counts for nothing here.
+        tile: of the operator "linear" with backend "triton"; group_m and splits count for nothing here.
     Raises BadTile: the tile belongs to another operator or backend; ValueError: shapes or dtypes that do not fit.
     """
     if (tile.operator, tile.backend) != ("linear", "triton"):
@@ -105,7 +105,7 @@ def moe(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, tile: Tile, 
         raise ValueError(f"moe: {found}")
     if not gate_up.is_contiguous() or not down.is_contiguous():
         raise ValueError("moe: the experts' weights are not contiguous")
-    block_m, block_n, block_k, _, num_warps, num_stages = tile.arguments
+    block_m, block_n, block_k, _, num_warps, num_stages, _ = tile.arguments
     rows = sorted_rows(routing.experts, first, count, block_m)
     choices, tiles = len(rows.token), (rows.tile_start, rows.tile_end, rows.tile_expert)
 

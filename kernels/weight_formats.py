@@ -19,6 +19,9 @@ from dataclasses import dataclass
 BF16_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 
+GPU_EXPANDED_BYTES = 64 << 20
+"""At most so much of a weight of fewer bits is expanded at a time on a GPU, for many rows (kernels/gpu_linear.py)."""
+
 
 @dataclass(frozen=True)
 class WeightFormat:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..kernels.weight_formats import GPU_EXPANDED_BYTES, WEIGHT_FORMATS
 from .device import gpus
 from .draft_shape import draft_pool, draft_shape
 from .model_shape import ModelShape
@@ -143,7 +143,12 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     width += 2 * hidden
     logits = 2 * pool.max_num_samples * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
-    return itemsize * (pool.max_num_batched_tokens * width + between) + 4 * (logits + angles)
+    expanded = 0
+    if pool.accelerator != CPU and WEIGHT_FORMATS[pool.weight_dtype].bits <= 8:
+        # the largest weight, or a part of it, for many rows: kernels/gpu_linear.py
+        channels = max(held.qkv_features, 2 * held.intermediate_size, held.vocab_size if share.has_head else 0)
+        expanded = min(GPU_EXPANDED_BYTES, itemsize * hidden * channels)
+    return itemsize * (pool.max_num_batched_tokens * width + between) + 4 * (logits + angles) + expanded
 
 
 def _adapter_bytes(shape: ModelShape, pool: Pool, rank: int) -> int:

@@ -133,18 +133,57 @@ def test_e4m3_goes_both_ways_as_torch_rounds_it():
 
 def test_a_stored_weight_is_expanded_to_what_it_stands_for():
     run("""
+        from paretune.kernels import placement
         from paretune.kernels.stored_weight import store
+        from paretune.kernels.triton_rounding import expanded
         from paretune.kernels.triton_stored_matmul import stored_matmul
         from paretune.kernels.weight_layout import rows_of
-        for precision in ("fp8", "int8", "int4", "ternary", "nvfp4", "mxfp4"):
-            chosen = tile("linear", block_m=16, block_n=64, block_k=64, group_m=2)
-            for m, n, k, dtype, tolerance in ((19, 70, 150, torch.float32, 2e-5), (1, 33, 40, torch.float16, 5e-3)):
+        for precision in ("fp8", "int4", "ternary", "nvfp4", "mxfp4"):
+            for block_k, splits, (m, n, k), dtype, tolerance in (
+                (64, 0, (19, 70, 150), torch.float32, 2e-5), (16, 1, (1, 33, 40), torch.float16, 5e-3),
+                (128, 3, (3, 40, 600), torch.float32, 2e-5), (64, 2, (3, 40, 256), torch.float32, 2e-5),
+            ):
+                chosen = tile("linear", block_m=16, block_n=64, block_k=block_k, group_m=2, splits=splits)
                 stored = store(torch.randn(n, k), precision)
                 x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
                 oracle = x.double() @ stored.expanded().T + bias.double()
                 parts = stored.precision, rows_of(stored), stored.group_scale, stored.channel_scale
                 check(stored_matmul(x, *parts, chosen, bias), oracle, tolerance * oracle.abs().max().item())
                 check(stored_matmul(x, *parts, chosen), oracle - bias.double(), tolerance * oracle.abs().max().item())
+                check(expanded(*parts, k, torch.float32), stored.expanded(), 1e-6)
+    """)
+
+
+def test_rounded_rows_are_multiplied_as_they_are_and_splits_change_no_integer():
+    run("""
+        from paretune.kernels.stored_weight import store
+        from paretune.kernels.triton_rounding import rounded_rows
+        from paretune.kernels.triton_stored_matmul import scaled, stored_matmul
+        from paretune.kernels.weight_layout import rows_of
+        for precision in ("int8", "fp8"):
+            for (m, n, k), splits in (((5, 70, 150), (1, 2)), ((17, 33, 512), (1, 4, 0))):
+                stored, bias = store(torch.randn(n, k), precision), torch.randn(n)
+                values, scale = rounded_rows(torch.randn(m, k), precision)
+                weight, channels = rows_of(stored), stored.channel_scale
+                oracle = values.double() * scale[:, None].double() @ stored.expanded().double().T + bias.double()
+                found = []
+                for parts in splits:
+                    chosen = tile("linear", block_m=16, block_n=64, block_k=64, splits=parts)
+                    arguments = values, precision, weight, None, channels, chosen, bias, scale, torch.float32
+                    found.append(stored_matmul(*arguments))
+                    check(found[-1], oracle, 1e-5 * oracle.abs().max().item())
+                if precision == "int8":
+                    sums = (values.int() @ weight.int().T).contiguous()
+                    found.append(scaled(sums, scale, channels, bias, torch.float32))
+                    assert all(torch.equal(found[0], other) for other in found[1:])
+    """)
+
+
+def test_tiles_enough_for_every_multiprocessor_are_not_split():
+    run("""
+        from paretune.kernels.triton_stored_matmul import enough_splits
+        assert [enough_splits(programs, 112, 132) for programs in (8, 64, 264, 400, 10000)] == [16, 8, 2, 1, 1]
+        assert enough_splits(1, 3, 132) == 1 and enough_splits(1, 8, 132) == 2
     """)
 
 
@@ -168,10 +207,12 @@ def test_norms_and_swiglu_are_their_references_in_float64():
 def test_rope_rotates_and_the_cache_holds_what_the_cpu_would_store():
     run("""
         from paretune.kernels.fused import reference_rope
+        from paretune.kernels import triton_fused
         from paretune.kernels.triton_fused import rope_and_cache
         for cached_as in ("fp32", "bf16", "fp8", "int8"):
-            cases = ((4, 1, 24, torch.float32, 1e-5), (2, 2, 8, torch.float16, 1e-2))
+            cases = ((4, 1, 24, torch.float32, 1e-5), (2, 2, 8, torch.float16, 1e-2), (18, 5, 8, torch.float32, 1e-5))
             for heads, kv_heads, head_dim, dtype, tolerance in cases:
+                triton_fused._FEW_TOKENS = 0 if heads == 2 else 128  # as of a prompt, and of decoding
                 tokens, block_size = 5, 4
                 qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
                 q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
@@ -233,12 +274,14 @@ def test_matmul_becomes_tensor_core_code_for_gpus_that_are_not_here(arch, instru
 
 AHEAD_OF_TIME = """
 from paretune.kernels import gpu_linear, triton_fused, triton_lora, triton_stored_matmul as stored
+from paretune.kernels import triton_rounding as rounding
+from paretune.kernels.triton_formats import FORMAT_CODES
 from paretune.kernels import triton_decode_attention as decode, triton_prefill_attention as prefill
 TYPES = dict.fromkeys(("x_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr", "bias_ptr", "gate_up_ptr"), "*bf16")
 TYPES |= dict.fromkeys(("residual_ptr", "a_ptr", "b_ptr", "y_ptr"), "*bf16")
 TYPES |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "mixed_ptr", "largest_ptr", "total_ptr", "h_ptr"), "*fp32")
 TYPES |= dict.fromkeys(("cos_ptr", "sin_ptr", "key_scale_ptr", "value_scale_ptr", "channel_scale_ptr"), "*fp32")
-TYPES |= dict.fromkeys(("scale_ptr",), "*fp32") | dict(scale="fp32", eps="fp32")
+TYPES |= dict.fromkeys(("scale_ptr", "row_scale_ptr"), "*fp32") | dict(scale="fp32", eps="fp32")
 TYPES |= dict.fromkeys(("tables_ptr", "context_ptr", "query_start_ptr", "position_ptr", "slot_ptr", "row_ptr"), "*i32")
 TYPES |= dict.fromkeys(("tile_start_ptr", "tile_end_ptr", "tile_slot_ptr"), "*i32")
 
@@ -247,26 +290,52 @@ def code(kernel, arch, constants, chosen=None, num_warps=4, **types):
     options = (chosen.get("num_warps"), chosen.get("num_stages")) if chosen else (num_warps, 2)
     code, stack = compiled(kernel, arch, types, constants, *options)
     assert f".target sm_{arch}" in code.asm["ptx"]
-    assert stack == 0, (kernel.__name__, arch, types, stack)
-    assert code.metadata.shared <= 99 * 1024, code.metadata.shared  # what sm_86 and sm_89 have
+    # up to 16 bytes the assembler of some versions takes for one more program on a multiprocessor
+    assert stack <= 16, (kernel.__name__, arch, types, stack)
+    # sm_86, sm_89 and sm_120 have 99 KB
+    assert code.metadata.shared <= (227 if arch == 90 else 99) * 1024, (kernel.__name__, code.metadata.shared)
 
 def attention(arch, cached_as, kind, activations="*bf16"):
     types = dict.fromkeys(("k_ptr", "v_ptr"), kind) | dict.fromkeys(("q_ptr", "out_ptr"), activations)
-    sizes = dict(HEAD_DIM=128, PADDED_DIM=128, FORMAT=cached_as)
+    sizes = dict(HEAD_DIM=128, PADDED_DIM=128, BLOCK_SIZE=16, FORMAT=cached_as, NATIVE_E4M3=arch >= 89)
     wide = activations == "*fp32"
-    t = decode.default_tile(64, 132, wide)
-    grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
-    code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
-    t = prefill.default_tile(512, 128, 4 if wide else 2)
-    sizes |= dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
-    code(prefill.prefill_attention_kernel, arch, sizes, t, **types)
+    for pairs in (64, 1000):
+        t = decode.default_tile(pairs, 132, wide)
+        grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
+        code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
+    for rows in (16, 64, 512):
+        t = prefill.default_tile(rows, 128, 4 if wide else 2, arch == 90, cached_as == 2)
+        tiled = dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
+        code(prefill.prefill_attention_kernel, arch, sizes | tiled, t, **types)
 
-def linear(arch, precision, weight="*u8", group="*u8"):
-    t, form = gpu_linear.default_tile("triton", 64), stored.WEIGHT_FORMATS[precision]
-    constants = {name.upper(): t.get(name) for name in ("block_m", "block_n", "block_k", "group_m")}
-    constants |= dict(FORMAT=stored._FORMAT[precision].value, BITS=form.bits, GROUP=form.group, HAS_BIAS=True)
-    constants |= dict(HAS_CHANNEL_SCALE=form.channel_bytes > 0)
-    code(stored.stored_matmul_kernel, arch, constants, t, weight_ptr=weight, group_scale_ptr=group)
+def linear(arch, precision, weight="*u8", group="*u8", rounds=False, rows=(1, 32, 64, 128, 2048)):
+    form, native = stored.WEIGHT_FORMATS[precision], arch >= 89
+    for number in rows:
+        t = gpu_linear.default_tile(precision, number, "triton")
+        splits = 8 if number <= 64 else 1
+        constants = {name.upper(): t.get(name) for name in ("block_m", "block_n", "block_k", "group_m")}
+        constants |= dict(FORMAT=FORMAT_CODES[precision], BITS=form.bits, GROUP=form.group, HAS_BIAS=True)
+        constants |= dict(HAS_CHANNEL_SCALE=form.channel_bytes > 0, HAS_ROW_SCALE=rounds, NATIVE_E4M3=native)
+        constants |= dict(EVEN=number != 32, SPLITS=splits)
+        types = dict(weight_ptr=weight, group_scale_ptr=group) | (dict(x_ptr=weight) if rounds else {})
+        types |= dict(out_ptr="*i32" if weight == "*i8" else "*fp32") if splits > 1 else {}
+        code(stored.stored_matmul_kernel, arch, constants, t, **types)
+
+def around_linears(arch):
+    for to_int8 in (False, True):
+        kinds = dict(out_ptr="*i8" if to_int8 else "*u8", scale_ptr="*fp32")
+        for block, once in ((8192, True), (8192, False)):
+            constants = dict(TO_INT8=to_int8, NATIVE_E4M3=arch >= 89, ONCE=once, BLOCK=block)
+            code(rounding.round_rows_kernel, arch, constants, num_warps=16, **kinds)
+    has = dict(HAS_ROW_SCALE=True, HAS_CHANNEL_SCALE=True, HAS_BIAS=True, BLOCK_N=512)
+    code(stored.finish_kernel, arch, has | dict(SPLITS=1), sums_ptr="*i32")
+    code(stored.finish_kernel, arch, has | dict(SPLITS=8), sums_ptr="*fp32")
+    for precision in ("int4", "ternary", "nvfp4", "mxfp4", "fp8"):
+        form = stored.WEIGHT_FORMATS[precision]
+        constants = dict(FORMAT=FORMAT_CODES[precision], BITS=form.bits, GROUP=form.group, NATIVE_E4M3=arch >= 89)
+        constants |= dict(HAS_CHANNEL_SCALE=form.channel_bytes > 0, BLOCK_N=16, BLOCK_K=256)
+        group = "*bf16" if precision == "int4" else "*u8"
+        code(rounding.expand_kernel, arch, constants, weight_ptr="*u8", group_scale_ptr=group)
 
 def between(arch):
     code(decode.merge_kernel, arch, dict(HEAD_DIM=128, PADDED_DIM=128, SPLITS=32))
@@ -274,15 +343,18 @@ def between(arch):
     code(triton_fused.swiglu_kernel, arch, dict(BLOCK=1024))
     for cached_as, kind in ((0, "*bf16"), (1, "*u8"), (2, "*i8")):
         types = dict.fromkeys(("keys_ptr", "values_ptr"), kind)
-        sizes = dict(HALF=64, PADDED_HALF=64, FORMAT=cached_as)
-        code(triton_fused.rope_and_cache_kernel, arch, sizes, num_warps=1, **types)
+        sizes = dict(HALF=64, PADDED_HALF=64, BLOCK_SIZE=16, FORMAT=cached_as, NATIVE_E4M3=arch >= 89)
+        for block_heads in (4, 16):
+            sizes["BLOCK_HEADS"] = block_heads
+            code(triton_fused.rope_and_cache_kernel, arch, sizes, num_warps=block_heads // 4, **types)
     code(triton_lora.shrink_kernel, arch, dict(RANK=64, BLOCK_M=16, BLOCK_K=64))
     code(triton_lora.expand_kernel, arch, dict(RANK=64, BLOCK_M=16, BLOCK_N=64))
 """
 
 
 def test_the_kernels_of_decoding_compile_for_a_gpu_that_is_not_here_and_no_default_tile_spills():
-    run(AHEAD_OF_TIME + "between(90); attention(90, 0, '*bf16'); linear(90, 'int4', group='*bf16')\n", interpret=False)
+    program = "between(90); attention(90, 0, '*bf16'); linear(90, 'int4', group='*bf16', rows=(1,))\n"
+    run(AHEAD_OF_TIME + program, interpret=False)
 
 
 @pytest.mark.slow
@@ -295,9 +367,11 @@ def test_every_kernel_and_format_compiles_for_two_kinds_of_gpus_and_no_default_t
             for cached_as, kind in ((0, "*bf16"), (1, "*u8"), (2, "*i8")):
                 attention(arch, cached_as, kind)
             attention(arch, 0, "*fp32", "*fp32")
-            for precision in ("fp8", "nvfp4", "mxfp4", "ternary"):
+            around_linears(arch)
+            for precision in ("nvfp4", "mxfp4", "ternary"):
                 linear(arch, precision)
-            linear(arch, "int8", weight="*i8")
+            linear(arch, "fp8", **(dict(weight="*fp8e4nv", rounds=True) if arch == 90 else {}))
+            linear(arch, "int8", weight="*i8", rounds=True)
             linear(arch, "int4", group="*bf16")
         """),
         interpret=False,

@@ -38,6 +38,22 @@ def test_every_token_gets_the_weighted_sum_of_its_experts() -> None:
     """)
 
 
+def test_numbers_of_rows_that_are_no_power_of_two_have_a_default_tile() -> None:
+    run("""
+        from types import SimpleNamespace
+        from paretune.kernels import gpu_moe, placement
+        from paretune.kernels.moe import reference, route
+        for rows, chosen in ((23, 1), (45, 2), (1, 1)):
+            x, routing = torch.randn(rows, 40), route(torch.randn(rows, 2), chosen, True)
+            gate_up, down = torch.randn(2, 2 * 24, 40) / 6, torch.randn(2, 40, 24) / 5
+            layer = [SimpleNamespace(precision="fp32", tiles=[Tile("linear", "torch")] * 33)] * 2
+            packed = SimpleNamespace(stacks=(gate_up, down), gate_up=layer, first=0)
+            check(gpu_moe.moe(x, routing, packed), reference(x, routing, list(gate_up), list(down)), 1e-4)
+        tiles = [gpu_moe.default_tile("bf16", rows, "triton") for rows in range(1, 300)]
+        assert {tile.get("block_m") for tile in tiles} == {16, 32, 64}
+    """)
+
+
 def test_the_tiles_are_the_rows_of_each_expert_cut_into_pieces() -> None:
     run("""
         from paretune.kernels.triton_moe import sorted_rows

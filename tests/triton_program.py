@@ -49,7 +49,11 @@ def compiled(kernel, arch, kinds, constants, num_warps=4, num_stages=2):
     unknown = (kinds.keys() | constants.keys()) - set(kernel.arg_names)
     assert not unknown, unknown
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    # sizes that are multiples of 16 in real models, and that Triton's launcher sees to be
+    sizes = ("width", "out_features", "in_features", "x_stride", "weight_stride", "group_stride", "block_stride")
+    sizes += ("q_stride", "k_stride", "v_stride", "head_stride")
+    wide = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name in sizes]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in wide}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = dict(num_warps=num_warps, num_stages=num_stages)
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
