@@ -121,7 +121,7 @@ def prefill_attention(
     planes = cache.gpu_planes
     if tile is None:
         wide = placement.has_wide_shared_memory(q.device)
-        tile = default_tile(max_query_rows, q.shape[2], q.itemsize, wide, planes.format == 2)
+        tile = default_tile(max_query_rows, q.shape[2], q.itemsize, wide, planes.format)
     if (tile.operator, tile.backend) != ("prefill_attention", "triton"):
         found = f"{tile.operator} on {tile.backend}"
         raise BadTile("prefill_attention: tile", found, "prefill_attention on triton", "look it up again")
@@ -141,22 +141,23 @@ def prefill_attention(
     return out
 
 
-def default_tile(query_rows: int, head_dim: int, itemsize: int, wide_shared_memory: bool, scaled_cache: bool) -> Tile:
+def default_tile(query_rows: int, head_dim: int, itemsize: int, wide_shared_memory: bool, cached_as: int) -> Tile:
     """A tile without spills on sm_80 and sm_90.
 
     Args:
         wide_shared_memory: 227 KB a program, where else a tile shall fit 99 KB.
-        scaled_cache: keys and values are int8 with scales.
-    With wide shared memory the fastest, or within 3 % of it, of seven tiles on an NVIDIA H200 for prompts of 64, 512
-    and 2,048 tokens with and without context (bf16, heads of 128 numbers). Without it: not measured; four warps spill
-    on sm_80 where the cache is fp8 or int8.
+        cached_as: 0: in 16 or 32 bits, 1: fp8, 2: int8 with scales.
+    With wide shared memory the fastest of four tiles on an NVIDIA H200 for prompts of 64, 512 and 2,048 tokens with and
+    without context, where the cache is bf16; where it is fp8, but for 8 % at 4 prompts of 512 (heads of 128 numbers);
+    int8 and the rest: not measured. Four warps spill on sm_80 where the cache is fp8 or int8.
     """
     if head_dim * itemsize > 256:
         shape = (16 if query_rows <= 16 else 32, 16, 8, 1)
     elif query_rows <= 16:
         shape = (16, 64, 4, 2)
     elif wide_shared_memory:
-        shape = (64, 64, 4, 2) if query_rows <= 64 else (128, 64 if scaled_cache else 128, 8, 2)
+        few = query_rows <= 64 or cached_as == 0
+        shape = (64, 64, 4, 2) if few else (128, 64 if cached_as == 2 else 128, 8, 2)
     else:
         shape = (64, 64, 8, 2)
     return Tile("prefill_attention", "triton", tuple(zip(("block_m", "block_n", "num_warps", "num_stages"), shape)))

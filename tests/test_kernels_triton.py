@@ -300,11 +300,11 @@ def attention(arch, cached_as, kind, activations="*bf16"):
     sizes = dict(HEAD_DIM=128, PADDED_DIM=128, BLOCK_SIZE=16, FORMAT=cached_as, NATIVE_E4M3=arch >= 89)
     wide = activations == "*fp32"
     for pairs in (64, 1000):
-        t = decode.default_tile(pairs, 132, wide)
+        t = decode.default_tile(pairs, 132, wide, cached_as == 1 and arch >= 89)
         grouped = dict(GROUP=4, PADDED_GROUP=16, SPLITS=t.get("splits"), BLOCK_N=t.get("block_n"))
         code(decode.decode_attention_kernel, arch, sizes | grouped, t, **types)
     for rows in (16, 64, 512):
-        t = prefill.default_tile(rows, 128, 4 if wide else 2, arch == 90, cached_as == 2)
+        t = prefill.default_tile(rows, 128, 4 if wide else 2, arch == 90, cached_as)
         tiled = dict(BLOCK_M=t.get("block_m"), BLOCK_N=t.get("block_n"))
         code(prefill.prefill_attention_kernel, arch, sizes | tiled, t, **types)
 
