@@ -20,20 +20,18 @@ from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import Metric, Target
 from ..traces.trace import Trace
 from . import finalists as final
+from .candidates import DEFAULT, Candidates, refusal
 from .capacity import PART_SLACK, StepModel, busiest_part, check_question
 from .evaluate import Question, evaluate, refine, sharpen
 from .finalists import Measure
 from .front import Cost, Evaluation, Fidelity, Front, pareto
 from .sampler import Enumeration, Outcome, Sampler, TpeAndNeighbors
-from .screen import Estimate, estimate, means_of, screen
 from .space import SearchSpace
 from .store import Ledger, Record
-from .study import Interrupted, Progress, Screened, Study, default_of
+from .study import Interrupted, Progress, Study, default_of
 
 # Proposals asked for at once. Fixed, whatever the number of jobs: the same seed gives the same study.
 BATCH = 8
-
-_DEFAULT = -1
 
 
 def tune(
@@ -148,7 +146,7 @@ class _Book:
 
 
 class _Run:
-    """One run of `tune`: the candidates, what the mean field says of them, and what was found so far."""
+    """One run of `tune`: the candidates, and what was found so far."""
 
     def __init__(
         self,
@@ -164,87 +162,30 @@ class _Run:
         self.question, self.space, self.book, self.seed = question, space, book, seed
         self.jobs, self.trials, self.progress = jobs, trials, progress
         self._stop_at = None if time_budget_s is None else time.monotonic() + time_budget_s
-        self._capacities: dict[int, float] = {}
         self._sharp: set[str] = set()
-        self._screen()
-
-    def _screen(self) -> None:
-        """All candidates through the mean field; self.kept are those left, by index into self.deployments."""
-        question, space = self.question, self.space
-        candidates = space.candidates()
-        means = {caching: means_of(question.trace, question.targets, caching) for caching in (True, False)}
-        self.default_estimate = self._estimate(space.default.pool, means)
-        known: list[int] = []
-        estimates: list[Estimate] = []
-        refused: dict[str, int] = {}
-        for i, deployment in enumerate(candidates.deployments):
-            try:
-                estimates.append(self._estimate(deployment.pool, means))
-                known.append(i)
-            except Exception as error:
-                kind = f"no step times: {_refusal(error)}"
-                refused[kind] = refused.get(kind, 0) + 1
-        pools = [candidates.deployments[i].pool for i in known]
-        most = [question.most_replicas(pool) if question.cost == "sizing" else pool.replicas for pool in pools]
-        screening = screen(
-            estimates,
-            pools,
-            [means[pool.enable_prefix_caching] for pool in pools],
-            [question.usd_per_hour(pool) / pool.replicas for pool in pools],
-            targets=question.targets,
-            metric=question.metric,
-            p=question.percentile,
-            most_replicas=most,
-        )
-        # sizing decides the replicas itself: candidates that differ in nothing else are one
-        one_of = {self._name(pools[i]): i for i in reversed(screening.kept)}
-        kept = sorted(one_of.values())
-        merged = {"same but for replicas, which sizing decides": len(screening.kept) - len(kept)}
-        self.deployments = [candidates.deployments[known[i]] for i in kept]
-        self.points = [candidates.points[known[i]] for i in kept]
-        self.estimates = [estimates[i] for i in kept]
-        self._indices = {self._deployment(i).digest(): i for i in range(_DEFAULT, len(kept))}
-        dropped = {**screening.counts, **refused, **{kind: count for kind, count in merged.items() if count}}
-        self.screened = Screened(space.size, candidates.left_out, dropped)
+        self.candidates = Candidates(question, space)
         self.progress(Progress("screen", space.size, space.size))
-
-    def _estimate(self, pool: Pool, means: Mapping[bool, Any]) -> Estimate:
-        tables = self.question.step_model(pool).tables
-        return estimate(means[pool.enable_prefix_caching], pool, tables, self.question.k)
-
-    def _name(self, pool: Pool) -> Pool:
-        return pool.model_copy(update={"replicas": 1}) if self.question.cost == "sizing" else pool
-
-    def _deployment(self, index: int) -> Deployment:
-        if index == _DEFAULT:
-            return self.space.with_pool(self.space.default.pool)
-        return self.deployments[index]
-
-    def _saturation(self, index: int) -> float:
-        found = self.default_estimate if index == _DEFAULT else self.estimates[index]
-        return found.saturation_per_s / self.question.trace.rate_per_s
 
     def simulate_all(self, name: str) -> Study:
         """Trial 0, then what the sampler proposes, in batches; each batch is decided before it runs."""
         sampler: Sampler
-        if len(self.deployments) < self.trials:
-            sampler = Enumeration(len(self.deployments))
+        candidates, twin = self.candidates, self.candidates.twin
+        if len(candidates) < self.trials:
+            sampler = Enumeration(len(candidates))
         else:
-            sampler = TpeAndNeighbors(self.space, self.points, self.seed)
-        first_name = self._name(self.space.default.pool)
-        twin = next((i for i, each in enumerate(self.deployments) if self._name(each.pool) == first_name), None)
+            sampler = TpeAndNeighbors(self.space, candidates.points, self.seed)
         records: list[Record] = []
-        batch = [_DEFAULT]
+        batch = [DEFAULT]
         complete = True
         with ThreadPoolExecutor(self.jobs) as workers:
             while batch:
                 for index, record in zip(batch, self._simulate(workers, batch, len(records))):
                     records.append(record)
-                    self._learn(index, record)
-                    sampler_index = twin if index == _DEFAULT else index
+                    candidates.learn(index, record)
+                    sampler_index = twin if index == DEFAULT else index
                     if sampler_index is not None:
                         sampler.tell(sampler_index, self._outcome(record))
-                self.progress(Progress("simulate", len(records), min(self.trials, len(self.deployments) + 1)))
+                self.progress(Progress("simulate", len(records), min(self.trials, len(candidates) + 1)))
                 batch = sampler.ask(min(BATCH, self.trials - len(records)))
                 batch = [index for index in batch if index != twin]
                 if batch and self._stop_at is not None and time.monotonic() > self._stop_at:
@@ -262,7 +203,7 @@ class _Run:
             finalists=(),
             corrections=(),
             screened=replace(
-                self.screened,
+                candidates.screened,
                 simulated=len(records),
                 failed=sum(record.state == "failed" for record in records),
             ),
@@ -281,11 +222,11 @@ class _Run:
 
     def _simulate(self, workers: ThreadPoolExecutor, batch: Sequence[int], first_trial: int) -> list[Record]:
         """The records of a batch, known ones from the book. On Ctrl-C, those that are done are kept first."""
-        names = [self._deployment(index).digest() for index in batch]
+        names = [self.candidates.deployment(index).digest() for index in batch]
         futures: dict[int, Future[Record]] = {}
         for place, (index, digest) in enumerate(zip(batch, names)):
             if self.book.get(digest, "simulated") is None:
-                guess = self._guess(index)
+                guess = self.candidates.guess(index)
                 futures[place] = workers.submit(self._trial, index, digest, first_trial + place, guess)
         try:
             for future in futures.values():
@@ -299,34 +240,16 @@ class _Run:
         return [self.book.known[digest, "simulated"] for digest in names]
 
     def _trial(self, index: int, digest: str, trial: int, guess: float | None) -> Record:
-        deployment = self._deployment(index)
+        deployment = self.candidates.deployment(index)
         plain = deployment.model_dump(mode="json")
         try:
-            found = evaluate(self.question, deployment, saturation=self._saturation(index), guess=guess)
+            found = evaluate(self.question, deployment, saturation=self.candidates.saturation(index), guess=guess)
         except Exception as error:
-            if index == _DEFAULT:
+            if index == DEFAULT:
                 raise
-            return Record(trial, digest, "simulated", (), plain, "failed", _refusal(error))
+            return Record(trial, digest, "simulated", (), plain, "failed", refusal(error))
         marked = tuple(replace(each, trial=trial, seed=self.seed, candidate=digest) for each in found)
         return Record(trial, digest, "simulated", marked, plain)
-
-    def _learn(self, index: int, record: Record) -> None:
-        """Remember how much of its saturation a candidate could use: where its neighbors' brackets begin."""
-        if index != _DEFAULT and record.evaluations and self.question.targets:
-            first = record.evaluations[0]
-            carried = first.capacity_rate if self.question.cost == "capacity" else 1 / max(1, first.replicas_needed)
-            if carried > 0:
-                self._capacities[index] = carried / self._saturation(index)
-
-    def _guess(self, index: int) -> float | None:
-        if not self._capacities or index == _DEFAULT:
-            return None
-        point = self.points[index]
-
-        def distance(other: int) -> tuple[int, int]:
-            return sum(a != b for a, b in zip(point, self.points[other])), other
-
-        return self._capacities[min(self._capacities, key=distance)] * self._saturation(index)
 
     def _outcome(self, record: Record) -> Outcome:
         if not record.evaluations:
@@ -388,14 +311,17 @@ class _Run:
                 raise
         return [better.get(id(each), each) for each in evaluations]
 
+    def _saturation(self, each: Evaluation) -> float:
+        return self.candidates.saturation(self.candidates.index(each.candidate))
+
     def _sharpened(self, each: Evaluation) -> Evaluation:
         self._sharp.add(each.candidate)
-        return sharpen(self.question, each, saturation=self._saturation(self._indices[each.candidate]))
+        return sharpen(self.question, each, saturation=self._saturation(each))
 
     def _refined(self, each: Evaluation) -> Evaluation:
         if self.question.targets and self.question.cost == "capacity" and each.candidate not in self._sharp:
             each = self._sharpened(each)
-        return refine(self.question, each, saturation=self._saturation(self._indices[each.candidate]))
+        return refine(self.question, each, saturation=self._saturation(each))
 
     def measure_finalists(
         self, found: Study, measure: Measure, most: int, measurable: Callable[[Deployment], bool]
@@ -442,14 +368,7 @@ class _Run:
             record = Record(each.trial, name, "measured", (result,), plain)
         except Exception as error:
             # not kept in the ledger: a server that did not come up once may come up when the study goes on
-            reason = f"could not be measured: {_refusal(error)}"
+            reason = f"could not be measured: {refusal(error)}"
             return (replace(each, fidelity="measured", feasible=False, reason=reason),)
         self.book.add(record)
         return record.evaluations
-
-
-def _refusal(error: Exception) -> str:
-    """What one of our own errors says, on one line. Any other error is a bug and goes on."""
-    if not isinstance(getattr(error, "exit_code", None), int):
-        raise error
-    return " ".join(str(error).split())
