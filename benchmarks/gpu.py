@@ -2,7 +2,7 @@
 without. On a machine without a GPU it says so, prints its bars without values, and exits with 1.
 
 It is not called cuda.py: scripts come first in Python's path, and `cuda` is a package of NVIDIA's that torch imports.
-The GPU path was written without a GPU: until this script has run on one, nothing about its speed is known. It ends
+It ends
 within 8 minutes: the checks are tests/test_gpu.py, and what has no time is left out, and named.
 """
 

@@ -1,6 +1,6 @@
 """Steps of the engine on an NVIDIA GPU and what each took: for whoever fits or checks a step-time model.
 
-A random model of 1.2 B parameters, bf16, with CUDA graphs and without: decode at batches of 1 to 128 with contexts up
+A random model of 1.1 B parameters, bf16, with CUDA graphs and without: decode at batches of 1 to 128 with contexts up
 to 2,048, prompts of 64 to 3,000 tokens, and mixed steps as chunked prefill composes them. Every step becomes a row of
 results/gpu_steps.json. It takes 20 s on an H200. Without a GPU it says so and exits with 1.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bars import RESULTS
+from bars import RESULTS, finish
 from paretune.runtime.device import Gpu, gpus
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.random_model import write_random_model
@@ -100,6 +100,7 @@ def main() -> int:
     here = gpus()
     if not here:
         print("no NVIDIA GPU that torch sees: nothing was measured", file=sys.stderr)
+        finish([], {})
         return 1
     with tempfile.TemporaryDirectory() as folder:
         model = write_random_model(Path(folder) / "model", **SHAPE)
@@ -113,7 +114,7 @@ def main() -> int:
         "steps": rows,
     }
     write_whole(RESULTS / "gpu_steps.json", json.dumps(found) + "\n")
-    print(json.dumps({"steps": len(rows)}))
+    finish([], {})
     return 0
 
 

@@ -1,10 +1,9 @@
 """What an engine's step takes beyond its operators: planning, wire, Python between the calls, commit.
 
 Steps of one kind (decode at batch 1 and 16, a prefill of 512 tokens) on the 201 M-parameter random Llama, bf16, two
-threads. An engine computes the layers of such a step in one call (kernels/decoder.py). What its operators take is
-measured on the same engine without it, in turns of TURN steps: each operator call is timed where the transformer makes
-it; an operator's time is the median over the steps, of the calls of its place added up. A shared machine pauses steps
-as a whole: the 99th percentile shows it.
+threads. The operators of a step are two C++ calls, all layers with the head and the best token, timed where the engine
+makes them; an operator's time is the median over the steps. A shared machine pauses steps as a whole: the 99th
+percentile shows it.
 """
 
 from __future__ import annotations
@@ -18,29 +17,20 @@ from typing import Any
 
 import numpy as np
 
-import paretune.runtime.rank as rank_module
-import paretune.runtime.transformer as transformer_module
 from bars import Bar, finish
+from paretune.kernels.cpu.build import load, why_missing
 from paretune.kernels.jit import user_cache_dir
 from paretune.runtime.engine import Engine, Request, SamplingParams
 from paretune.runtime.random_model import SHAPES, write_random_model
 from paretune.runtime.spec import Deployment, Pool
 
 MEDIAN, P99 = 1.1, 1.5
-OPERATORS = {
-    transformer_module: ("linear", "rms_norm", "add_rms_norm", "rope_and_cache", "swiglu", "prefill_attention",
-                         "decode_attention"),
-    transformer_module.Transformer: ("_embedded",),
-    rank_module: ("argmax",),
-}  # fmt: skip
+OPERATORS = ("decoder", "argmax")
 # name: requests, prompt tokens, new tokens
 KINDS = {"decode, batch 1": (1, 128, 400), "decode, batch 16": (16, 128, 200), "prefill, 512 tokens": (1, 512, 1)}
-PREFILLS = 80
-TURN = 5  # the first step of a turn finds its code in no cache, and is left out
+PREFILLS = 40
 
 _calls: list[float] = []
-_aside: list[Any] = [None]  # what the transformer does not have for the moment: the one call, or nothing
-_taken = 0
 
 
 def timed(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,37 +55,21 @@ def steps_of(engine: Engine, requests: int, prompt: int, new_tokens: int) -> lis
         begin = time.perf_counter()
         engine.step()
         steps.append((time.perf_counter() - begin, list(_calls)))
-        in_turns(engine)
     return steps
 
 
-def in_turns(engine: Engine) -> None:
-    """Called after every step: the next one computes its layers in one call, or operator by operator."""
-    global _taken
-    transformer = engine._rank._transformer
-    _taken += 1
-    if _taken % TURN == 0:
-        _aside.append(transformer._decoder)
-        transformer._decoder = _aside.pop(0)
-
-
 def measured(engine: Engine, requests: int, prompt: int, new_tokens: int) -> dict[str, float]:
-    global _taken
-    _taken = 0
     if new_tokens == 1:
-        steps = [steps_of(engine, requests, prompt, 1)[0] for _ in range(PREFILLS)]
+        steps = [steps_of(engine, requests, prompt, 1)[0] for _ in range(PREFILLS)][2:]
     else:
-        steps = steps_of(engine, requests, prompt, new_tokens)
-    first = 2 * TURN if new_tokens == 1 else len(steps) - new_tokens + 2 * TURN  # prompts come first
-    steps = [step for number, step in enumerate(steps) if number >= first and number % TURN]
-    # operator by operator, every step of a kind makes the same calls in the same order; in one call it makes `argmax`
-    apart = [calls for _, calls in steps if len(calls) > 1]
-    if len({len(calls) for calls in apart}) != 1:
+        steps = [step for step in steps_of(engine, requests, prompt, new_tokens) if len(step[1])][10:]
+    # every step of a kind makes the same calls in the same order
+    if len({len(calls) for _, calls in steps}) != 1:
         raise SystemExit("steps of one kind differ in their operators: the sum of medians would mean nothing")
-    operators = sum(statistics.median(place) for place in zip(*apart))
-    seconds = [taken for taken, calls in steps if len(calls) == 1]
+    operators = sum(statistics.median(place) for place in zip(*(calls for _, calls in steps)))
+    seconds = [taken for taken, _ in steps]
     return {
-        "steps": len(seconds),
+        "steps": len(steps),
         "operators_ms": 1e3 * operators,
         "median_ms": 1e3 * statistics.median(seconds),
         "p99_ms": 1e3 * float(np.percentile(seconds, 99)),
@@ -107,13 +81,16 @@ def main() -> int:
     if root is None:
         print("no cache folder that can be written: set PARETUNE_CACHE_DIR", file=sys.stderr)
         return 1
+    library = load()
+    if library is None:
+        print(why_missing(), file=sys.stderr)
+        return 1
     model = root / "peers" / "llama200m-bf16"
     model.parent.mkdir(exist_ok=True)
     if not model.exists():
         write_random_model(model, **SHAPES["llama200m"], dtype="bfloat16", seed=1234)
-    for owner, names in OPERATORS.items():
-        for name in names:
-            setattr(owner, name, timed(getattr(owner, name)))
+    for name in OPERATORS:
+        setattr(library, name, timed(getattr(library, name)))
     pool = Pool(num_threads=2, max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=2048, num_kv_blocks=512)
     deployment = Deployment(model=str(model), pools=(pool,))
     bars, details = [], {}

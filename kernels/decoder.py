@@ -1,7 +1,8 @@
 """All layers of a dense decoder and its head in one C++ call: what runtime/transformer.py does operator by operator.
 
-The operators are the same, and so are the numbers. What it saves is Python between them, and memory: nothing but what
-the widest moment of a layer takes is held, and of the MLP 256 rows at a time (kernels/cpu/decoder.cpp).
+The operators are the same, and so are the numbers, but for the last bit where more than 128 rows of an MLP are
+multiplied in pieces. What it saves is Python between them, and memory: nothing but what the widest moment of attention
+takes is held, and 128 rows of the MLP (kernels/cpu/decoder.cpp). Its reference is the transformer without it.
 """
 
 from __future__ import annotations
@@ -146,7 +147,9 @@ class Decoder:
         needed = library.decoder(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
         if needed > 0:
             WORKSPACE.grow(needed)
-            library.decoder(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
+            needed = library.decoder(*arguments, WORKSPACE.address, WORKSPACE.nbytes, threads)
+        if needed != 0:
+            raise RuntimeError("decoder: an operator found less workspace than it asked for")
         return out
 
 
@@ -179,6 +182,8 @@ def decoder_of(
         return None
     if embedding is not None and (embedding.dtype not in ACTIVATION_DTYPES or not embedding.is_contiguous()):
         return None
+    for place in range(4):  # one layer's workspace, and one table of tiles, stand for all
+        assert len({(each.out_features, each.in_features, each.precision) for each in weights[place::4]}) == 1
     assert all(weight.tiles == layers[0].qkv.tiles for weight in weights)
     return Decoder(layers, embedding, norm, head, cos, sin, heads, eps, scale)
 

@@ -9,8 +9,8 @@
     int4, ternary, nvfp4, mxfp4   activations are not rounded; few rows: expanded to their dtype inside the product
                        (triton_stored_matmul.py); more: expanded in memory, a part at a time, and multiplied by cuBLAS
 
-Where few ends follows from times on an NVIDIA H200 (benchmarks/results/kernels_gpu.json). Imported only where it
-runs.
+Where few ends lies between numbers of rows that were timed on an NVIDIA H200 (64, 256 and 2,048:
+benchmarks/results/kernels_gpu.json). Imported only where it runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .linear import PackedLinear
 
 _LEAST_INT_MM_ROWS = 32  # torch._int_mm refuses 16 rows or fewer (aten/src/ATen/native/cuda/Blas.cpp)
-_FEW_ROWS = {"fp8": 64, "int8": 64}  # that Triton multiplies by default; of the others:
+_FEW_ROWS = {"fp8": 64, "int8": 256}  # that Triton multiplies by default; of the others:
 _FEW_ROWS_EXPANDED = 128
 _CHANNELS = 128  # a part that is expanded has a multiple of so many
 _BUCKETS = 33
@@ -53,7 +53,7 @@ def backends(precision: str, out_features: int, in_features: int) -> tuple[str, 
 
 
 def default_tile(precision: str, rows: int, backend: str | None = None) -> Tile:
-    """Reckoned from what other kernels showed on an NVIDIA H200, in 99 KB of shared memory and without spills.
+    """The fastest of the few that were timed on an NVIDIA H200, in 99 KB of shared memory.
 
     Args:
         backend: left out: the better one of both for a weight of this precision.
@@ -67,7 +67,7 @@ def default_tile(precision: str, rows: int, backend: str | None = None) -> Tile:
         return Tile("linear", "torch")
     elif rows <= 32:
         shape = (16 if rows <= 16 else 32, 64, 128, 4, 4)
-    elif rows <= 64:
+    elif rows <= 64 and precision != "int4":
         shape = (64, 64, 128, 8, 3)
     elif rows <= 128:
         shape = (64, 128, 128, 8, 2)
@@ -177,7 +177,7 @@ def _of_rounded_rows(x: Tensor, packed: PackedLinear, tile: Tile) -> Tensor:
 
 
 def _through_expanded(x: Tensor, packed: PackedLinear) -> Tensor:
-    """The weight is expanded in parts of at most GPU_EXPANDED_BYTES, which stay in a large L2 cache."""
+    """The weight is expanded in parts of at most GPU_EXPANDED_BYTES, one after the other in the same memory."""
     from .triton_rounding import expanded
 
     weight, out_features, in_features = packed.weight, packed.out_features, packed.in_features
@@ -193,6 +193,7 @@ def _through_expanded(x: Tensor, packed: PackedLinear) -> Tensor:
         held = weight.narrow(0, first, channels)
         whole = expanded(packed.precision, held, by_group, by_channel, in_features, x.dtype)
         torch.mm(x, whole.t(), out=out.narrow(1, first, channels))
+        del whole  # the next part takes its memory: the GPU does one after the other
     return out if packed.bias is None else out.add_(packed.bias)
 
 
@@ -202,6 +203,6 @@ def channels_at_a_time(out_features: int, in_features: int, itemsize: int) -> in
     >>> channels_at_a_time(28672, 4096, 2), channels_at_a_time(6144, 4096, 2), channels_at_a_time(33, 17, 2)
     (7168, 6144, 128)
     """
-    parts = -(-out_features * in_features * itemsize // GPU_EXPANDED_BYTES)
-    each = -(-out_features // parts)
+    most = max(_CHANNELS, GPU_EXPANDED_BYTES // (in_features * itemsize) // _CHANNELS * _CHANNELS)
+    each = -(-out_features // -(-out_features // most))
     return -(-each // _CHANNELS) * _CHANNELS

@@ -32,7 +32,6 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 MAX_IN_FEATURES_INT8 = 65536  # int32 sums of 255 * 127 products stay below 2**31
 _BUCKETS = 33
 _EXPANDED_ROWS = 512  # of the torch layout, expanded at a time
-_HUGE_PAGE_BYTES = 2 << 20
 _CPU = torch.device("cpu")
 
 

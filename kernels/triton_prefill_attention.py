@@ -147,9 +147,9 @@ def default_tile(query_rows: int, head_dim: int, itemsize: int, wide_shared_memo
     Args:
         wide_shared_memory: 227 KB a program, where else a tile shall fit 99 KB.
         cached_as: 0: in 16 or 32 bits, 1: fp8, 2: int8 with scales.
-    With wide shared memory the fastest of four tiles on an NVIDIA H200 for prompts of 64, 512 and 2,048 tokens with and
-    without context, where the cache is bf16; where it is fp8, but for 8 % at 4 prompts of 512 (heads of 128 numbers);
-    int8 and the rest: not measured. Four warps spill on sm_80 where the cache is fp8 or int8.
+    With wide shared memory the fastest of four tiles on an NVIDIA H200 (two, at 64 tokens) for prompts of 64, 512 and
+    2,048 tokens with and without context, where the cache is bf16; where it is fp8, but for 8 % at 4 prompts of 512
+    (heads of 128 numbers); int8 and the rest: not measured. Four warps spill on sm_80 where the cache is fp8 or int8.
     """
     if head_dim * itemsize > 256:
         shape = (16 if query_rows <= 16 else 32, 16, 8, 1)

@@ -165,7 +165,8 @@ def stored_matmul(
     out_features = weight.shape[0]
     stored = WEIGHT_FORMATS[precision]
     block_m, block_n, block_k, group_m, num_warps, num_stages, splits = tile.arguments
-    block_k = max(block_k, 8 // stored.bits * 16)
+    # Triton's dot of bytes takes 32 input channels at the least
+    block_k = max(block_k, 8 // stored.bits * 16 if row_scale is None else 32)
     programs = triton.cdiv(rows, block_m) * triton.cdiv(out_features, block_n)
     steps = triton.cdiv(in_features, block_k)
     multiprocessors = placement.multiprocessors(x.device)

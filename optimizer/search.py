@@ -20,12 +20,12 @@ from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import Metric, Target
 from ..traces.trace import Trace
 from . import finalists as final
-from .candidates import DEFAULT, Candidates, refusal
 from .capacity import PART_SLACK, StepModel, busiest_part, check_question
 from .evaluate import Question, evaluate, refine, sharpen
 from .finalists import Measure
 from .front import Cost, Evaluation, Fidelity, Front, pareto
 from .sampler import Enumeration, Outcome, Sampler, TpeAndNeighbors
+from .shortlist import DEFAULT, Shortlist, refusal
 from .space import SearchSpace
 from .store import Ledger, Record
 from .study import Interrupted, Progress, Study, default_of
@@ -163,7 +163,7 @@ class _Run:
         self.jobs, self.trials, self.progress = jobs, trials, progress
         self._stop_at = None if time_budget_s is None else time.monotonic() + time_budget_s
         self._sharp: set[str] = set()
-        self.candidates = Candidates(question, space)
+        self.candidates = Shortlist(question, space)
         self.progress(Progress("screen", space.size, space.size))
 
     def simulate_all(self, name: str) -> Study:

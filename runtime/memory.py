@@ -143,12 +143,20 @@ def _activation_bytes(shape: ModelShape, pool: Pool, share: Share) -> int:
     width += 2 * hidden
     logits = 2 * pool.max_num_samples * held.vocab_size if share.has_head else 0
     angles = pool.max_model_len * held.head_dim
-    expanded = 0
+    kept = expanded = rounded = 0
+    if pool.accelerator == CPU and not sparse and (pool.max_loras or pool.context_parallel_size > 1):
+        # steps without adapters, or undivided, are one call, whose workspace stays (kernels/cpu/decoder.cpp)
+        kept = pool.max_num_batched_tokens * (hidden + 2 * max(hidden, held.qkv_features))
+    if pool.accelerator != CPU and pool.weight_dtype in ("fp8", "int8"):
+        # rows rounded to bytes, and of int8 the int32 sums beside the result
+        sums = 4 * max(held.qkv_features, 2 * held.intermediate_size) if pool.weight_dtype == "int8" else 0
+        rounded = pool.max_num_batched_tokens * (max(hidden, held.intermediate_size) + sums)
     if pool.accelerator != CPU and WEIGHT_FORMATS[pool.weight_dtype].bits <= 8:
         # the largest weight, or a part of it, for many rows: kernels/gpu_linear.py
         channels = max(held.qkv_features, 2 * held.intermediate_size, held.vocab_size if share.has_head else 0)
         expanded = min(GPU_EXPANDED_BYTES, itemsize * hidden * channels)
-    return itemsize * (pool.max_num_batched_tokens * width + between) + 4 * (logits + angles) + expanded
+    between_operators = itemsize * (pool.max_num_batched_tokens * width + between + kept)
+    return between_operators + 4 * (logits + angles) + expanded + rounded
 
 
 def _adapter_bytes(shape: ModelShape, pool: Pool, rank: int) -> int:

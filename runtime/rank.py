@@ -38,7 +38,7 @@ from .device import rank_device
 from .draft_shape import draft_shape
 from .gpu_steps import GpuSteps
 from .launch import Launch
-from .memory import give_back_freed_memory
+from .memory import give_back_compiler, give_back_freed_memory
 from .model_shape import ModelShape, resolve_model
 from .parallel import Layout, RankFailed, Share, shares, thread_environment
 from .peers import Peers
@@ -370,6 +370,7 @@ def follow_rank_0(pool: Pool, model_dir: Path, launch: Launch) -> int:
         rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers, device)
         store.set(_loaded(launch.rank), "")
         rank.capture()
+        give_back_compiler()
         while rank.follow():
             pass
     except RuntimeError as error:
@@ -392,6 +393,7 @@ def main() -> None:
     rank = Rank(pool, ModelShape.load(model_dir), model_dir, peers, device)
     (folder / f"{number}.loaded").touch()
     rank.capture()
+    give_back_compiler()
     while rank.follow():
         pass
     sys.exit("rank 0 has left")

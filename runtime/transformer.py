@@ -3,6 +3,9 @@
 Activations are fp32 between operators on the CPU, whatever the weights are (see kernels/linear.py), and on a GPU in the
 dtype that the weights are multiplied in (kernels/gpu_linear.py). Attention takes mixed steps in one call; a step of
 pure decoding takes the decode kernel.
+
+Where nothing must happen between the operators (`_whole`), the CPU computes a step in one call: kernels/cpu/decoder.cpp
+does what `forward` does here, and changes with it.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from paretune.kernels import Tile, fused, sampling
+from paretune.kernels import Tile, decoder, fused, sampling
 from paretune.kernels.cpu import build
-from paretune.kernels.cpu.workspace import WORKSPACE
 from paretune.kernels.decode_attention import decode_attention
 from paretune.kernels.decode_attention import reference as decode_reference
 from paretune.kernels.decoder import DecoderLayer, decoder_of
@@ -205,7 +204,8 @@ def decoder_layer_reference(x, layer, weights, step, cos, sin, heads, scale):
     head_dim, kv_heads = layer.cache.head_dim, layer.cache.kv_heads
     qkv = linear_reference(reference_rms(x, layer.input_norm), weights[0].expanded()).view(len(x), -1, head_dim)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-    q, k = reference_rms(q, layer.q_norm), reference_rms(k, layer.k_norm)
+    if layer.q_norm is not None:
+        q, k = reference_rms(q, layer.q_norm), reference_rms(k, layer.k_norm)
     q, k = (fused.reference_rope(each, step.positions, cos, sin) for each in (q, k))
     layer.cache.write(step.slot_mapping, k.float(), v.float())
     mixed = prefill_reference(q, layer.cache, step.block_tables, step.query_start, step.context_len, scale)
@@ -214,53 +214,72 @@ def decoder_layer_reference(x, layer, weights, step, cos, sin, heads, scale):
     return x + linear_reference(gated, weights[3].expanded())
 
 
+class ExactWorkspace:
+    """As much as was asked for, on the heap: what is written behind it a sanitizer sees. Full of NaN at every call."""
+
+    def __init__(self):
+        self.nbytes, self._memory = 0, torch.zeros(1)
+
+    @property
+    def address(self):
+        self._memory = torch.full((-(-self.nbytes // 4) + 16,), float("nan"))
+        return -(-self._memory.data_ptr() // 64) * 64
+
+    def grow(self, nbytes):
+        self.nbytes = nbytes
+
+
 def sweep_decoder():
-    """Two layers on four tokens of two prompts and one that decodes, scratch memory full of NaN."""
+    """Two layers on prompts of three and one tokens and a request that decodes, and on one of 150 tokens."""
     hidden, inter, heads, kv_heads, head_dim, vocabulary = 17, 127, 4, 2, 6, 33
-    qkv = (heads + 2 * kv_heads) * head_dim
+    qkv, blocks = (heads + 2 * kv_heads) * head_dim, 53
     for precision, cache_dtype, tolerance in (("fp32", "fp32", 1e-4), ("bf16", "bf16", 5e-2), ("int8", "int8", 0.2)):
         shapes = ((qkv, hidden), (hidden, heads * head_dim), (2 * inter, hidden), (hidden, inter))
-        caches = [PagedCache.zeros(4, cache_dtype, 3, kv_heads, head_dim) for _ in range(2)]
+        caches = [PagedCache.zeros(blocks, cache_dtype, 3, kv_heads, head_dim) for _ in range(2)]
         stored = [[store(torch.randn(n, k) / k**0.5, precision) for n, k in shapes] for _ in caches]
-        norms = torch.rand(2, 2, hidden) + 0.5
-        head_norms = torch.rand(2, 2, head_dim) + 0.5
+        norms, head_norms = torch.rand(2, 2, hidden) + 0.5, torch.rand(2, 2, head_dim) + 0.5
         layers = []
         for index, (cache, weights) in enumerate(zip(caches, stored)):
             packed = [pack(weight) for weight in weights]
-            layers.append(
-                DecoderLayer(
-                    norms[index, 0], packed[0], *head_norms[index], packed[1], norms[index, 1], *packed[2:], cache
-                )
-            )
+            of_heads = head_norms[index] if precision != "int8" else (None, None)
+            normed = (norms[index, 0], packed[0], *of_heads, packed[1], norms[index, 1])
+            layers.append(DecoderLayer(*normed, *packed[2:], cache))
         embedding, norm = torch.randn(vocabulary, hidden), torch.rand(hidden) + 0.5
+        embedding = embedding.bfloat16() if precision == "bf16" else embedding
         head = store(torch.randn(vocabulary, hidden) / hidden**0.5, precision)
-        cos, sin = torch.rand(16, head_dim // 2), torch.rand(16, head_dim // 2)
-        whole = decoder_of(layers, embedding, norm, pack(head), cos, sin, heads=heads, eps=1e-5, scale=head_dim**-0.5)
-        for starts, context in (([0, 3, 4, 5], [0, 0, 2]), ([0, 1, 2, 3], [0, 1, 2])):
+        cos, sin = torch.rand(160, head_dim // 2), torch.rand(160, head_dim // 2)
+        sizes = {"heads": heads, "eps": 1e-5, "scale": head_dim**-0.5}
+        whole = decoder_of(layers, embedding, norm, pack(head), cos, sin, **sizes)
+        stage = decoder_of(layers, None, norm, None, cos, sin, **sizes)
+        for starts, context in (([0, 3, 4, 5], [0, 0, 2]), ([0, 1, 2, 3], [0, 1, 2]), ([0, 150], [0])):
+            spans = list(zip(starts, starts[1:], context))
             step = SimpleNamespace(
                 token_ids=torch.randint(0, vocabulary, (starts[-1],)),
-                positions=torch.cat([torch.arange(b - a) + c for a, b, c in zip(starts, starts[1:], context)]),
-                slot_mapping=torch.cat(
-                    [3 * at + torch.arange(b - a) + c for at, (a, b, c) in enumerate(zip(starts, starts[1:], context))]
-                ),
-                block_tables=torch.tensor([[0], [1], [2]], dtype=torch.int32),
+                positions=torch.cat([torch.arange(b - a) + c for a, b, c in spans]),
+                slot_mapping=torch.cat([3 * at + torch.arange(b - a) + c for at, (a, b, c) in enumerate(spans)]),
+                block_tables=torch.arange(len(spans) * (blocks - 2), dtype=torch.int32).view(len(spans), -1) % blocks,
                 query_start=torch.tensor(starts, dtype=torch.int32),
                 context_len=torch.tensor(context, dtype=torch.int32),
                 length=torch.tensor(context, dtype=torch.int32) + torch.tensor(starts).diff().int(),
                 head_rows=torch.tensor(starts[1:]) - 1,
                 decode_only=starts[-1] == 3,
             )
-            random = torch.randn(2, 4 * 3, kv_heads, head_dim)
+            if len(spans) > 1:
+                step.block_tables[:, 0] = torch.arange(len(spans))
+            random = torch.randn(2, 12, kv_heads, head_dim)
             for cache in caches:
                 cache.write(torch.arange(12), *random)
-            x = embedding[step.token_ids].double()
+            x = embedded = embedding[step.token_ids].double()
             for layer, weights in zip(layers, stored):
-                x = decoder_layer_reference(x, layer, weights, step, cos, sin, heads, head_dim**-0.5)
+                x = decoder_layer_reference(x, layer, weights, step, cos, sin, heads, sizes["scale"])
             expected = linear_reference(reference_rms(x[step.head_rows], norm), head.expanded())
-            for cache in caches:
-                cache.write(torch.arange(12), *random)
-            torch.frombuffer(WORKSPACE._memory, dtype=torch.float32).fill_(float("nan"))
-            check(whole(step, None, None), expected, tolerance)
+            for call, oracle, rows in ((whole, expected, step.head_rows), (whole, expected[:0], step.head_rows[:0]),
+                                       (stage, x, step.head_rows)):  # fmt: skip
+                for cache in caches:
+                    cache.write(torch.arange(12), *random)
+                step.head_rows = rows
+                check(call(step, embedded.float() if call is stage else None, None), oracle, tolerance)
+                step.head_rows = torch.tensor(starts[1:]) - 1
 
 
 if __name__ == "__main__":
@@ -277,6 +296,7 @@ if __name__ == "__main__":
     sweep_sampling()
     sweep_lora()
     sweep_moe()
+    decoder.WORKSPACE = ExactWorkspace()
     sweep_decoder()
     library = build.load()
     assert library is not None

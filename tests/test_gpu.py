@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from paretune.kernels.linear import linear, pack, reference
+from paretune.kernels.stored_weight import store
 from paretune.runtime.device import gpus
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.random_model import write_random_model
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.skipif(not HERE and not NEEDED, reason="no NVIDIA GPU t
 
 LIMITS = {
     "weight_dtype": "fp32", "kv_cache_dtype": "fp32", "max_model_len": 256, "max_num_seqs": 12,
-    "max_num_batched_tokens": 96, "block_size": 16, "num_kv_blocks": 64,
+    "max_num_batched_tokens": 224, "block_size": 16, "num_kv_blocks": 64,
 }  # fmt: skip
 # how far logits may lie from those of the CPU, over the largest: the arithmetic differs where docs/serving.md says so
 TOLERANCE = {
@@ -48,8 +50,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=3,
-        num_attention_heads=8,
+        num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=128,
         max_position_embeddings=256,
         dtype="float32",
     )
@@ -108,7 +111,7 @@ def answers(engine: Engine, count: int = 12) -> dict[int, list[int]]:
 
 def logits(deployment: Deployment, model_dir: Path) -> torch.Tensor:
     """Of every token of a prompt, and of an answer to it that is the same for everybody: it is part of the prompt."""
-    prompt = np.random.default_rng(1).integers(0, 512, 90).astype(np.int32)
+    prompt = np.random.default_rng(1).integers(0, 512, 200).astype(np.int32)
     with Engine(deployment, model_dir, keep_logits=True) as engine:
         engine.add(Request(0, prompt, SamplingParams(max_tokens=1, temperature=0)))
         while engine.has_work:
@@ -151,6 +154,15 @@ def test_logits_of_every_precision_are_near_the_cpus(
     apart = {how: logits(on_gpu(**precision, **steps), model_dir) - theirs for how, steps in STEPS.items()}
     allowed = (TOLERANCE[weight_dtype] + (0.0 if kv_cache_dtype == "fp32" else 0.02)) * theirs.abs().max()
     assert {how: float(error.abs().max()) for how, error in apart.items() if error.abs().max() >= allowed} == {}
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4", "mxfp4", "fp8", "int8"])
+@pytest.mark.parametrize("rows", [1, 17, 65, 300])
+def test_a_weight_beyond_what_is_expanded_at_once_multiplies_as_on_the_cpu(precision: str, rows: int) -> None:
+    weight, x = torch.randn(17000, 2112), torch.randn(rows, 2112)
+    oracle = reference(x, store(weight, precision).expanded())
+    found = linear(x.cuda().bfloat16(), pack(weight, precision, device=torch.device("cuda"))).cpu().double()
+    assert (found - oracle).abs().max() < 0.03 * oracle.abs().max()
 
 
 @pytest.mark.skipif(len(HERE) < 2, reason="fewer than two GPUs")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(load() is None, reason="no C++ compiler: `paretu
 FAMILIES = ("llama", "qwen2", "qwen3")
 PRECISIONS = [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "fp8"), ("fp8", "bf16"), ("mxfp4", "fp32")]
 POOL = Pool(
-    max_model_len=400, max_num_seqs=6, max_num_batched_tokens=256, block_size=8, num_kv_blocks=400,
+    max_model_len=400, max_num_seqs=6, max_num_batched_tokens=128, block_size=8, num_kv_blocks=400,
     enable_prefix_caching=False, num_threads=2,
 )  # fmt: skip
 

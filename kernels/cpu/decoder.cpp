@@ -1,6 +1,6 @@
 // All layers of a dense decoder and its head in one call, operator by operator: what runtime/transformer.py does, without a
-// trip through Python between two operators. When a step has streamed its weights through the caches, a trip finds none of its
-// code and data in them: 20 to 60 us each at batch 1 (Zen 3), a fifth of a step of 201 M parameters.
+// trip through Python between two operators, which finds none of its code and data in the caches once a step has streamed its
+// weights through them (docs/notes/runtime.md). Whoever changes a layer there changes it here.
 // Plain C interface; the caller owns every buffer, the functions allocate, throw and keep nothing.
 #include <algorithm>
 #include <cstring>
@@ -13,7 +13,7 @@
 namespace paretune {
 namespace {
 
-constexpr int64_t MLP_ROWS = 128;  // between gate_up and down at a time: enough to multiply at full speed, few enough to keep
+constexpr int64_t MLP_ROWS = 128;  // most between gate_up and down: enough to multiply at full speed, few enough to keep
 
 struct Layer {  // kernels/decoder.py: _Layer
     const Weight *qkv, *o, *gate_up, *down;
@@ -24,7 +24,7 @@ struct Layer {  // kernels/decoder.py: _Layer
 
 struct Model {  // kernels/decoder.py: _Model
     const Layer* layers;
-    const int32_t *tiles, *head_tiles;  // as in linear_by_bucket
+    const int32_t *tiles, *head_tiles;  // as in tile_of_rows
     const void* embedding;              // (vocabulary, hidden) fp32 or bf16, or null: an earlier stage embeds
     const float* norm;                  // before the head
     const Weight* head;                 // null: a later stage has it, and the residual is the result
@@ -36,13 +36,14 @@ struct Model {  // kernels/decoder.py: _Model
     int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-struct Step {  // kernels/decoder.py: _STEP; pointers as runtime/batch.py has them
+struct Step {  // kernels/decoder.py: Decoder.__call__; pointers as runtime/batch.py has them
     const int64_t *token_ids, *positions, *slots;
     const int32_t *block_tables, *query_start, *context_len, *length;
     const int64_t* head_rows;
     int64_t table_stride, tokens, sequences, num_head_rows, decode_only;
     int64_t tile[2];  // of attention
 };
+static_assert(sizeof(Step) == 15 * 8, "kernels/decoder.py fills it place by place");
 
 struct Pass {  // one call, resolved
     const Model& model;
@@ -54,9 +55,21 @@ struct Pass {  // one call, resolved
     char* scratch;
     int64_t scratch_bytes;
 
-    int64_t multiply(const Weight* weight, const float* x, int64_t rows, float* out) const {
-        return linear_by_bucket(*weight, model.tiles, x, weight->k, rows, out, scratch, scratch_bytes, threads);
+    // `of` so many rows of the step, whose tile it is.
+    int64_t multiply(const Weight* weight, const float* x, int64_t rows, float* out, int64_t of) const {
+        return linear_with_tile(*weight, tile_of_rows(model.tiles, of), x, weight->k, rows, out, scratch, scratch_bytes,
+                                threads);
     }
+
+    int64_t multiply_head(const float* x, float* logits) const {
+        const int64_t rows = step.num_head_rows;
+        return linear_with_tile(*model.head, tile_of_rows(model.head_tiles, rows), x, model.hidden, rows, logits, scratch,
+                                scratch_bytes, threads);
+    }
+
+    // The rows of an MLP go through it in pieces of nearly equal size; where piece `index` begins.
+    static int64_t pieces(int64_t rows) { return (rows + MLP_ROWS - 1) / MLP_ROWS; }
+    static int64_t piece_begin(int64_t index, int64_t rows) { return index * rows / pieces(rows); }
 
     int64_t attend(const Layer& layer) const {
         const int64_t stride = model.qkv_width();
@@ -80,17 +93,16 @@ struct Pass {  // one call, resolved
         const Layer& layer = model.layers[0];
         int64_t most = nothing.attend(layer);
         for (int64_t rows : {step.tokens, step.num_head_rows}) {
-            most = std::max(most, nothing.multiply(layer.qkv, nullptr, rows, nullptr));
-            most = std::max(most, nothing.multiply(layer.o, nullptr, rows, nullptr));
-            for (int64_t some : {std::min(rows, MLP_ROWS), rows % MLP_ROWS}) {
-                most = std::max(most, nothing.multiply(layer.gate_up, nullptr, some, nullptr));
-                most = std::max(most, nothing.multiply(layer.down, nullptr, some, nullptr));
+            if (rows == 0) continue;
+            most = std::max(most, nothing.multiply(layer.qkv, nullptr, rows, nullptr, rows));
+            most = std::max(most, nothing.multiply(layer.o, nullptr, rows, nullptr, rows));
+            const int64_t fewest = rows / pieces(rows);
+            for (int64_t some : {fewest, std::min(rows, fewest + 1)}) {
+                most = std::max(most, nothing.multiply(layer.gate_up, nullptr, some, nullptr, rows));
+                most = std::max(most, nothing.multiply(layer.down, nullptr, some, nullptr, rows));
             }
         }
-        if (model.head)
-            most = std::max(most, linear_by_bucket(*model.head, model.head_tiles, nullptr, model.hidden,
-                                                   step.num_head_rows, nullptr, nullptr, 0, threads));
-        return most;
+        return model.head ? std::max(most, nothing.multiply_head(nullptr, nullptr)) : most;
     }
 
     void embed() const {
@@ -122,36 +134,39 @@ struct Pass {  // one call, resolved
             memmove(x + row * width, x + step.head_rows[row] * width, (size_t)width * 4);
     }
 
-    // a: the normed input of the first layer -> the normed input of the head
-    void layers() const {
+    // a: the normed input of the first layer -> the normed input of the head. Returns what operators that had too little
+    // scratch asked for, which scratch_needed() should have known; 0: none.
+    int64_t layers() const {
         const int64_t qkv = model.qkv_width(), hidden = model.hidden;
+        int64_t missed = 0;
         for (int64_t index = 0; index < model.num_layers; ++index) {
             const Layer& layer = model.layers[index];
             const bool last = index + 1 == model.num_layers;
-            multiply(layer.qkv, a, step.tokens, b);
+            missed |= multiply(layer.qkv, a, step.tokens, b, step.tokens);
             if (layer.q_norm) normalize_heads(layer);
             float *k = b + model.attention_width(), *v = k + model.kv_heads * model.head_dim;
             paretune_rope_and_cache(b, qkv, k, qkv, v, qkv, 0, step.positions, model.cosine, model.sine, layer.cache_blocks,
                                     (int)model.cache_type, model.block_size, step.slots, step.tokens, model.heads,
                                     model.kv_heads, model.head_dim, threads);
-            attend(layer);
+            missed |= attend(layer);
             int64_t rows = step.tokens;
             if (last && model.head) {
                 keep_head_rows(a, model.attention_width());
                 keep_head_rows(residual, hidden);
                 rows = step.num_head_rows;
             }
-            multiply(layer.o, a, rows, b);
+            missed |= multiply(layer.o, a, rows, b, rows);
             paretune_add_rms_norm(b, residual, layer.post_norm, (float)model.eps, a, rows, hidden, 0, threads);
-            for (int64_t first = 0; first < rows; first += MLP_ROWS) {
-                const int64_t some = std::min(MLP_ROWS, rows - first);
-                multiply(layer.gate_up, a + first * hidden, some, gate_up);
+            for (int64_t piece = 0; piece < pieces(rows); ++piece) {
+                const int64_t first = piece_begin(piece, rows), some = piece_begin(piece + 1, rows) - first;
+                missed |= multiply(layer.gate_up, a + first * hidden, some, gate_up, rows);
                 paretune_swiglu(gate_up, 2 * model.inter, activated, some, model.inter, 0, threads);
-                multiply(layer.down, activated, some, b + first * hidden);
+                missed |= multiply(layer.down, activated, some, b + first * hidden, rows);
             }
             const float* norm = last ? model.norm : model.layers[index + 1].input_norm;
             paretune_add_rms_norm(b, residual, norm, (float)model.eps, a, rows, hidden, 0, threads);
         }
+        return missed;
     }
 };
 
@@ -162,7 +177,7 @@ using namespace paretune;
 
 // hidden: (tokens, hidden) fp32, overwritten with the result where the model has no head; null: of a model that embeds and has the
 // head. logits: (num_head_rows, vocabulary) fp32. Returns 0, or the bytes of workspace it needs, where `workspace_bytes` are too
-// few (nothing is computed then).
+// few (nothing is computed then); negative: a defect of this file, and no result.
 extern "C" int64_t paretune_decoder(const void* model_address, const void* step_address, void* hidden, void* logits,
                                     void* workspace, int64_t workspace_bytes, int threads) {
     const Model& model = *(const Model*)model_address;
@@ -183,9 +198,7 @@ extern "C" int64_t paretune_decoder(const void* model_address, const void* step_
     if (model.embedding) pass.embed();
     paretune_rms_norm(pass.residual, model.hidden, model.layers[0].input_norm, (float)model.eps, pass.a, step.tokens, model.hidden,
                       0, threads);
-    pass.layers();
-    if (model.head)
-        linear_by_bucket(*model.head, model.head_tiles, pass.a, model.hidden, step.num_head_rows, (float*)logits, pass.scratch,
-                         pass.scratch_bytes, threads);
-    return 0;
+    int64_t missed = pass.layers();
+    if (model.head) missed |= pass.multiply_head(pass.a, (float*)logits);
+    return missed == 0 ? 0 : -1;
 }

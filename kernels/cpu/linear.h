@@ -22,12 +22,16 @@ namespace paretune {
 
 constexpr int TILE_NUMBERS = 5;  // row_tile, row_block, k_block, prefetch_bytes, serial_below_kmacs
 
-// paretune_linear on fp32 rows with the tile of their number: `tiles` holds TILE_NUMBERS for each power of two of rows.
-static inline int64_t linear_by_bucket(const Weight& weight, const int32_t* tiles, const float* x, int64_t x_stride,
-                                       int64_t rows, float* out, void* workspace, int64_t bytes, int threads) {
+// Of `tiles`, which holds TILE_NUMBERS for each power of two of rows, those of so many.
+static inline const int32_t* tile_of_rows(const int32_t* tiles, int64_t rows) {
     int bucket = 0;
     while ((int64_t)1 << bucket < rows) ++bucket;
-    const int32_t* tile = tiles + bucket * TILE_NUMBERS;
+    return tiles + bucket * TILE_NUMBERS;
+}
+
+// paretune_linear on fp32 rows.
+static inline int64_t linear_with_tile(const Weight& weight, const int32_t* tile, const float* x, int64_t x_stride,
+                                       int64_t rows, float* out, void* workspace, int64_t bytes, int threads) {
     return paretune_linear(&weight, x, 0, x_stride, rows, out, tile[0], tile[1], tile[2], tile[3], tile[4], workspace, bytes,
                            threads);
 }

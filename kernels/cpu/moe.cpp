@@ -54,7 +54,7 @@ struct Experts {  // one call, resolved
 
     int64_t linear(const Weight& weight, const float* from, int64_t stride, int64_t rows, float* to, void* workspace,
                    int64_t bytes) const {
-        return linear_by_bucket(weight, tiles, from, stride, rows, to, workspace, bytes, linear_threads);
+        return linear_with_tile(weight, tile_of_rows(tiles, rows), from, stride, rows, to, workspace, bytes, linear_threads);
     }
 
     // Workspace of both products: more rows of one tile never need less.

@@ -15,8 +15,8 @@ from .study import Screened
 DEFAULT = -1  # the number of the space's default, which is a candidate besides
 
 
-class Candidates:
-    """The candidates of a study, by number from 0 on.
+class Shortlist:
+    """The candidates that the screen left, by number from 0 on.
 
     deployments, points  of each: what it deploys, and the values of the space's knobs
     screened             what became of the rest
