@@ -112,19 +112,21 @@ def library_linears(precision: str, out_features: int, in_features: int) -> dict
     def weight() -> torch.Tensor:
         return torch.randn(out_features, in_features)
 
+    calls: dict[str, Callable[[torch.Tensor], object]] = {}
     if precision == "fp32":
         plain = rotating(weight, 4 * size)
         return {"torch": lambda x: functional.linear(x, next(plain))}
     if precision == "bf16":
         halves = rotating(lambda: weight().bfloat16(), 2 * size)
+        calls = {"torch": lambda x: functional.linear(x.bfloat16(), next(halves)).float()}
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            print("  oneDNN takes no bf16 on this processor")
+            return calls
         prepacked = rotating(lambda: torch.ops.mkldnn._reorder_linear_weight(weight().bfloat16()), 2 * size)
-        return {
-            "torch": lambda x: functional.linear(x.bfloat16(), next(halves)).float(),
-            "oneDNN": lambda x: torch.ops.mkldnn._linear_pointwise(
-                x.bfloat16(), next(prepacked), None, "none", [], ""
-            ).float(),
-        }
-    calls: dict[str, Callable[[torch.Tensor], object]] = {}
+        calls["oneDNN"] = lambda x: torch.ops.mkldnn._linear_pointwise(
+            x.bfloat16(), next(prepacked), None, "none", [], ""
+        ).float()
+        return calls
     if precision in ("int8", "int4"):
         for engine, name in (("fbgemm", "FBGEMM"), ("onednn", "oneDNN")):
             if engine in torch.backends.quantized.supported_engines:
