@@ -46,20 +46,27 @@ def last_level_cache_bytes() -> int:
 
 
 ROTATED_BYTES = 4 * last_level_cache_bytes()
+SETTLE_S, CALLS = 0.008, 3  # of a turn
 READ_WIDTH = 1024  # columns of the matrix that measures the read bandwidth
 
 
 def take_turns(sides: Sequence[Callable[[], object]], seconds: float, least: int = 5) -> list[tuple[float, float]]:
-    """(median, fastest) seconds of each side."""
+    """(median, fastest) seconds of each side.
+
+    OpenMP's threads spin for some milliseconds after a library's call, on cores that the next side needs: it is called
+    untimed for so long.
+    """
     times: list[list[float]] = [[] for _ in sides]
-    for side in sides:
-        side()
     until = time.perf_counter() + seconds
     while len(times[0]) < least or time.perf_counter() < until:
         for side, seconds_taken in zip(sides, times):
-            begin = time.perf_counter()
-            side()
-            seconds_taken.append(time.perf_counter() - begin)
+            settled = time.perf_counter() + SETTLE_S
+            while time.perf_counter() < settled:
+                side()
+            for _ in range(CALLS):
+                begin = time.perf_counter()
+                side()
+                seconds_taken.append(time.perf_counter() - begin)
     return [(statistics.median(taken), min(taken)) for taken in times]
 
 
