@@ -101,7 +101,7 @@ def test_weights_are_expanded_in_parts_that_hold_every_channel_once() -> None:
         placement.on_gpu = lambda where: True
         gpu_linear.GPU_EXPANDED_BYTES = 60_000
         stored, x = store(torch.randn(300, 70), "int4"), torch.randn(2, 70)
-        assert gpu_linear.channels_at_a_time(300, 70, 4) == 256
+        assert gpu_linear.channels_at_a_time(300, 70, 4) == 128
         packed = pack(stored, bias=torch.randn(300), device=torch.device("cpu"))
         out = linear(x, packed, Tile("linear", "torch"))
         check(out, reference(x.double(), stored.expanded(), packed.bias), 2e-2)
@@ -114,7 +114,7 @@ def test_few_rows_are_triton_s_by_default_and_many_the_libraries() -> None:
         from paretune.kernels import gpu_linear, placement
         from paretune.kernels.linear import pack
         placement.on_gpu = lambda where: True
-        for precision, few in (("int4", 128), ("nvfp4", 128), ("int8", 64), ("fp8", 64)):
+        for precision, few in (("int4", 128), ("nvfp4", 128), ("int8", 256), ("fp8", 64)):
             packed = pack(torch.randn(16, 32), precision, device=torch.device("cpu"))
             for exponent in range(13):
                 assert packed.tiles[exponent].backend == ("triton" if 1 << exponent <= few else "torch")

@@ -373,6 +373,8 @@ def test_every_kernel_and_format_compiles_for_two_kinds_of_gpus_and_no_default_t
             linear(arch, "fp8", **(dict(weight="*fp8e4nv", rounds=True) if arch == 90 else {}))
             linear(arch, "int8", weight="*i8", rounds=True)
             linear(arch, "int4", group="*bf16")
+        attention(89, 1, "*u8")  # converts e4m3 by an instruction, and has 99 KB
+        linear(89, "fp8", weight="*fp8e4nv", rounds=True, rows=(1, 32, 64))
         """),
         interpret=False,
     )
