@@ -9,6 +9,7 @@ of 32 numbers, Zen 4).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import weakref
@@ -46,8 +47,10 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     if tensor.nbytes == 0:
         return tensor.contiguous()
     chunk, begin = _chunks.place(tensor.nbytes)
-    count = tensor.numel()
-    return torch.frombuffer(chunk, dtype=tensor.dtype, count=count, offset=begin).view(tensor.shape).copy_(tensor)
+    copy = torch.frombuffer(chunk, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
+    source = tensor.contiguous()
+    ctypes.memmove(copy.data_ptr(), source.data_ptr(), tensor.nbytes)  # copy_() waits forever in a forked child: OpenMP
+    return copy
 
 
 def zeros_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
