@@ -81,7 +81,15 @@ _STEP_NUMBERS = 15  # of decoder.cpp's `Step`
 
 
 class Decoder:
-    """The layers of one pipeline stage, none of which is shared out among ranks; `decoder_of` makes it.
+    """The layers of one pipeline stage, none of which is shared out among ranks, where `computes` says yes.
+
+    Args:
+        layers: of equal shapes, precisions and tiles.
+        embedding: (vocabulary, hidden) fp32 or bf16; None: an earlier stage has it.
+        norm: (hidden,) fp32, before the head.
+        head: None: another rank has it.
+        cos, sin: (positions, head_dim / 2) fp32.
+        heads: query heads.
 
     most_tokens  of a step: with more rows some matrix has a tile of another library
     """
@@ -99,6 +107,10 @@ class Decoder:
         scale: float,
     ) -> None:
         first, cache = layers[0], layers[0].cache
+        weights = [weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        for place in range(4):  # one layer's workspace, and one table of tiles, stand for all
+            assert len({(each.out_features, each.in_features, each.precision) for each in weights[place::4]}) == 1
+        assert all(weight.tiles == first.qkv.tiles for weight in weights)
         self._layers = (_Layer * len(layers))(*map(_layer, layers))
         self._tiles = _tile_numbers(first.qkv.tiles)
         self._head_tiles = self._tiles if head is None else _tile_numbers(head.tiles)
@@ -153,39 +165,14 @@ class Decoder:
         return out
 
 
-def decoder_of(
-    layers: Sequence[DecoderLayer],
-    embedding: Tensor | None,
-    norm: Tensor,
-    head: PackedLinear | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    heads: int,
-    eps: float,
-    scale: float,
-) -> Decoder | None:
-    """The layers as one call; None where some weight is not packed for C++, or there is no layer.
-
-    Args:
-        layers: of equal shapes, precisions and tiles.
-        embedding: (vocabulary, hidden) fp32 or bf16; None: an earlier stage has it.
-        norm: (hidden,) fp32, before the head.
-        head: None: another rank has it.
-        cos, sin: (positions, head_dim / 2) fp32.
-        heads: query heads.
-    """
+def computes(layers: Sequence[DecoderLayer], embedding: Tensor | None, head: PackedLinear | None) -> bool:
+    """Whether a `Decoder` can be made of these: there are layers, and C++ has every weight."""
     if load() is None or not layers or layers[0].cache.head_dim > _MOST_HEAD_DIM:
-        return None
-    weights = [weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    if any(weight.panels is None for weight in (*weights, *([] if head is None else [head]))):
-        return None
+        return False
     if embedding is not None and (embedding.dtype not in ACTIVATION_DTYPES or not embedding.is_contiguous()):
-        return None
-    for place in range(4):  # one layer's workspace, and one table of tiles, stand for all
-        assert len({(each.out_features, each.in_features, each.precision) for each in weights[place::4]}) == 1
-    assert all(weight.tiles == layers[0].qkv.tiles for weight in weights)
-    return Decoder(layers, embedding, norm, head, cos, sin, heads, eps, scale)
+        return False
+    weights = [weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return all(weight.panels is not None for weight in (*weights, *([] if head is None else [head])))
 
 
 _DECODE, _PREFILL = Tile("decode_attention", "cpp"), Tile("prefill_attention", "cpp")

@@ -21,7 +21,7 @@ from ..kernels import placement
 from ..kernels.cpu.build import load
 from ..kernels.cpu.huge_pages import zeros_on_huge_pages
 from ..kernels.decode_attention import decode_attention
-from ..kernels.decoder import Decoder, DecoderLayer, decoder_of
+from ..kernels.decoder import Decoder, DecoderLayer, computes
 from ..kernels.fused import add_rms_norm, rms_norm, rope_and_cache, swiglu
 from ..kernels.gpu_lora import RowTiles
 from ..kernels.linear import PackedLinear, linear
@@ -142,8 +142,10 @@ class Transformer:
             norms = (layer.input_norm, layer.qkv, layer.q_norm, layer.k_norm, layer.o, layer.post_norm)
             layers.append(DecoderLayer(*norms, layer.gate_up, layer.down, cache))
         head = weights.head if self._is_last else None
-        sizes = {"heads": self._heads, "eps": shape.rms_norm_eps, "scale": self._scale}
-        return decoder_of(layers, weights.embedding, weights.norm, head, self._cos, self._sin, **sizes)
+        if not computes(layers, weights.embedding, head):
+            return None
+        angles, eps = (self._cos, self._sin), shape.rms_norm_eps
+        return Decoder(layers, weights.embedding, weights.norm, head, *angles, self._heads, eps, self._scale)
 
     def use_tiles(self, tiles: TileTable) -> None:
         """Compute with other tiles from now on. Raises: BadTile, and nothing changed: the weights lack their layout."""

@@ -15,7 +15,7 @@ from paretune.kernels import Tile, decoder, fused, sampling
 from paretune.kernels.cpu import build
 from paretune.kernels.decode_attention import decode_attention
 from paretune.kernels.decode_attention import reference as decode_reference
-from paretune.kernels.decoder import DecoderLayer, decoder_of
+from paretune.kernels.decoder import Decoder, DecoderLayer, computes
 from paretune.kernels.linear import linear, pack
 from paretune.kernels.linear import reference as linear_reference
 from paretune.kernels.lora import Delta, LoraSlots, Matrix, adapter_rows, pack_adapter
@@ -249,8 +249,9 @@ def sweep_decoder():
         head = store(torch.randn(vocabulary, hidden) / hidden**0.5, precision)
         cos, sin = torch.rand(160, head_dim // 2), torch.rand(160, head_dim // 2)
         sizes = {"heads": heads, "eps": 1e-5, "scale": head_dim**-0.5}
-        whole = decoder_of(layers, embedding, norm, pack(head), cos, sin, **sizes)
-        stage = decoder_of(layers, None, norm, None, cos, sin, **sizes)
+        assert computes(layers, embedding, pack(head))
+        whole = Decoder(layers, embedding, norm, pack(head), cos, sin, **sizes)
+        stage = Decoder(layers, None, norm, None, cos, sin, **sizes)
         for starts, context in (([0, 3, 4, 5], [0, 0, 2]), ([0, 1, 2, 3], [0, 1, 2]), ([0, 150], [0])):
             spans = list(zip(starts, starts[1:], context))
             step = SimpleNamespace(
