@@ -9,7 +9,11 @@
 namespace paretune {
 namespace {
 
+#if defined(PARETUNE_AVX512)
 constexpr int64_t CHUNK = 64;  // tokens
+#else
+constexpr int64_t CHUNK = 32;
+#endif
 
 // Rows of one head, one per token of a chunk: they lie `offset` bytes after where their tokens' blocks say. Behind the last
 // token it stands again, so that a group of tokens is always whole.
@@ -20,18 +24,15 @@ struct Rows {
     const Element* row(int64_t token) const {
         return (const Element*)(tokens[token] + offset);
     }
-    // Into the L2 cache. Forced inline: GCC takes a function that only prefetches for one without effect, and drops the call.
-    template <int TOKENS>
-    __attribute__((always_inline)) void prefetch(int64_t token, int64_t bytes) const {
-        for (int64_t b = 0; b < bytes; b += 64) {
-#pragma GCC unroll 16
-            for (int i = 0; i < TOKENS; ++i) __builtin_prefetch(tokens[token + i] + offset + b, 0, 2);
-        }
+    // The line at a byte of a row, into the L2 cache. Forced inline: GCC takes a function that only prefetches for one without
+    // effect, and drops the call.
+    __attribute__((always_inline)) void prefetch(int64_t token, int64_t byte) const {
+        __builtin_prefetch(tokens[token] + offset + byte, 0, 2);
     }
 };
 
-// out[i] = sum of the lanes of parts[i]
-inline __attribute__((always_inline)) void sums_of(const Floats* parts, float* out) {
+// Lane i is the sum of the lanes of parts[i].
+inline __attribute__((always_inline)) Floats sums_of(const Floats* parts) {
 #if defined(PARETUNE_AVX512)
     __m512 level[16];
     for (int i = 0; i < 16; ++i) level[i] = (__m512)parts[i];
@@ -46,64 +47,133 @@ inline __attribute__((always_inline)) void sums_of(const Floats* parts, float* o
     }
     __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44), _mm512_shuffle_f32x4(quads[0], quads[1], 0xee));
     __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44), _mm512_shuffle_f32x4(quads[2], quads[3], 0xee));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
+    return (Floats)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 #elif defined(__AVX2__)
-    __m256 pairs[4];
-    for (int i = 0; i < 4; ++i) pairs[i] = _mm256_hadd_ps((__m256)parts[2 * i], (__m256)parts[2 * i + 1]);
-    __m256 low = _mm256_hadd_ps(pairs[0], pairs[1]), high = _mm256_hadd_ps(pairs[2], pairs[3]);
-    __m256 crossed = _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
-    _mm256_storeu_ps(out, crossed);
+    // One shuffle and blends where horizontal additions take two shuffles: lanes a, a, b, b; then a, b', c, d'; then all eight.
+    __m256 pairs[4], quads[2];
+    for (int i = 0; i < 4; ++i) {
+        const __m256 a = (__m256)parts[2 * i], b = (__m256)parts[2 * i + 1];
+        pairs[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x4e), _mm256_blend_ps(a, b, 0xcc));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m256 a = pairs[2 * i], b = pairs[2 * i + 1];
+        quads[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+    }
+    return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x21), _mm256_blend_ps(quads[0], quads[1], 0xf0));
 #else
-    for (int i = 0; i < LANES; ++i) out[i] = sum(parts[i]);
+    Floats sums;
+    for (int i = 0; i < LANES; ++i) sums[i] = sum(parts[i]);
+    return sums;
 #endif
 }
 
-// How scores and weighted sums are made: by fp32 multiply-adds, LANES dims at a time, for every format and processor...
+// DIMS numbers of a row as VECTORS registers. In which order the dims lie there is the same for queries, keys, values and sums:
+// `arrange` brings DIMS floats into it, and back.
+template <class Stored>
+struct Widened {
+    static constexpr int VECTORS = 1, DIMS = LANES;
+    template <int VECTOR>
+    static inline Floats vector(const Stored* p) {
+        return load(p);
+    }
+    static void arrange(float*) {}
+};
+#if defined(__AVX2__) && !defined(PARETUNE_AVX512)
+// bf16 behind 16 zero bits is fp32: one unpacking with zeros, where widening and shifting take two instructions on the ports
+// that the multiply-adds want.
+template <>
+struct Widened<uint16_t> {
+    static constexpr int VECTORS = 2, DIMS = 2 * LANES;
+    template <int VECTOR>
+    static inline Floats vector(const uint16_t* p) {
+        const __m256i zero = _mm256_setzero_si256(), dims = load_as<__m256i>(p);
+        return (Floats)(VECTOR ? _mm256_unpackhi_epi16(zero, dims) : _mm256_unpacklo_epi16(zero, dims));
+    }
+    static void arrange(float* dims) {  // the middle quarters change places
+        const __m128 second = _mm_loadu_ps(dims + 4);
+        _mm_storeu_ps(dims + 4, _mm_loadu_ps(dims + 8));
+        _mm_storeu_ps(dims + 8, second);
+    }
+};
+#endif
+
+// How scores and weighted sums are made: by fp32 multiply-adds, for every format and processor...
 template <class Stored>
 struct ByMultiplyAdd {
     typedef Stored Element;
     typedef float Query;
-    static constexpr int DIMS = LANES;
+    typedef Widened<Stored> Wide;
+    static constexpr int DIMS = Wide::DIMS;
 
-    static Floats load_dims(const Element* p, int64_t left) { return left >= DIMS ? load(p) : load_some(p, left); }
+    static void arrange(float* rows, int64_t count) {
+        for (int64_t d = 0; d < count; d += DIMS) Wide::arrange(rows + d);
+    }
 
-    // sums[g * TOKENS + i] += q[g] . rows[i] over DIMS dims, `left` of them there
-    template <int GROUP, int TOKENS>
-    static inline __attribute__((always_inline)) void score(const Query* q, int64_t padded_dim, const Element* const* rows,
-                                                            int64_t dim, int64_t left, Floats* sums) {
+    // The dims at p, `left` of them there and zeros behind
+    template <int VECTOR>
+    static inline __attribute__((always_inline)) Floats load_dims(const Element* p, int64_t left) {
+        if (left >= DIMS) return Wide::template vector<VECTOR>(p);
+        Element whole[DIMS] = {};
+        memcpy(whole, p, (size_t)left * sizeof(Element));
+        return Wide::template vector<VECTOR>(whole);
+    }
+
+    template <int GROUP, int TOKENS, int VECTOR>
+    static inline __attribute__((always_inline)) void score_vector(const Query* q, int64_t padded_dim,
+                                                                   const Element* const* rows, int64_t dim, int64_t left,
+                                                                   Floats* sums) {
         Floats query[GROUP];
 #pragma GCC unroll 4
-        for (int g = 0; g < GROUP; ++g) query[g] = load(q + g * padded_dim + dim);
+        for (int g = 0; g < GROUP; ++g) query[g] = load(q + g * padded_dim + dim + VECTOR * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < TOKENS; ++i) {
-            const Floats k = load_dims(rows[i] + dim, left);
+            const Floats k = load_dims<VECTOR>(rows[i] + dim, left);
 #pragma GCC unroll 4
             for (int g = 0; g < GROUP; ++g) sums[g * TOKENS + i] += k * query[g];
         }
     }
 
-    // mixed[head] += sum over tokens of weights[head][token] * v[token], for VECTORS times DIMS dims, `left` of them there
-    template <int GROUP, int VECTORS>
+    // sums[g * TOKENS + i] += q[g] . rows[i] over DIMS dims, `left` of them there
+    template <int GROUP, int TOKENS>
+    static inline __attribute__((always_inline)) void score(const Query* q, int64_t padded_dim, const Element* const* rows,
+                                                            int64_t dim, int64_t left, Floats* sums) {
+        score_vector<GROUP, TOKENS, 0>(q, padded_dim, rows, dim, left, sums);
+        if (Wide::VECTORS > 1) score_vector<GROUP, TOKENS, Wide::VECTORS - 1>(q, padded_dim, rows, dim, left, sums);
+    }
+
+    // mixed[head] += sum over tokens of weights[head][token] * v[token], for PARTS times DIMS dims, `left` of them there. The
+    // lines of `soon` are shared out among the passes over the dims without a branch: where several passes read of a line, each
+    // takes another one of so many tokens.
+    template <int GROUP, int PARTS>
     static inline __attribute__((always_inline)) void mix(const float* weights, int64_t padded_dim, Rows values, int64_t dim,
-                                                          int64_t left, int64_t tokens, Rows soon, int64_t soon_bytes,
-                                                          float* mixed) {
+                                                          int64_t left, int64_t tokens, Rows soon, float* mixed) {
+        constexpr int VECTORS = PARTS * Wide::VECTORS, BYTES = PARTS * DIMS * (int)sizeof(Element);
+        constexpr int TOKENS = BYTES < 64 ? 64 / BYTES : 1, LINES = BYTES < 64 ? 1 : BYTES / 64;
+        const int64_t byte = dim * (int64_t)sizeof(Element), turn = byte / BYTES % TOKENS;
         Floats sums[GROUP][VECTORS];
 #pragma GCC unroll 4
         for (int g = 0; g < GROUP; ++g) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sums[g][v] = load(mixed + g * padded_dim + dim + v * LANES);
         }
-        for (int64_t t = 0; t < tokens; ++t) {
-            soon.prefetch<1>(t, soon_bytes);
-            const Element* row = values.row<Element>(t) + dim;
-            Floats value[VECTORS];
+        for (int64_t t = 0; t < tokens; t += TOKENS) {
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) value[v] = load_dims(row + v * LANES, left);
+            for (int line = 0; line < LINES; ++line) soon.prefetch(t + turn, byte + line * 64);
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; ++g) {
-                const Floats weight = spread(weights[g * CHUNK + t]);
+            for (int i = 0; i < TOKENS; ++i) {
+                const Element* row = values.row<Element>(t + i) + dim;
+                Floats value[VECTORS];
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) sums[g][v] += weight * value[v];
+                for (int p = 0; p < PARTS; ++p) {
+                    value[p * Wide::VECTORS] = load_dims<0>(row + p * DIMS, left);
+                    if (Wide::VECTORS > 1) value[p * Wide::VECTORS + 1] = load_dims<Wide::VECTORS - 1>(row + p * DIMS, left);
+                }
+#pragma GCC unroll 4
+                for (int g = 0; g < GROUP; ++g) {
+                    const Floats weight = spread(weights[g * CHUNK + t + i]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v) sums[g][v] += weight * value[v];
+                }
             }
         }
 #pragma GCC unroll 4
@@ -121,6 +191,9 @@ struct ByBf16Dot {
     typedef uint16_t Element;
     typedef uint16_t Query;
     static constexpr int DIMS = 2 * LANES;
+
+    template <class Number>
+    static void arrange(Number*, int64_t) {}
 
     static inline __attribute__((always_inline)) __m512bh load_dims(const uint16_t* p, int64_t left) {
         if (left >= DIMS) return (__m512bh)load_as<__m512i>(p);
@@ -150,8 +223,7 @@ struct ByBf16Dot {
     // in the order in which unpacking leaves them.
     template <int GROUP, int VECTORS>
     static inline __attribute__((always_inline)) void mix(const float* weights, int64_t padded_dim, Rows values, int64_t dim,
-                                                          int64_t left, int64_t tokens, Rows soon, int64_t soon_bytes,
-                                                          float* mixed) {
+                                                          int64_t left, int64_t tokens, Rows soon, float* mixed) {
         const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
         const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -172,7 +244,11 @@ struct ByBf16Dot {
             }
         }
         for (int64_t t = 0; t < tokens; t += 2) {
-            soon.prefetch<2>(t, soon_bytes);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {  // a vector of dims is a line
+                soon.prefetch(t, (dim + v * DIMS) * 2);
+                soon.prefetch(t + 1, (dim + v * DIMS) * 2);
+            }
             const Element *even = values.row<Element>(t) + dim, *odd = values.row<Element>(t + 1) + dim;
             __m512bh value[VECTORS][2];
 #pragma GCC unroll 4
@@ -207,6 +283,36 @@ typedef ByBf16Dot ByBestForBf16;
 typedef ByMultiplyAdd<uint16_t> ByBestForBf16;
 #endif
 
+// rows[i] holds GROUP heads' scores of LANES / GROUP tokens -> LANES tokens of every head, as whole registers: what is stored in
+// pieces and loaded as one has to wait for the pieces.
+template <int GROUP>
+inline __attribute__((always_inline)) void store_by_head(const Floats* rows, float* scores) {
+#if defined(__AVX2__) && !defined(PARETUNE_AVX512)
+    __m256 heads[4];
+    if (GROUP == 4) {
+        const __m256d a = (__m256d)rows[0], b = (__m256d)rows[1 % GROUP], c = (__m256d)rows[2 % GROUP], d = (__m256d)rows[3 % GROUP];
+        const __m256 even = (__m256)_mm256_unpacklo_pd(a, b), odd = (__m256)_mm256_unpackhi_pd(a, b);  // heads 0 and 2, 1 and 3
+        const __m256 even_end = (__m256)_mm256_unpacklo_pd(c, d), odd_end = (__m256)_mm256_unpackhi_pd(c, d);
+        heads[0] = _mm256_permute2f128_ps(even, even_end, 0x20);
+        heads[1] = _mm256_permute2f128_ps(odd, odd_end, 0x20);
+        heads[2] = _mm256_permute2f128_ps(even, even_end, 0x31);
+        heads[3] = _mm256_permute2f128_ps(odd, odd_end, 0x31);
+    } else if (GROUP == 2) {
+        heads[0] = _mm256_permute2f128_ps((__m256)rows[0], (__m256)rows[1 % GROUP], 0x20);
+        heads[1] = _mm256_permute2f128_ps((__m256)rows[0], (__m256)rows[1 % GROUP], 0x31);
+    } else {
+        heads[0] = (__m256)rows[0];
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUP; ++g) store(scores + g * CHUNK, (Floats)heads[g]);
+#else
+    constexpr int TOKENS = LANES / GROUP;
+    for (int i = 0; i < LANES; ++i) {
+        for (int g = 0; g < GROUP; ++g) scores[g * CHUNK + i] = rows[i / TOKENS][g * TOKENS + i % TOKENS];
+    }
+#endif
+}
+
 // scores[head][token] = q[head] . k[token], GROUP heads of one KV head; LANES / GROUP tokens make one set of sums. The rows
 // `soon` are fetched meanwhile.
 template <int GROUP, class Products>
@@ -214,42 +320,46 @@ void score_chunk(const typename Products::Query* q, int64_t padded_dim, int64_t 
                  Rows soon, float* scores) {
     typedef typename Products::Element Element;
     constexpr int TOKENS = LANES / GROUP, DIMS = Products::DIMS;
-    for (int64_t t = 0; t < tokens; t += TOKENS) {
-        Floats sums[LANES];
+    for (int64_t t = 0; t < tokens; t += LANES) {
+        Floats of_rows[GROUP];
+#pragma GCC unroll 1
+        for (int part = 0; part < GROUP; ++part) {
+            const int64_t first = t + part * TOKENS;
+            Floats sums[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) sums[i] = spread(0.0f);
-        const Element* rows[TOKENS];
+            for (int i = 0; i < LANES; ++i) sums[i] = spread(0.0f);
+            const Element* rows[TOKENS];
 #pragma GCC unroll 16
-        for (int i = 0; i < TOKENS; ++i) rows[i] = keys.row<Element>(t + i);
-        soon.prefetch<TOKENS>(t, head_dim * (int64_t)sizeof(Element));
-        int64_t d = 0;
-        for (; d + DIMS <= head_dim; d += DIMS) {
-            Products::template score<GROUP, TOKENS>(q, padded_dim, rows, d, DIMS, sums);
+            for (int i = 0; i < TOKENS; ++i) rows[i] = keys.row<Element>(first + i);
+            for (int64_t b = 0; b < head_dim * (int64_t)sizeof(Element); b += 64) {
+#pragma GCC unroll 16
+                for (int i = 0; i < TOKENS; ++i) soon.prefetch(first + i, b);
+            }
+            int64_t d = 0;
+            for (; d + DIMS <= head_dim; d += DIMS) {
+                Products::template score<GROUP, TOKENS>(q, padded_dim, rows, d, DIMS, sums);
+            }
+            if (d < head_dim) Products::template score<GROUP, TOKENS>(q, padded_dim, rows, d, head_dim - d, sums);
+            of_rows[part] = sums_of(sums);
         }
-        if (d < head_dim) Products::template score<GROUP, TOKENS>(q, padded_dim, rows, d, head_dim - d, sums);
-        float of_rows[LANES];
-        sums_of(sums, of_rows);
-        for (int g = 0; g < GROUP; ++g) {
-            for (int i = 0; i < TOKENS; ++i) scores[g * CHUNK + t + i] = of_rows[g * TOKENS + i];
-        }
+        store_by_head<GROUP>(of_rows, scores + t);
     }
 }
 
-// The weighted sums of a chunk, as many dims at a time as the registers hold; `soon` are fetched during the first pass.
+// The weighted sums of a chunk, as many dims at a time as the registers hold; the rows `soon` are fetched meanwhile.
 template <int GROUP, class Products>
 void mix_chunk(const float* weights, int64_t padded_dim, int64_t head_dim, Rows values, int64_t tokens, Rows soon,
                float* mixed) {
-    constexpr int DIMS = Products::DIMS, MOST = std::max(1, (GROUP * 4 + 5 < LANES * 2 ? 4 : 2) * LANES / DIMS);
-    int64_t d = 0, soon_bytes = head_dim * (int64_t)sizeof(typename Products::Element);
-    for (; d + MOST * DIMS <= head_dim; d += MOST * DIMS, soon_bytes = 0) {
-        Products::template mix<GROUP, MOST>(weights, padded_dim, values, d, DIMS, tokens, soon, soon_bytes, mixed);
+    constexpr int64_t DIMS = Products::DIMS;
+    constexpr int MOST = std::max<int>(1, (GROUP * 4 + 5 < LANES * 2 ? 4 : 2) * LANES / DIMS);
+    int64_t d = 0;
+    for (; d + MOST * DIMS <= head_dim; d += MOST * DIMS) {
+        Products::template mix<GROUP, MOST>(weights, padded_dim, values, d, DIMS, tokens, soon, mixed);
     }
-    for (; d + DIMS <= head_dim; d += DIMS, soon_bytes = 0) {
-        Products::template mix<GROUP, 1>(weights, padded_dim, values, d, DIMS, tokens, soon, soon_bytes, mixed);
+    for (; d + DIMS <= head_dim; d += DIMS) {
+        Products::template mix<GROUP, 1>(weights, padded_dim, values, d, DIMS, tokens, soon, mixed);
     }
-    if (d < head_dim) {
-        Products::template mix<GROUP, 1>(weights, padded_dim, values, d, head_dim - d, tokens, soon, soon_bytes, mixed);
-    }
+    if (d < head_dim) Products::template mix<GROUP, 1>(weights, padded_dim, values, d, head_dim - d, tokens, soon, mixed);
 }
 
 void scale_chunk(float* row, const float* scales, int64_t count) {
@@ -257,39 +367,50 @@ void scale_chunk(float* row, const float* scales, int64_t count) {
 }
 
 // Scores of a chunk become weights exp(score - largest), in place; what was mixed before is scaled down to the new largest.
+template <int GROUP>
 void softmax_chunk(float* scores, int64_t tokens, float* mixed, int64_t padded_dim, float* largest, float* total) {
     const int64_t padded = (tokens + PANEL - 1) / PANEL * PANEL;
-    for (int64_t t = tokens; t < padded; ++t) scores[t] = -INFINITY;
-    Floats most = spread(-INFINITY);
-    for (int64_t t = 0; t < padded; t += LANES) most = larger(load(scores + t), most);
-    const float peak = std::max(*largest, largest_lane(most));
-    Floats sums = spread(0.0f);
-    for (int64_t t = 0; t < padded; t += LANES) {
-        Floats weight = exp(load(scores + t) - peak);
-        sums += weight;
-        store(scores + t, weight);
-    }
-    if (peak > *largest) {
-        const float down = std::exp(*largest - peak);
-        *total *= down;
-        for (int64_t d = 0; d < padded_dim; d += LANES) store(mixed + d, load(mixed + d) * down);
-        *largest = peak;
-    }
-    *total += sum(sums);
-}
-
-// One KV head's chunk for GROUP of its query heads. Scales (CHUNK,) or null.
-template <int GROUP, class Products>
-void attend_group(const Heads& shape, const typename Products::Query* q, Rows keys, Rows values, Rows soon_keys,
-                  Rows soon_values, int64_t tokens, const float* key_scales, const float* value_scales, float* mixed, float* largest, float* total, float* scores) {
-    const int64_t padded_dim = shape.padded_dim(), head_dim = shape.head_dim;
-    score_chunk<GROUP, Products>(q, padded_dim, head_dim, keys, tokens, soon_keys, scores);
+    float peaks[GROUP];
     for (int g = 0; g < GROUP; ++g) {
         float* row = scores + g * CHUNK;
-        if (key_scales) scale_chunk(row, key_scales, tokens);
-        softmax_chunk(row, tokens, mixed + g * padded_dim, padded_dim, largest + g, total + g);
-        if (value_scales) scale_chunk(row, value_scales, tokens);
+        for (int64_t t = tokens; t < padded; ++t) row[t] = -INFINITY;
+        Floats most = spread(-INFINITY);
+        for (int64_t t = 0; t < padded; t += LANES) most = larger(load(row + t), most);
+        peaks[g] = std::max(largest[g], largest_lane(most));
     }
+    float sums[GROUP];
+    for (int g = 0; g < GROUP; ++g) {
+        float* row = scores + g * CHUNK;
+        Floats of_lanes = spread(0.0f);
+        for (int64_t t = 0; t < padded; t += LANES) {
+            const Floats weight = exp(load(row + t) - peaks[g]);
+            of_lanes += weight;
+            store(row + t, weight);
+        }
+        sums[g] = sum(of_lanes);
+    }
+    for (int g = 0; g < GROUP; ++g) {
+        if (peaks[g] > largest[g]) {
+            const Floats down = exp(spread(largest[g] - peaks[g]));
+            total[g] *= down[0];
+            float* row = mixed + g * padded_dim;
+            for (int64_t d = 0; d < padded_dim; d += LANES) store(row + d, load(row + d) * down);
+            largest[g] = peaks[g];
+        }
+        total[g] += sums[g];
+    }
+}
+
+// One KV head's chunk for GROUP of its query heads. Scales (CHUNK,) or null. HEAD_DIM is a constant of the loops, or 0.
+template <int GROUP, int HEAD_DIM, class Products>
+void attend_group(const Heads& shape, const typename Products::Query* q, Rows keys, Rows values, Rows soon_keys,
+                  Rows soon_values, int64_t tokens, const float* key_scales, const float* value_scales, float* mixed, float* largest, float* total, float* scores) {
+    static_assert(HEAD_DIM % PANEL == 0);
+    const int64_t padded_dim = HEAD_DIM ? HEAD_DIM : shape.padded_dim(), head_dim = HEAD_DIM ? HEAD_DIM : shape.head_dim;
+    score_chunk<GROUP, Products>(q, padded_dim, head_dim, keys, tokens, soon_keys, scores);
+    for (int g = 0; g < GROUP && key_scales; ++g) scale_chunk(scores + g * CHUNK, key_scales, tokens);
+    softmax_chunk<GROUP>(scores, tokens, mixed, padded_dim, largest, total);
+    for (int g = 0; g < GROUP && value_scales; ++g) scale_chunk(scores + g * CHUNK, value_scales, tokens);
     mix_chunk<GROUP, Products>(scores, padded_dim, head_dim, values, tokens, soon_values, mixed);
 }
 
@@ -298,16 +419,21 @@ struct Chunk {
     const char* keys[CHUNK];
     const float* scales[CHUNK];
     Chunk(const Cache& cache, const int32_t* blocks, int64_t first, int64_t last) {
+        int64_t index = first / cache.block_size, offset = first % cache.block_size;
+        char* block = cache.block(blocks[index]);
         for (int64_t i = 0; i < CHUNK; ++i) {
-            const int64_t position = std::min(first + i, last - 1);
-            char* block = cache.block(blocks[position / cache.block_size]);
-            keys[i] = cache.key(block, 0, position % cache.block_size);
-            scales[i] = cache.key_scale(block, 0, position % cache.block_size);
+            keys[i] = cache.key(block, 0, offset);
+            scales[i] = cache.key_scale(block, 0, offset);
+            if (first + i + 1 >= last) continue;
+            if (++offset == cache.block_size) {
+                offset = 0;
+                block = cache.block(blocks[++index]);
+            }
         }
     }
 };
 
-template <class Products>
+template <int HEAD_DIM, class Products>
 void attend(const Heads& shape, const Cache& cache, const int32_t* blocks, int64_t first, int64_t last,
             const typename Products::Query* q, float* mixed, float* largest, float* total, float* scores) {
     const int64_t padded_dim = shape.padded_dim(), group = shape.group();
@@ -320,7 +446,10 @@ void attend(const Heads& shape, const Cache& cache, const int32_t* blocks, int64
         for (int64_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
             const int64_t offset = kv_head * cache.head_offset();
             const Rows keys = {chunk.keys, offset}, values = {chunk.keys, offset + cache.value_offset()};
-            const Rows soon_keys = {upcoming.keys, keys.offset}, soon_values = {upcoming.keys, values.offset};
+            const bool last_head = kv_head + 1 == shape.kv_heads;
+            const char* const* soon = last_head ? upcoming.keys : chunk.keys;
+            const int64_t soon_offset = last_head ? 0 : offset + cache.head_offset();
+            const Rows soon_keys = {soon, soon_offset}, soon_values = {soon, soon_offset + cache.value_offset()};
             for (int64_t i = 0; scaled && i < tokens; ++i) {
                 key_scales[i] = chunk.scales[i][kv_head * 2 * cache.block_size];
                 value_scales[i] = chunk.scales[i][(kv_head * 2 + 1) * cache.block_size];
@@ -331,9 +460,9 @@ void attend(const Heads& shape, const Cache& cache, const int32_t* blocks, int64
             }
             for (int64_t h = kv_head * group, end = h + group; h < end;) {
                 const int heads = end - h >= 4 ? 4 : end - h >= 2 ? 2 : 1;
-                const auto attend_heads = heads == 4   ? attend_group<4, Products>
-                                          : heads == 2 ? attend_group<2, Products>
-                                                       : attend_group<1, Products>;
+                const auto attend_heads = heads == 4   ? attend_group<4, HEAD_DIM, Products>
+                                          : heads == 2 ? attend_group<2, HEAD_DIM, Products>
+                                                       : attend_group<1, HEAD_DIM, Products>;
                 attend_heads(shape, q + h * padded_dim, keys, values, soon_keys, soon_values, tokens, scaled ? key_scales : nullptr,
                              scaled ? value_scales : nullptr, mixed + h * padded_dim, largest + h, total + h, scores);
                 h += heads;
@@ -362,8 +491,13 @@ void attend_with(const Heads& shape, const Cache& cache, const int32_t* blocks, 
         scale_query(shape, (const float*)q, scaled);
     }
     if (first >= last) return;
-    attend<Products>(shape, cache, blocks, first, last, scaled, mixed, largest, total,
-                     scratch + shape.heads * shape.padded_dim());
+    const int64_t padded_dim = shape.padded_dim();
+    Products::arrange(scaled, shape.heads * padded_dim);
+    const auto attend_heads = shape.head_dim == 64    ? attend<64, Products>
+                              : shape.head_dim == 128 ? attend<128, Products>
+                                                      : attend<0, Products>;
+    attend_heads(shape, cache, blocks, first, last, scaled, mixed, largest, total, scratch + shape.heads * padded_dim);
+    Products::arrange(mixed, shape.heads * padded_dim);
 }
 
 }  // namespace

@@ -107,6 +107,10 @@ static inline void store_some(Element* p, Floats x, int64_t count) {
 static inline float sum(Floats x) {
 #if defined(PARETUNE_AVX512)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float total = 0;
     for (int i = 0; i < LANES; ++i) total += x[i];
@@ -116,6 +120,10 @@ static inline float sum(Floats x) {
 static inline float largest_lane(Floats x) {
 #if defined(PARETUNE_AVX512)
     return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+    const __m128 four = _mm_max_ps(_mm256_extractf128_ps((__m256)x, 1), _mm256_castps256_ps128((__m256)x));
+    const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+    return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
 #else
     float most = x[0];
     for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
@@ -125,22 +133,19 @@ static inline float largest_lane(Floats x) {
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
-// exp, truncated at a relative error of 1.2e-7; 0 below -87, and at most exp(88). Cody and Waite's reduction, Taylor polynomial of degree 6.
+// exp, truncated at a relative error of 1.1e-7 and exact at 0; 0 below -87, and at most exp(88). Cody and Waite's reduction, and
+// the best polynomial 1 + r + ... of degree 5 on [-ln 2 / 2, ln 2 / 2] (Remez), in Estrin's order.
 static inline Floats exp(Floats x) {
     Floats bounded = x > 88.0f ? spread(88.0f) : x;
     const float round_bits = 12582912.0f;  // 1.5 * 2**23: adding it leaves the rounded integer in the low bits
     Floats shifted = bounded * 1.44269504f + round_bits;
-    Ints power = (Ints)shifted - (Ints)spread(round_bits);
     Floats n = shifted - round_bits;
     Floats r = bounded - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
-    Floats p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    Floats result = (Floats)((Ints)p + (power << 23));
+    Floats square = r * r;
+    Floats high = (r * 8.312524958e-3f + 4.189011318e-2f) * square + (r * 1.666711446e-1f + 4.999923179e-1f);
+    Floats p = high * square + (r + 1.0f);
+    Floats result = (Floats)((Ints)p + ((Ints)shifted << 23));  // what stands above the integer is shifted out
     return x < -87.0f ? spread(0.0f) : (x != x ? x : result);
 }
 
