@@ -1,8 +1,8 @@
 // One new token per sequence over its paged KV cache: same name, shapes and reference as kernels/decode_attention.py. Plain C
 // interface; the caller owns every buffer, the functions allocate, throw and keep nothing. Tokens are taken in chunks whose
-// scores fit the L1 cache: scores of a chunk, one softmax update, then the chunk's V. Meanwhile the same rows of the next chunk
-// are fetched into the L2 cache: fetched one step ahead into the L1 cache they were late or gone again (bf16, 16 heads over 4,
-// one thread of a Zen 4: 9 GB/s; without prefetching 10; so 16; where the reads alone run at 28).
+// scores fit the L1 cache: scores of a chunk, one softmax update, then the chunk's V. Meanwhile the same rows of the next KV head
+// are fetched into the L2 cache (of the next chunk after the last head): blocks are read in the order in which they lie. Fetched
+// one step ahead into the L1 cache they were late or gone again. docs/notes/runtime.md has the figures.
 #include "attention.h"
 #include "parallel.h"
 
@@ -124,7 +124,12 @@ struct ByMultiplyAdd {
                                                                    Floats* sums) {
         Floats query[GROUP];
 #pragma GCC unroll 4
-        for (int g = 0; g < GROUP; ++g) query[g] = load(q + g * padded_dim + dim + VECTOR * LANES);
+        for (int g = 0; g < GROUP; ++g) {
+            query[g] = load(q + g * padded_dim + dim + VECTOR * LANES);
+#if defined(__AVX2__) && !defined(PARETUNE_AVX512)
+            __asm__("" : "+x"(query[g]));  // or GCC reads it from memory in every multiply-add, and loads become the limit
+#endif
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < TOKENS; ++i) {
             const Floats k = load_dims<VECTOR>(rows[i] + dim, left);
