@@ -1,11 +1,16 @@
-"""Predicted against measured on this machine's own runtime: latencies of each candidate, and the order of capacities.
+"""Predicted against measured on this machine's own runtime: latencies, their intervals, and the order of costs.
 
---fresh profiles this machine, serves every candidate and replays a window of the Azure conversation trace (the sample
-that ships with the package, lengths cut down) at one common rate and at rates that bracket its capacity; it records all
-of it in results/. Without --fresh the recorded replays are scored with the profile that was recorded with them, by the
-code as it is now. --profile measures only the profile again, where the recorded one was taken on a busy machine (its
-`busy_before` says so), and keeps the replays; --latencies measures only the replays at the common rate again (about 6
-minutes), for a profile that was taken at another hour of a shared machine.
+Twelve configurations serve two windows of the Azure conversation sample that ships with the package (lengths cut to a
+fifth), 300 requests each, at half the load that the simulator says they carry, three times; then rates that bracket the
+highest one at which they hold the target. Nothing is fitted to these replays: the profile and its calibration come from
+random prompts. The passes alternate (profile, every configuration, again), so that the run-to-run spread holds what the
+machine does from one quarter of an hour to the next, and an error counts only beyond that spread.
+
+    python benchmarks/prediction_local.py            scores the recorded replays with the code as it is now
+    python benchmarks/prediction_local.py --fresh    measures all of it again: about an hour on two quiet cores; what
+                                                     was measured is kept after every pass, --resume goes on from there
+
+Cost at the SLO is money per token; on one machine all configurations have the same price, so it falls with capacity.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +28,16 @@ import numpy as np
 import psutil
 
 from bars import RESULTS, Bar, finish, machine
+from paretune.optimizer.intervals import predicted, sampled
 from paretune.optimizer.live_capacity import bracket
 from paretune.profiler.calibration import calibrate_serving
 from paretune.profiler.live import live_server, warm_server
 from paretune.profiler.measure import measure
+from paretune.profiler.merged_profile import merged
 from paretune.profiler.profile import Key, Profile
 from paretune.profiler.replay import prompt_token_ids, replay
 from paretune.profiler.simulator import simulate
-from paretune.profiler.tables import step_tables
+from paretune.profiler.tables import ModeledStep, scaled, step_tables
 from paretune.runtime.model_shape import ModelShape, resolve_model
 from paretune.runtime.spec import SMALL_MODEL, Deployment, Pool
 from paretune.traces import Target, Trace, read, sample_path, scale, window
@@ -42,46 +49,44 @@ PROFILE = RESULTS / "prediction_local_profile.json"
 TARGET = Target.parse("ttf30:p95<=400ms")
 LENGTHS = 0.2
 MAX_TOKENS = 1024
-# a replay lasts so long whatever its rate: the faster it is, the more of the trace it takes
-REPLAY_S = 15.0
-COMMON_S = 25.0
-CAPACITY_RUNS = 5
+REQUESTS = 300
+LOAD = 0.5  # of the predicted capacity
+PASSES = 3
+CAPACITY_S, CAPACITY_RUNS = 12.0, 5
+WINDOWS = ("first half", "second half")
 # used by others: wait for 2 s so often, then measure all the same (the profile says how busy it was)
 QUIET_PERCENT = 10.0
 QUIET_TRIES = 30
-LATENCIES = (("tpot", 50), ("ttft", 50), ("e2e", 50), ("ttf30", 95), ("tpot", 95), ("ttft", 95))
-JUDGED = (("tpot", 50), ("ttft", 50), ("e2e", 50))
+LATENCIES = (("tpot", 50), ("tpot", 95), ("ttft", 50), ("ttft", 95), ("ttf30", 95), ("e2e", 50))
+MEDIAN_ERROR, P90_ERROR, TAU, CONFIDENCE = 0.05, 0.12, 0.9, 0.9
+RESAMPLES = 2000
 
-# (ranks, threads of a rank, weights, max_num_seqs): what moves capacity on two cores
-CANDIDATES = (
-    (1, 1, "fp32", 32),
-    (1, 1, "bf16", 32),
-    (1, 1, "int8", 32),
-    (1, 2, "fp32", 32),
-    (1, 2, "bf16", 32),
-    (1, 2, "int8", 32),
-    (1, 1, "fp32", 4),
-    (1, 1, "int8", 2),
-    (1, 2, "int8", 4),
+# (ranks, threads of a rank, weights, max_num_seqs, max_num_batched_tokens)
+Candidate = tuple[int, int, str, int, int]
+CANDIDATES: tuple[Candidate, ...] = (
+    (1, 1, "fp32", 32, 1024),
+    (1, 1, "bf16", 32, 1024),
+    (1, 1, "int8", 32, 1024),
+    (1, 1, "int4", 32, 1024),
+    (1, 2, "fp32", 32, 1024),
+    (1, 2, "bf16", 32, 1024),
+    (1, 2, "int8", 32, 1024),
+    (1, 2, "int4", 32, 1024),
+    (2, 1, "bf16", 32, 1024),
+    (1, 1, "fp32", 4, 1024),
+    (1, 2, "int8", 4, 1024),
+    (1, 2, "bf16", 16, 128),
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A candidate's replays: latencies at the common rate, and whether the target held at each rate that was asked."""
-
-    latencies: dict[str, float]
-    held: dict[str, bool]
-
-
-def deployment(candidate: tuple[int, int, str, int]) -> Deployment:
-    ranks, threads, weights, seqs = candidate
+def deployment(candidate: Candidate) -> Deployment:
+    ranks, threads, weights, seqs, tokens = candidate
     pool = Pool(
         tensor_parallel_size=ranks,
         num_threads=threads,
         weight_dtype=weights,
         max_num_seqs=seqs,
-        max_num_batched_tokens=1024,
+        max_num_batched_tokens=tokens,
         max_model_len=MAX_TOKENS,
         num_kv_blocks=2048,
         enable_prefix_caching=False,
@@ -89,13 +94,11 @@ def deployment(candidate: tuple[int, int, str, int]) -> Deployment:
     return Deployment(model=SMALL_MODEL, pools=(pool,))
 
 
-def whole_trace() -> Trace:
-    return scale(read(sample_path()), input_length=LENGTHS, output_length=LENGTHS, max_tokens=MAX_TOKENS)
-
-
-def part(trace: Trace, rate: float, seconds: float) -> Trace:
-    """What arrives in so many seconds at a multiple of the recorded rate."""
-    return window(trace, 0.0, min(seconds * rate, trace.duration_s + 1.0))
+def windows() -> dict[str, Trace]:
+    """The two halves of the sample, by name."""
+    whole = scale(read(sample_path()), input_length=LENGTHS, output_length=LENGTHS, max_tokens=MAX_TOKENS)
+    middle = whole.duration_s / 2
+    return dict(zip(WINDOWS, (window(whole, 0.0, middle), window(whole, middle, whole.duration_s + 1.0))))
 
 
 def name(metric: str, percentile: int) -> str:
@@ -111,191 +114,222 @@ def holds(times: RequestTimes) -> bool:
     return meets(times, TARGET, None)
 
 
-def configurations() -> tuple[Key, ...]:
-    """What the candidates run as."""
-    return tuple(dict.fromkeys(Key(ranks, threads, 1, weights, "bf16") for ranks, threads, weights, _ in CANDIDATES))
+def arriving(trace: Trace, rate: float, seconds: float) -> Trace:
+    """What arrives in so many seconds at a multiple of the recorded rate."""
+    return window(trace, 0.0, min(seconds * rate, trace.duration_s + 1.0))
 
 
-def profiled(keys: tuple[Key, ...]) -> Profile:
+# --- measuring ---
+
+
+def profiled() -> Profile:
     for _ in range(QUIET_TRIES):
         if psutil.cpu_percent(interval=2.0) < QUIET_PERCENT:
             break
         print("waiting until the machine is quiet ...", file=sys.stderr)
-    print("profiling ...", file=sys.stderr)
+    keys = tuple(dict.fromkeys(Key(ranks, threads, 1, weights, "bf16") for ranks, threads, weights, *_ in CANDIDATES))
     profile = measure(
         SMALL_MODEL,
         keys,
-        seconds_per_configuration=6.0,
+        seconds_per_configuration=5.0,
         max_model_len=MAX_TOKENS,
         progress=lambda what, share: print(f"  {share:.0%} {what}", file=sys.stderr),
         command=" ".join(["benchmarks/prediction_local.py", *sys.argv[1:]]),
     )
     for threads in (1, 2):
-        profile = calibrate_serving(profile, deployment((1, threads, "bf16", 32)))
+        profile = calibrate_serving(profile, deployment((1, threads, "bf16", 32, 1024)))
     return profile
 
 
-def record() -> None:
-    """Measure everything afresh and keep it."""
-    begin = time.monotonic()
-    profile = profiled(configurations())
-    profile.save(PROFILE)
-    trace = whole_trace()
-    predicted = [predicted_capacity(profile, trace, deployment(each), 1.0, 12) for each in CANDIDATES]
-    common = 0.5 * min(predicted)
-    # one starting point for all, so that where the search ends says nothing of what was predicted
-    start = statistics.geometric_mean(predicted)
-    rows = []
-    for candidate in CANDIDATES:
-        found = measured(trace, deployment(candidate), common, start)
-        rows.append({"candidate": list(candidate), "latencies": found.latencies, "held": found.held})
-        print(f"{time.monotonic() - begin:5.0f} s {candidate} {found}", file=sys.stderr)
-    whole = {"machine": machine(), "common_rate": common, "start_rate": start, "trace": trace.digest(), "rows": rows}
-    write_whole(RECORD, json.dumps(whole, indent=1) + "\n")
+def record(resume: bool) -> None:
+    """Measure pass after pass; what is done is on disk after each."""
+    traces, begin = windows(), time.monotonic()
+    kept: dict[str, Any] = {"trace": {key: trace.digest() for key, trace in traces.items()}, "passes": [], "loads": {}}
+    profiles: list[Profile] = []
+    if resume:
+        kept = json.loads(RECORD.read_text())
+        profiles = [Profile.load(path) for path in sorted(RESULTS.glob(f"{PROFILE.stem}_*.json"))]
+    while len(kept["passes"]) < PASSES:
+        profiles = [*profiles[: len(kept["passes"])], profiled()]
+        profiles[-1].save(PROFILE.with_name(f"{PROFILE.stem}_{len(profiles)}.json"))
+        if not kept["loads"]:  # of the first profile, and then the same in every pass
+            for each in CANDIDATES:
+                rate = predicted_capacity(model_of(profiles[0], each), traces[WINDOWS[0]], each, 1.0, 12)
+                kept["loads"][json.dumps(each)] = LOAD * rate
+        first = not kept["passes"]
+        rows = []
+        for each in CANDIDATES:
+            rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first)})
+            print(f"{time.monotonic() - begin:5.0f} s {json.dumps(rows[-1])}", file=sys.stderr)
+        kept["passes"].append({"machine": machine(), "rows": rows})
+        write_whole(RECORD, json.dumps(kept, indent=1) + "\n")
+    merged(profiles).save(PROFILE)
+    for path in RESULTS.glob(f"{PROFILE.stem}_*.json"):
+        path.unlink()
 
 
-def record_latencies() -> None:
-    """Measure the latencies at the common rate again; capacities stay as recorded."""
-    kept = json.loads(RECORD.read_text())
-    trace, rate = whole_trace(), kept["common_rate"]
-    for row in kept["rows"]:
-        asked = deployment(tuple(row["candidate"]))
-        token_ids = prompt_token_ids(resolve_model(asked.model))
-        with live_server(asked) as server:
-            warm_server(server, trace, token_ids)
-            piece = part(trace, rate, COMMON_S)
-            found = replay(piece, server.url, rate=rate, model=server.model, token_ids=token_ids)
-        row["latencies"] = latencies(found.times)
-        print(row["candidate"], row["latencies"], file=sys.stderr)
-    kept["latencies_measured_on"] = machine()
-    write_whole(RECORD, json.dumps(kept, indent=1) + "\n")
-
-
-def measured(trace: Trace, asked: Deployment, common: float, start: float) -> Measured:
+def replayed(candidate: Candidate, traces: dict[str, Trace], rate: float, with_capacity: bool) -> dict[str, Any]:
+    asked = deployment(candidate)
     token_ids = prompt_token_ids(resolve_model(asked.model))
     held: dict[str, bool] = {}
     with live_server(asked) as server:
-        warm_server(server, trace, token_ids)
+        warm_server(server, traces[WINDOWS[0]], token_ids)
 
-        def times(rate: float, seconds: float) -> RequestTimes:
-            piece = part(trace, rate, seconds)
+        def times(piece: Trace, rate: float) -> RequestTimes:
             return replay(piece, server.url, rate=rate, model=server.model, token_ids=token_ids).times
 
-        at_common = latencies(times(common, COMMON_S))
+        found = {key: latencies(times(trace.select(slice(0, REQUESTS)), rate)) for key, trace in traces.items()}
+        if with_capacity:
+            trace = traces[WINDOWS[0]]
 
-        def asks(rate: float) -> bool:
-            held[repr(rate)] = holds(times(rate, REPLAY_S))
-            return held[repr(rate)]
+            def asks(rate: float) -> bool:
+                held[repr(rate)] = holds(times(arriving(trace, rate, CAPACITY_S), rate))
+                return held[repr(rate)]
 
-        bracket(asks, guess=start, runs=CAPACITY_RUNS)
-    return Measured(at_common, held)
-
-
-def tables_of(profile: Profile, asked: Deployment) -> Any:
-    return step_tables(profile, ModelShape.load(resolve_model(asked.model)), asked.pool).tables
+            bracket(asks, guess=2 * rate, runs=CAPACITY_RUNS)
+    return {"latencies": found, "held": held}
 
 
-def predicted_capacity(profile: Profile, trace: Trace, asked: Deployment, start: float, runs: int) -> float:
+# --- predicting ---
+
+
+def model_of(profile: Profile, candidate: Candidate) -> ModeledStep:
+    asked = deployment(candidate)
+    return step_tables(profile, ModelShape.load(resolve_model(asked.model)), asked.pool)
+
+
+def predicted_capacity(model: ModeledStep, trace: Trace, candidate: Candidate, start: float, runs: int) -> float:
     """By the protocol of the measurement, with the simulator in the server's place."""
-    tables = tables_of(profile, asked)
+    pool = deployment(candidate).pool
     found = bracket(
-        lambda rate: holds(simulate(part(trace, rate, REPLAY_S), asked.pool, tables, rate=rate).times),
+        lambda rate: holds(simulate(arriving(trace, rate, CAPACITY_S), pool, model.tables, rate=rate).times),
         guess=start,
         runs=runs,
     )
     return found.rate
 
 
-def measured_capacity(row: dict[str, Any]) -> float:
-    """Middle of the bracket that the replays of a record left."""
-    held = {float(rate): ok for rate, ok in row["held"].items()}
-    high = min((rate for rate, ok in held.items() if not ok), default=float("inf"))
-    low = max((rate for rate, ok in held.items() if ok and rate < high), default=0.0)
+def predicted_latencies(
+    model: ModeledStep, trace: Trace, candidate: Candidate, rate: float
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Values, and 90 % intervals as a study gives them (optimizer/evaluate.py: refine)."""
+    piece, pool = trace.select(slice(0, REQUESTS)), deployment(candidate).pool
+
+    def run(factor: float) -> RequestTimes:
+        return simulate(piece, pool, scaled(model.tables, factor), rate=rate).times
+
+    central = run(1.0)
+    ends = [
+        {f"{metric}:{p}": value for metric, by in summarize(run(factor)).values.items() for p, value in by.items()}
+        for factor in (1 - model.relative_error, 1 + model.relative_error)
+    ]
+    found = sampled(central, piece, (), np.random.default_rng(0))
+    bands = predicted(found, *({key: each[key] for key in found} for each in ends))
+    return latencies(central), {name(metric, p): bands[f"{metric}:p{p}"] for metric, p in LATENCIES}
+
+
+# --- scoring ---
+
+
+def measured_capacity(held: dict[str, bool]) -> tuple[float, float]:
+    """(highest rate that held below the lowest that failed, that lowest)."""
+    high = min((float(rate) for rate, ok in held.items() if not ok), default=float("inf"))
+    return max((float(rate) for rate, ok in held.items() if ok and float(rate) < high), default=0.0), high
+
+
+def middle(low: float, high: float) -> float:
     if low == 0.0:
         return high
     return low if high == float("inf") else float(np.sqrt(low * high))
 
 
-def kendall_tau(first: list[float], second: list[float]) -> float:
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     """Kendall's tau-a: concordant less discordant pairs, over all pairs (ties count as neither)."""
     pairs = list(itertools.combinations(range(len(first)), 2))
     signs = [np.sign(first[i] - first[j]) * np.sign(second[i] - second[j]) for i, j in pairs]
     return float(sum(signs) / len(pairs))
 
 
-def measured_on(kept: dict[str, Any], profile: Profile) -> dict[str, Any]:
-    """Where and when each of the three parts of a score was measured: they need not be of one run."""
-    return {
-        "capacities": kept["machine"],
-        "latencies": kept.get("latencies_measured_on", kept["machine"]),
-        "profile": {
-            "date": profile.created_at,
-            "command": profile.command,
-            "cpu": profile.machine.cpu,
-            "cores": profile.machine.cores,
-            "busy_before": profile.busy_before,
-            "digest": profile.digest(),
-        },
+def coverage(inside: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
+    """(share, low, high): of intervals that hold the measured value; 90 % by drawing whole replays (rows) anew."""
+    rows = np.array([[statistics.fmean(row), len(row)] for row in inside])
+    rng = np.random.default_rng(0)
+    drawn = rows[rng.integers(0, len(rows), (RESAMPLES, len(rows)))]
+    shares = (drawn[..., 0] * drawn[..., 1]).sum(1) / drawn[..., 1].sum(1)
+    low, high = np.quantile(shares, (0.05, 0.95))
+    return float((rows[:, 0] * rows[:, 1]).sum() / rows[:, 1].sum()), float(low), float(high)
+
+
+def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> tuple[list[Bar], dict[str, Any]]:
+    raw: dict[str, list[float]] = {name(*each): [] for each in LATENCIES}
+    beyond: dict[str, list[float]] = {key: [] for key in raw}
+    spreads: dict[str, list[float]] = {key: [] for key in raw}
+    inside, rows = [], []
+    order: tuple[list[float], list[float]] = ([], [])
+    passes = [{json.dumps(row["candidate"]): row for row in each["rows"]} for each in kept["passes"]]
+    for candidate in CANDIDATES:
+        key = json.dumps(candidate)
+        model, rate = model_of(profile, candidate), kept["loads"][key]
+        for part, trace in traces.items():
+            values, bands = predicted_latencies(model, trace, candidate, rate)
+            inside.append([])
+            for metric in raw:
+                runs = [each[key]["latencies"][part][metric] for each in passes]
+                truth = statistics.median(runs)
+                noise = max(abs(run - truth) for run in runs)
+                raw[metric].append(abs(values[metric] - truth) / truth)
+                beyond[metric].append(max(0.0, abs(values[metric] - truth) - noise) / truth)
+                spreads[metric].append(noise / truth)
+                inside[-1].append(bands[metric][0] <= truth <= bands[metric][1])
+                rows.append([candidate, part, metric, values[metric], runs, bands[metric]])
+        low, high = measured_capacity(passes[0][key]["held"])
+        order[0].append(predicted_capacity(model, traces[WINDOWS[0]], candidate, 2 * rate, 12))
+        order[1].append(middle(low, high))
+        print(f"{candidate}: capacity predicted {order[0][-1]:.2f}, measured {low:.2f} to {high:.2f}", file=sys.stderr)
+    share, low, high = coverage(inside)
+    tau = kendall_tau(*order)
+    bars = []
+    for metric in raw:
+        print(
+            f"{metric}: error median {statistics.median(raw[metric]):.1%}, p90 {np.quantile(raw[metric], 0.9):.1%};"
+            f" run to run {statistics.median(spreads[metric]):.1%};"
+            f" beyond it {statistics.median(beyond[metric]):.1%}, p90 {np.quantile(beyond[metric], 0.9):.1%}",
+            file=sys.stderr,
+        )
+        error = statistics.median(beyond[metric])
+        bars.append(Bar(f"{metric}: median error beyond the run-to-run spread", error, MEDIAN_ERROR, at_least=False))
+        error = float(np.quantile(beyond[metric], 0.9))
+        bars.append(Bar(f"{metric}: p90 error beyond the run-to-run spread", error, P90_ERROR, at_least=False))
+    print(f"coverage of 90 % intervals: {share:.1%} ({low:.1%} to {high:.1%}); Kendall tau {tau:.2f}", file=sys.stderr)
+    bars.append(Bar("coverage of 90 % intervals, upper end of its own interval", high, CONFIDENCE))
+    bars.append(Bar("coverage of 90 % intervals, lower end of its own interval", low, CONFIDENCE, at_least=False))
+    bars.append(Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", tau, TAU))
+    details = {
+        "measured_on": {"replays": [each["machine"] for each in kept["passes"]], "profile": profile.created_at},
+        "errors": raw,
+        "errors_beyond_spread": beyond,
+        "run_to_run_spread": spreads,
+        "coverage": [share, low, high],
+        "capacities": list(zip(map(json.dumps, CANDIDATES), *order)),
+        "rows": rows,
     }
-
-
-def bars_of(medians: dict[str, float], tau: float | None, candidates: int) -> list[Bar]:
-    """What is asked, beside what was found; where nothing was, without a value."""
-    errors = [
-        Bar(f"median relative error, {name(metric, p)}", medians.get(name(metric, p)), 0.15, at_least=False)
-        for metric, p in JUDGED
-    ]
-    return [*errors, Bar(f"Kendall tau of capacity, {candidates} candidates", tau, 0.6)]
-
-
-def without_record(why: str) -> int:
-    print(f"{why}: run with --fresh (about 20 minutes on a quiet machine)", file=sys.stderr)
-    finish(bars_of({}, None, len(CANDIDATES)), {})
-    return 1
+    return bars, details
 
 
 def main() -> int:
-    if "--fresh" in sys.argv:
-        record()
-    elif "--profile" in sys.argv:
-        profiled(configurations()).save(PROFILE)
-    elif "--latencies" in sys.argv:
-        record_latencies()
+    if "--fresh" in sys.argv or "--resume" in sys.argv:
+        record("--resume" in sys.argv)
+    traces = windows()
+    why = ""
     if not (RECORD.exists() and PROFILE.exists()):
-        return without_record("nothing is recorded yet")
-    kept = json.loads(Path(RECORD).read_text())
-    profile = Profile.load(PROFILE, any_machine=True)
-    trace = whole_trace()
-    if trace.digest() != kept["trace"]:
-        return without_record("the sample trace has changed since the replays were recorded")
-    errors: dict[str, list[float]] = {name(metric, p): [] for metric, p in LATENCIES}
-    capacities: tuple[list[float], list[float]] = ([], [])
-    rows = []
-    for row in kept["rows"]:
-        asked = deployment(tuple(row["candidate"]))
-        rate = kept["common_rate"]
-        run = simulate(part(trace, rate, COMMON_S), asked.pool, tables_of(profile, asked), rate=rate)
-        predicted = latencies(run.times)
-        for metric, value in row["latencies"].items():
-            errors[metric].append(abs(predicted[metric] / value - 1))
-        capacities[0].append(predicted_capacity(profile, trace, asked, kept["start_rate"], 12))
-        capacities[1].append(measured_capacity(row))
-        both = {
-            metric: [round(predicted[metric] * 1e3, 2), round(row["latencies"][metric] * 1e3, 2)] for metric in errors
-        }
-        rows.append(
-            {
-                "candidate": row["candidate"],
-                "predicted_and_measured_ms": both,
-                "predicted_capacity": capacities[0][-1],
-                "measured_capacity": capacities[1][-1],
-            }
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr)
-    tau = kendall_tau(*capacities)
-    spread = {metric: {"median": statistics.median(each), "max": max(each)} for metric, each in errors.items()}
-    bars = bars_of({metric: each["median"] for metric, each in spread.items()}, tau, len(rows))
-    details = {"measured_on": measured_on(kept, profile), "errors": spread, "rows": rows}
+        why = "nothing is recorded yet"
+    elif json.loads(Path(RECORD).read_text())["trace"] != {key: trace.digest() for key, trace in traces.items()}:
+        why = "the sample trace or the record's form has changed since the replays were recorded"
+    if why:
+        print(f"{why}: run with --fresh (about an hour on a quiet machine)", file=sys.stderr)
+        finish([Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", None, TAU)], {})
+        return 1
+    bars, details = score(json.loads(RECORD.read_text()), Profile.load(PROFILE, any_machine=True), traces)
     finish(bars, details, "prediction_local")
     return 0
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
 from ..profiler.profile import BadProfile, Profile
+from ..profiler.recalibration import Calibration
 from ..profiler.roofline import kv_blocks
-from ..profiler.tables import ModeledStep, step_tables
+from ..profiler.tables import ModeledStep, step_bounds, step_tables
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.spec import CPU, Deployment, Pool
 from ..traces.trace import Trace
@@ -35,7 +36,8 @@ _ADAPTERS_LEAVE_OUT = (
 class Sources:
     """Step times and prices for one model.
 
-    measured from `profile` where the accelerator is "cpu", from the data sheet of `device` else.
+    measured from `profile` where the accelerator is "cpu", from the data sheet of `device` else; either as the user's
+    own server corrects it, where a calibration is given.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Sources:
     prices: PriceBook
     profile: Profile | None = None
     device: Accelerator | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def of(
@@ -53,23 +56,28 @@ class Sources:
         profile_path: str | os.PathLike[str] | None = None,
         prices_path: str | os.PathLike[str] | None = None,
         any_machine: bool = False,
+        calibration_path: str | os.PathLike[str] | None = None,
     ) -> Sources:
         """Read them. Raises: BadModel, BadProfile (none for "cpu", too), BadHardware (exit code 2), OSError."""
         shape = ModelShape.load(resolve_model(model))
         prices = PriceBook.load(prices_path)
+        calibration = None if calibration_path is None else Calibration.load(calibration_path)
         if accelerator_name != CPU:
-            return cls(model, shape, prices, device=accelerator(accelerator_name))
+            return cls(model, shape, prices, device=accelerator(accelerator_name), calibration=calibration)
         if profile_path is None:
             raise BadProfile("profile", "none", "a profile of this machine", "`paretune profile run`")
         profile = Profile.load(profile_path, any_machine=any_machine)
         profile.check_shape(shape)
-        return cls(model, shape, prices, profile=profile)
+        return cls(model, shape, prices, profile=profile, calibration=calibration)
 
     def step_model(self, pool: Pool) -> ModeledStep:
         """Step times of one replica of a pool. Raises: BadProfile, BadHardware."""
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
         found = step_tables(source, self.shape, pool)
+        if self.calibration is not None:
+            bounds = step_bounds(source, self.shape, pool)
+            found = self.calibration.applied(found, bounds, pool, self.uncalibrated_digest)
         left_out = [*found.not_modeled, *_SIMULATOR_LEAVES_OUT]
         if pool.max_queued_requests:
             left_out.append("max_queued_requests: requests that the server would refuse wait in the simulator")
@@ -84,11 +92,17 @@ class Sources:
         return self.prices.usd_per_device_hour(pool.accelerator)
 
     @property
-    def name(self) -> str:
+    def uncalibrated_name(self) -> str:
         if self.profile is not None:
             return f"profile of {self.profile.name}"
         assert self.device is not None
         return f"data sheet of {self.device.name} ({self.device.as_of})"
+
+    @property
+    def name(self) -> str:
+        if self.calibration is None:
+            return self.uncalibrated_name
+        return f"{self.uncalibrated_name}, calibrated on {self.calibration.recorded_in}"
 
     @property
     def measured(self) -> bool:
@@ -96,7 +110,15 @@ class Sources:
 
     @property
     def digest(self) -> str:
-        """Of what step times come from: the profile's own, or one of the data sheet's figures."""
+        """Of all that step times come from."""
+        if self.calibration is None:
+            return self.uncalibrated_digest
+        both = self.uncalibrated_digest + self.calibration.model_dump_json()
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+    @property
+    def uncalibrated_digest(self) -> str:
+        """The profile's own, or one of the data sheet's figures."""
         if self.profile is not None:
             return self.profile.digest()
         return hashlib.sha256(repr(self.device).encode()).hexdigest()[:16]

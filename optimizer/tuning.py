@@ -63,6 +63,7 @@ class Ask:
     profile_path: str | None = None
     tiles_path: str | None = None
     prices_path: str | None = None
+    calibration_path: str | None = None
     study: str = "default"
     trials: int = 200
     finalists: int = 0
@@ -155,7 +156,11 @@ def tune_trace(ask: Ask, report: Report) -> Study:
     if ask.slos:
         trace = with_targets(trace, [Target.parse(text) for text in ask.slos])
     sources = Sources.of(
-        ask.model, accelerator_name=ask.accelerator, profile_path=ask.profile_path, prices_path=ask.prices_path
+        ask.model,
+        accelerator_name=ask.accelerator,
+        profile_path=ask.profile_path,
+        prices_path=ask.prices_path,
+        calibration_path=ask.calibration_path,
     )
     metric, percentile = _axis(ask.metric)
     space = _space(ask, trace, sources)
@@ -176,6 +181,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
             "cost": ask.cost,
             "space": absolute(ask.space_path),
             "baseline": absolute(ask.baseline_path),
+            "calibration": absolute(ask.calibration_path),
             "max-devices": ask.max_devices,
             "trials": ask.trials,
             "measure": ask.finalists,
@@ -246,6 +252,7 @@ def kept(name: str, storage: str | os.PathLike[str]) -> Kept:
         accelerator_name=about["accelerator"],
         profile_path=about["profile"],
         prices_path=about["prices"],
+        calibration_path=about.get("options", {}).get("calibration"),
         any_machine=True,
     )
     return Kept(study, trace, sources, about)

@@ -21,7 +21,7 @@ from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
-from .roofline import RELATIVE_ERROR, roofline_tables
+from .roofline import EFFICIENCY, LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_tables
 from .step_fit import StepFit, fit_steps
 from .step_time import WORK_GRID, StepTables
 
@@ -67,6 +67,16 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     if pool.speculation != "none":
         found = replace(found, not_modeled=(*found.not_modeled, *_SPECULATION_LEAVES_OUT))
     return found
+
+
+def step_bounds(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
+    """The least step times that physics allows, by part: of measured peaks, or of the data sheet's."""
+    if isinstance(source, Profile):
+        return bound_tables(shape, pool, source.peaks_of(pool.num_threads))
+    estimate = roofline_tables(source, shape, pool)
+    tokens_s = np.maximum(estimate.tokens_s - shape.num_layers * LAYER_OVERHEAD_S, 0.0)
+    parts = {name: table for name, table in estimate._asdict().items() if name not in ("request_s", "draft")}
+    return estimate._replace(**{name: table * EFFICIENCY for name, table in {**parts, "tokens_s": tokens_s}.items()})
 
 
 def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:

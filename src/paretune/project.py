@@ -15,7 +15,7 @@ from .runtime.safe_yaml import BadYaml, load_yaml
 from .runtime.spec import SMALL_MODEL
 
 FILE_NAME = "paretune.yaml"
-_PATHS = ("log", "model", "profile", "tiles", "prices", "space", "spec", "storage", "decisions")
+_PATHS = ("log", "model", "profile", "calibration", "tiles", "prices", "space", "spec", "storage", "decisions")
 
 
 class Project(BaseModel):
@@ -31,6 +31,7 @@ class Project(BaseModel):
     cost: Literal["capacity", "sizing"] = "capacity"
     accelerator: str = "cpu"
     profile: str = PROFILE
+    calibration: str | None = None
     tiles: str | None = None
     prices: str | None = None
     space: str | None = None
@@ -69,6 +70,7 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
         "cost": project.cost,
         "tiles_path": project.tiles,
         "prices_path": project.prices,
+        "calibration_path": project.calibration,
         "space_path": project.space,
         "trials": project.trials,
         "finalists": project.measure,
@@ -79,7 +81,10 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
         "front": study,
         "pick": {**study, "output": project.spec},
         "report": study,
-        "simulate": {"profile_path": project.profile},
+        "simulate": {
+            "profile_path": project.profile,
+            **({} if project.calibration is None else {"calibration_path": project.calibration}),
+        },
         "profile": {"run": {"model": project.model, "output": project.profile}},
         "kernels": {"tune": {"model": project.model}},
     }

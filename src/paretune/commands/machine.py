@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -157,6 +158,56 @@ def profile_check(speaker: Speaker, path: str) -> None:
     speaker.result({"digest": found.digest()}, f"{path}: valid here, {found.name}")
 
 
+@click.command()
+@click.option("--from", "recording", type=EXISTING, required=True,
+              help="Step log, or request log with timings, of the server.")  # fmt: skip
+@click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment that it served.")
+@click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default="out/calibration.json", show_default=True)
+@speaks
+def calibrate(speaker: Speaker, recording: str, spec_path: str, profile_path: str, output: str) -> None:
+    """Correct the modeled step times by what your own server recorded, and say how wrong they were and are.
+
+    A step log has a factor for every part of a step in it; a request log with timings one factor for all steps, and the
+    time before them. What is written is for `--calibration` of simulate and tune.
+
+    \b
+    Example: paretune calibrate --from out/steps.jsonl --spec out/spec.yaml
+    """
+    from ..optimizer.sources import Sources
+    from ..profiler.hardware import as_cataloged
+    from ..profiler.recalibration import calibrate as fit
+    from ..profiler.recalibration import read_recorded
+    from ..runtime.spec import load_deployment
+
+    deployment = as_cataloged(load_deployment(spec_path))
+    pool = deployment.pool
+    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    found = fit(
+        read_recorded(recording),
+        sources.step_model(pool),
+        deployment,
+        recorded_in=Path(recording).name,
+        source=sources.uncalibrated_digest,
+        source_name=sources.uncalibrated_name,
+    )
+    found.save(output)
+    rows = [
+        [what, *(f"{error:.1%}" for errors in (found.before[what], after) for error in (errors.median, errors.p90))]
+        for what, after in found.after.items()
+    ]
+    kinds = {"steps": "steps", "run": "requests"}
+    shown = ", ".join(f"{part.removesuffix('_s')} x {factor:.2f}" for part, factor in found.factors.items())
+    lines = [
+        f"{sources.uncalibrated_name}, fitted to {found.points:,} {kinds[found.kind]} of {found.recorded_in}",
+        f"{shown}, {found.step_s * 1e3:.2f} ms a step, {found.before_scheduler_s * 1e3:.1f} ms before the scheduler",
+        f"errors on {found.held_out:,} {kinds[found.kind]} that were not fitted:",
+        table(["", "before: median", "90 %", "after: median", "90 %"], rows),
+        f"wrote {output}",
+    ]
+    speaker.result({"written": output, **found.model_dump(mode="json")}, "\n".join(lines))
+
+
 @click.group()
 def kernels() -> None:
     """Search and show the tiles of the operators."""
@@ -240,4 +291,4 @@ def kernels_show(speaker: Speaker, path: str) -> None:
     speaker.result(found, _tiles_text(found))
 
 
-COMMANDS = (doctor, profile, kernels)
+COMMANDS = (doctor, profile, calibrate, kernels)

@@ -91,6 +91,7 @@ def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, d
         profile_path=project.profile,
         tiles_path=project.tiles,
         prices_path=project.prices,
+        calibration_path=project.calibration,
         study=f"{project.study}-nightly",
         storage=project.storage,
         trials=project.trials,

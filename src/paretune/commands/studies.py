@@ -34,6 +34,9 @@ NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
 profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
 prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
+calibration_option = click.option(
+    "--calibration", "calibration_path", type=EXISTING, help="Step times as `calibrate` corrected them."
+)
 accelerator_option = click.option(
     "--accelerator", default="cpu", show_default=True, help="Name in the catalog; 'cpu' is this machine."
 )
@@ -71,10 +74,19 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.argument("log", type=LOG)
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
+@calibration_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
 @speaks
-def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
+def simulate(
+    speaker: Speaker,
+    log: str,
+    spec_path: str,
+    profile_path: str,
+    calibration_path: str | None,
+    rate: float,
+    k: int | None,
+) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
     \b
@@ -91,7 +103,12 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     deployment = as_cataloged(load_deployment(spec_path))
     trace = read(log)
     pool = deployment.pool
-    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    sources = Sources.of(
+        deployment.model,
+        accelerator_name=pool.accelerator,
+        profile_path=profile_path,
+        calibration_path=calibration_path,
+    )
     modeled = sources.step_model(pool)
     k = k or k_of(target.metric for target in trace.targets)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
@@ -194,6 +211,7 @@ def price_words(source: str, as_of: str) -> str:
 )
 @profile_option
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Tiles that `kernels tune` found.")
+@calibration_option
 @prices_option
 @click.option("--study", default="default", show_default=True)
 @storage_option

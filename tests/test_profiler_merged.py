@@ -1,0 +1,64 @@
+"""Profiles of several hours as one: nothing is lost, differences show in the error, strangers are refused."""
+
+import pytest
+
+from paretune.profiler.merged_profile import merged
+from paretune.profiler.profile import BadProfile, Serving
+from paretune.profiler.step_fit import fit_steps
+
+from .profiler_examples import profile
+
+SERVING = Serving(
+    cores=1,
+    contention=1.1,
+    contention_spread=0.03,
+    between_steps_s=1e-4,
+    to_scheduler_s=2e-3,
+    to_client_s=1e-3,
+    steps=100,
+    requests=10,
+    measured_on="test",
+)
+
+
+def at_speed(factor: float):
+    """The made-up machine in an hour in which everything takes `factor` times as long."""
+    usual = profile()
+    slower = tuple(
+        each.model_copy(
+            update={"steps": tuple(s.model_copy(update={"median_s": s.median_s * factor}) for s in each.steps)}
+        )
+        for each in usual.configurations
+    )
+    serving = SERVING.model_copy(update={"contention": SERVING.contention * factor})
+    return usual.model_copy(update={"configurations": slower, "serving": (serving,)})
+
+
+def test_of_one_profile_nothing_changes() -> None:
+    one = at_speed(1.0)
+    assert merged([one]).configurations == one.configurations
+    assert merged([one]).serving == one.serving
+    assert merged([one]).peaks == one.peaks
+
+
+def test_steps_of_all_are_kept_and_their_distance_is_an_error() -> None:
+    hours = [at_speed(1.0), at_speed(1.2)]
+    together = merged(hours)
+    assert [len(c.steps) for c in together.configurations] == [2 * len(c.steps) for c in hours[0].configurations]
+    alone = fit_steps(hours[0].configurations[0].steps)
+    both = fit_steps(together.configurations[0].steps)
+    assert both.relative_error > alone.relative_error + 0.05
+
+
+def test_serving_is_the_middle_and_its_spread_has_the_range_added() -> None:
+    found = merged([at_speed(1.0), at_speed(1.0), at_speed(1.2)]).serving[0]
+    assert found.contention == pytest.approx(1.1)
+    assert found.contention_spread == pytest.approx((0.1**2 + 0.03**2) ** 0.5)
+    assert (found.steps, found.requests) == (300, 30)
+
+
+def test_of_different_machines_none_is_made() -> None:
+    other = at_speed(1.0)
+    other = other.model_copy(update={"machine": other.machine.model_copy(update={"cores": 99})})
+    with pytest.raises(BadProfile, match="different machines"):
+        merged([at_speed(1.0), other])
