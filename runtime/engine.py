@@ -27,7 +27,7 @@ from .batch import ALL_LOGITS, ARGMAX, LOGITS, TARGET
 from .device import check_gpus
 from .draft_shape import check_same_tokens
 from .engine_adapters import EngineAdapters
-from .engine_stats import EngineStats, StepRecord, stats_of
+from .engine_stats import EngineStats, StepRecord
 from .launch import Launch
 from .memory import check_memory, give_back_compiler, give_back_freed_memory
 from .model_shape import ModelShape, resolve_model
@@ -53,6 +53,7 @@ from .scheduler_state import (
     new_plan,
     new_state,
 )
+from .scheduler_totals import stats_of
 from .spec import CPU, BadSpec, Deployment, Pool
 from .speculation import sampled_places
 from .step_calls import StepCalls

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-
-from . import kv_cache
-from .scheduler_state import (
-    NUM_BLOCKS_FROM_HOST,
-    NUM_BLOCKS_TO_HOST,
-    NUM_HOST_HIT_TOKENS,
-    NUM_PREEMPTIONS,
-    NUM_PREFIX_HIT_TOKENS,
-    NUM_PREFIX_QUERY_TOKENS,
-    NUM_RUNNING,
-    NUM_SWAPPED,
-    NUM_WAITING,
-    State,
-)
-from .speculated import Speculated
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class EngineStats:
+class EngineStats(NamedTuple):
     """Counts since the engine began, and what it holds now.
 
     preemptions        times that a request gave its blocks back; `swaps` of these keep them on the host
@@ -31,14 +17,14 @@ class EngineStats:
     accepted_by_position  drafts whose first, second, ... proposal was accepted
     """
 
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    preemptions: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    steps: int
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    steps: int = 0
     swaps: int = 0
     host_hit_tokens: int = 0
     host_blocks_used: int = 0
@@ -49,6 +35,12 @@ class EngineStats:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_by_position: tuple[int, ...] = ()
+
+    def plus(self, other: EngineStats) -> EngineStats:
+        """Both added up, position by position."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self._fields[:-1]}
+        positions = itertools.zip_longest(self.accepted_by_position, other.accepted_by_position, fillvalue=0)
+        return EngineStats(**sums, accepted_by_position=tuple(map(sum, positions)))
 
 
 @dataclass(frozen=True)
@@ -68,30 +60,3 @@ class StepRecord:
     prefill_pairs: float
     seconds: float
     started_s: float
-
-
-def stats_of(state: State, steps: int, speculated: Speculated, accepted_by_position: tuple[int, ...]) -> EngineStats:
-    """How a scheduler stands after so many steps, and what was speculated in them.
-
-    Cached blocks that nobody holds are not in use.
-    """
-    counts, blocks, host_blocks = state.counts, state.blocks, state.host_blocks
-    total, host_total = len(blocks.ref_count), len(host_blocks.ref_count)
-    return EngineStats(
-        running=int(counts[NUM_RUNNING]),
-        waiting=int(counts[NUM_WAITING]),
-        kv_blocks_used=total - kv_cache.num_available(blocks),
-        kv_blocks_total=total,
-        preemptions=int(counts[NUM_PREEMPTIONS]),
-        prefix_query_tokens=int(counts[NUM_PREFIX_QUERY_TOKENS]),
-        prefix_hit_tokens=int(counts[NUM_PREFIX_HIT_TOKENS]),
-        steps=steps,
-        swaps=int(counts[NUM_SWAPPED]),
-        host_hit_tokens=int(counts[NUM_HOST_HIT_TOKENS]),
-        host_blocks_used=host_total - int(host_blocks.counts[kv_cache.FREE]),
-        host_blocks_total=host_total,
-        blocks_to_host=int(counts[NUM_BLOCKS_TO_HOST]),
-        blocks_from_host=int(counts[NUM_BLOCKS_FROM_HOST]),
-        **speculated._asdict(),
-        accepted_by_position=accepted_by_position,
-    )

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import json
 import marshal
 import os
@@ -44,10 +43,11 @@ import numpy as np
 
 from ..kernels.tiles import BadTile
 from .device import VISIBLE, visible_to_replica
+from .engine_stats import EngineStats
 from .spec import BadSpec, Deployment, Pool, parse_deployment
 
 if TYPE_CHECKING:
-    from .engine import EngineStats, Output, Request, StepRecord
+    from .engine import Output, Request, StepRecord
     from .sampler import TokenLogprobs
 
 START, ADD, ABORT, CHANGE, LOAD_ADAPTER, UNLOAD_ADAPTER, READY, STEP, CHANGED, ADAPTER, FAILED = range(11)
@@ -56,35 +56,6 @@ START, ADD, ABORT, CHANGE, LOAD_ADAPTER, UNLOAD_ADAPTER, READY, STEP, CHANGED, A
 STATS_EVERY_S = 0.2
 _STEPS_PER_WRITE = 256
 _PR_SET_PDEATHSIG = 1
-
-
-class Stats(NamedTuple):
-    """How a replica stands; totals count from its start."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    preemptions: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    steps: int = 0
-    swaps: int = 0
-    host_hit_tokens: int = 0
-    host_blocks_used: int = 0
-    host_blocks_total: int = 0
-    blocks_to_host: int = 0
-    blocks_from_host: int = 0
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_by_position: tuple[int, ...] = ()
-
-    def plus(self, other: Stats) -> Stats:
-        """Both added up, position by position."""
-        sums = {name: getattr(self, name) + getattr(other, name) for name in self._fields[:-1]}
-        positions = itertools.zip_longest(self.accepted_by_position, other.accepted_by_position, fillvalue=0)
-        return Stats(**sums, accepted_by_position=tuple(map(sum, positions)))
 
 
 class Queue(NamedTuple):
@@ -246,7 +217,7 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
     from .engine import Output, Request
     from .sampler import SamplingParams
 
-    told, told_s, taken = Stats(), 0.0, 0
+    told, told_s, taken = EngineStats(), 0.0, 0
     recorded: StepRecord | None = None
     while True:
         messages = inbox.take(block=not engine.has_work)
@@ -282,7 +253,7 @@ def run(engine: AnyEngine, connection: socket.socket, inbox: Inbox, step_log: St
         stats = None
         now_s = time.monotonic()
         if now_s - told_s >= STATS_EVERY_S or not engine.has_work:
-            now = _stats(engine)
+            now = engine.stats()
             if now != told:
                 told, told_s, stats = now, now_s, tuple(now)
         if outputs or stats or computed:
@@ -304,11 +275,6 @@ def _load_adapter(engine: AnyEngine, name: str, folder: str) -> str | None:
     except BadAdapter as error:
         return str(error)
     return None
-
-
-def _stats(engine: AnyEngine) -> Stats:
-    stats = engine.stats()
-    return Stats(*(getattr(stats, name) for name in Stats._fields))
 
 
 def _changed(engine: AnyEngine, pool: Pool) -> str | None:

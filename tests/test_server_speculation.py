@@ -11,7 +11,6 @@ import pytest
 
 from paretune.runtime.engine import EngineStats, Output
 from paretune.runtime.speculated import Speculated
-from paretune.runtime.worker import Stats
 from paretune.traces import read
 
 from .test_server_http import Echo, running
@@ -36,8 +35,8 @@ class Speculating(Echo):
 
     def stats(self) -> EngineStats:
         drafts = self.drafts
-        return replace(
-            super().stats(), drafts=drafts, draft_tokens=3 * drafts, accepted_tokens=2 * drafts,
+        return super().stats()._replace(
+            drafts=drafts, draft_tokens=3 * drafts, accepted_tokens=2 * drafts,
             accepted_by_position=(drafts, drafts, 0),
         )  # fmt: skip
 
@@ -84,9 +83,9 @@ def test_a_server_without_speculation_says_nothing_of_it(tmp_path: Path) -> None
 
 
 def test_what_retired_replicas_counted_adds_up_position_by_position() -> None:
-    one = Stats(drafts=3, draft_tokens=9, accepted_tokens=5, accepted_by_position=(3, 2))
-    other = Stats(steps=4, drafts=2, draft_tokens=8, accepted_tokens=6, accepted_by_position=(2, 2, 1, 1))
-    assert one.plus(other) == Stats(
+    one = EngineStats(drafts=3, draft_tokens=9, accepted_tokens=5, accepted_by_position=(3, 2))
+    other = EngineStats(steps=4, drafts=2, draft_tokens=8, accepted_tokens=6, accepted_by_position=(2, 2, 1, 1))
+    assert one.plus(other) == EngineStats(
         steps=4, drafts=5, draft_tokens=17, accepted_tokens=11, accepted_by_position=(5, 4, 1, 1)
     )
-    assert one.plus(Stats()) == one
+    assert one.plus(EngineStats()) == one

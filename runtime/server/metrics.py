@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..worker import Queue, Stats
+from ..engine_stats import EngineStats
+from ..worker import Queue
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -182,7 +183,7 @@ class _Replicas:
         yield self._cache_config()
         yield self._counter("paretune:engine_steps", "Engine steps.", sum(s.steps for s in stats))
 
-    def _speculation(self, stats: Sequence[Stats]) -> Iterator[Metric]:
+    def _speculation(self, stats: Sequence[EngineStats]) -> Iterator[Metric]:
         drafts, tokens = sum(one.drafts for one in stats), sum(one.draft_tokens for one in stats)
         accepted = sum(one.accepted_tokens for one in stats)
         yield self._counter("vllm:spec_decode_num_drafts", "Steps of a request that verified proposals.", drafts)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ...traces.prefix import prefix_hashes
 from .. import worker
+from ..engine_stats import EngineStats
 from ..parallel import thread_environment
 from ..router import new_router, num_prefix_hashes, route
 from ..spec import Deployment, Pool
@@ -38,7 +39,6 @@ from ..worker import (
     UNLOAD_ADAPTER,
     Frames,
     Queue,
-    Stats,
     frame,
 )
 from .generation import Generation
@@ -72,7 +72,7 @@ class Replica(asyncio.Protocol):
         self.closed = False
         self.lost = False
         self.failure: tuple[int, str] | None = None
-        self.stats = Stats()
+        self.stats = EngineStats()
         self.live: dict[int, Generation] = {}
         self.outstanding_tokens = 0
         self._on_change = on_change
@@ -208,7 +208,7 @@ class Replica(asyncio.Protocol):
                     self.outstanding_tokens -= most_tokens(generation)
                 generation.receive(ids, finish_reason, cached_tokens, its_logprobs, now_s)
         if stats is not None:
-            self.stats = Stats(*stats)  # type: ignore[misc]
+            self.stats = EngineStats(*stats)  # type: ignore[misc]
 
     def _abort(self, request_id: int) -> None:
         generation = self.live.pop(request_id, None)
@@ -267,7 +267,7 @@ class Fleet:
         self.drain_rate = DrainRate()
         self._take(replicas, pool)
         self._retired: list[Replica] = []
-        self._past = Stats()
+        self._past = EngineStats()
         self._ids = itertools.count()
         self._salt = secrets.token_bytes(32)  # nobody can make prompts that all go to one replica
 
@@ -279,7 +279,7 @@ class Fleet:
         """The replicas that get new requests, and those that finish what they have."""
         return (*self.replicas, *self._retired)
 
-    def stats(self) -> list[Stats]:
+    def stats(self) -> list[EngineStats]:
         """Of all replicas, and what those that have ended did."""
         return [*(replica.stats for replica in self.all()), self._past]
 
