@@ -308,12 +308,22 @@ class Profile(_Part):
         raise BadProfile("profile: peaks", f"none of {num_threads} threads", known, "measure it: `paretune profile`")
 
 
+# Fields that models which the bundled engine serves, and so measures, have at their defaults
+_NEVER_SERVED = (
+    "latent", "attention", "linear_attention", "quantization", "norms_per_layer", "norm_bias", "qk_norm_of_all_heads",
+    "sinks", "layer_scalar", "head_bias",
+)  # fmt: skip
+_NEVER_SERVED_EXPERTS = ("shared_gated", "router_bias", "expert_bias", "router_scales")
+
+
 def shape_data(shape: ModelShape) -> dict[str, Any]:
     """The sizes of a model that its step times depend on, as plain JSON data."""
-    skipped = ("eos_token_ids", "rms_norm_eps", "rope", "experts")
+    skipped = ("eos_token_ids", "rms_norm_eps", "rope", "experts", *_NEVER_SERVED)
     data = {name: value for name, value in dataclasses.asdict(shape).items() if name not in skipped}
     if shape.experts is not None:  # absent otherwise: profiles of dense models are older than experts
-        data["experts"] = {**dataclasses.asdict(shape.experts), "layers": list(shape.experts.layers)}
+        experts = dataclasses.asdict(shape.experts)
+        data["experts"] = {name: value for name, value in experts.items() if name not in _NEVER_SERVED_EXPERTS}
+        data["experts"]["layers"] = list(shape.experts.layers)
     return data
 
 

@@ -47,7 +47,7 @@ _ARITHMETIC = {
 _UNQUANTIZED = ("head", "router", "shared_gate")
 
 
-def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str, tensor_parallel_size: int) -> float:
+def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str) -> float:
     """Least time of an operator on one rank, seconds: a bound, not an estimate.
 
     Args:
@@ -56,17 +56,14 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
 
     >>> from .hardware import accelerator
     >>> one_token = OperatorWork("4096 x 4096", flops=2 * 4096**2, weight_bytes=2 * 4096**2)
-    >>> f"{operator_bound_s(one_token, accelerator('H100'), 'bf16', 1) * 1e6:.1f} µs"
+    >>> f"{operator_bound_s(one_token, accelerator('H100'), 'bf16') * 1e6:.1f} µs"
     '10.0 µs'
     """
     seconds = (work.weight_bytes + work.kv_bytes + work.activation_bytes) / accelerator.peak_bytes_per_s
-    if work.flops:
-        seconds = max(seconds, work.flops / accelerator.flops_per_s(precision))
+    if np.any(work.flops):
+        seconds = np.maximum(seconds, work.flops / accelerator.flops_per_s(precision))
     if work.messages:
-        share = 2 * (tensor_parallel_size - 1) / tensor_parallel_size
-        seconds += (
-            work.messages * accelerator.link_latency_s + share * work.message_bytes / accelerator.link_bytes_per_s
-        )
+        seconds += work.messages * accelerator.link_latency_s + work.wire_bytes / accelerator.link_bytes_per_s
     return seconds
 
 
@@ -93,12 +90,7 @@ def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sha
     plain = "fp32" if sharding.weight_dtype == "fp32" else "bf16"
     stored = _ARITHMETIC[sharding.weight_dtype]
     return {
-        w.name: operator_bound_s(
-            w,
-            accelerator,
-            plain if "attention" in w.name or w.name in _UNQUANTIZED else stored,
-            sharding.tensor_parallel_size,
-        )
+        w.name: operator_bound_s(w, accelerator, plain if "attention" in w.name or w.name in _UNQUANTIZED else stored)
         for w in work
     }
 

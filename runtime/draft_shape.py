@@ -24,6 +24,7 @@ def check_draft(pool: Pool, shape: ModelShape) -> None:
     draft = draft_shape(pool)
     if draft is None:
         return
+    draft.check_served()
     field = "pools.0.draft_model"
     if draft.vocab_size != shape.vocab_size:
         found = f"{draft.vocab_size} tokens in {pool.draft_model}"

@@ -52,6 +52,7 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
         raise BadSpec("pools.0.speculation", found, "none or ngram with context parallelism, for the bundled engine")
     if shape is None:
         return
+    shape.check_served()
     check_draft(pool, shape)
     if pool.max_model_len > shape.max_position_embeddings:
         allowed_len = f"at most {shape.max_position_embeddings}, the model's max_position_embeddings"

@@ -151,7 +151,7 @@ BAD = {
     "config is no JSON": ("single", lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
     "config is a list": ("single", lambda folder: (folder / "config.json").write_text("[]"), ["config.json", "list"]),
     "unknown family": ("single", edit_config(model_type="gpt2"), ["model_type", "gpt2", "qwen3"]),
-    "experts": ("single", edit_config(model_type="deepseek_v3"), ["model_type", "deepseek_v3"]),
+    "modeled, and not whole": ("single", edit_config(model_type="deepseek_v3"), ["kv_lora_rank", "None"]),
     "quantized": ("single", edit_config(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq"]),
     "activation": ("single", edit_config(hidden_act="gelu"), ["hidden_act", "gelu"]),
     "yarn": ("single", edit_config(rope_scaling={"type": "yarn", "factor": 2.0}), ["rope_scaling", "yarn", "llama3"]),

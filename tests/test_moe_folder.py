@@ -93,7 +93,7 @@ def test_what_config_json_says_of_experts_and_what_transformers_takes_where_it_i
         ({"mlp_only_layers": 1}, "mlp_only_layers"),
         ({"model_type": "mixtral", "num_local_experts": True}, "num_local_experts"),
         ({"quantization_config": {"quant_method": "bitnet"}}, "quantization_config"),
-        ({"model_type": "deepseek_v3"}, "model_type"),
+        ({"model_type": "deepseek_v3"}, "kv_lora_rank"),
     ],
 )
 def test_a_bad_config_is_refused_by_its_field(fields: dict[str, object], field: str) -> None:

@@ -32,7 +32,7 @@ def pool(**changes: object) -> Pool:
 
 def test_one_token_through_a_square_matmul_takes_its_weights_over_the_bandwidth() -> None:
     matmul = OperatorWork("matmul", flops=2 * 4096**2, weight_bytes=2 * 4096**2)
-    assert operator_bound_s(matmul, H100, "bf16", 1) == 2 * 4096**2 / 3.35e12
+    assert operator_bound_s(matmul, H100, "bf16") == 2 * 4096**2 / 3.35e12
 
 
 def test_an_8k_prompt_of_8b_needs_133_ms_of_an_h100() -> None:
