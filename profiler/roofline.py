@@ -1,13 +1,14 @@
 """Step times from a data sheet: never measured, and labeled so.
 
 The bound of an operator is max(operations / peak rate, bytes / peak bandwidth) (Williams, Waterman and Patterson,
-"Roofline", CACM 52(4), 2009), of a ring all-reduce over t ranks 2 (t - 1) / t * bytes / link rate + latency. Real
+"Roofline", CACM 52(4), 2009), of a collective what collectives.py says of the links that its group spans. Real
 engines take longer: a share of the peaks, and time between kernels. Both are fitted to published serving points.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,18 +19,25 @@ from ..runtime.draft_shape import draft_shape
 from ..runtime.memory import GPU_MEMORY_SHARE
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
+from .collectives import Collective, collective_bound_s
 from .hardware import Accelerator, BadHardware
 from .operators import Composition, OperatorWork, kv_bytes_per_token, rank_weight_bytes, step_work
 from .step_time import WORK_GRID, StepTables
 
-# Fitted by benchmarks/roofline_calibration.py on 2026-11-23 to the TPOT of 360 published fp8 points of dense models
+# Fitted by benchmarks/roofline_calibration.py on 2026-11-26 to the TPOT of 360 published fp8 points of dense models
 # (H100 and B200, TensorRT-LLM and vLLM, TP 1 to 8; NVIDIA's aiconfigurator silicon set): the share of its bound that
 # an operator reaches, and the time a layer takes beside its operators. The error: each group (GPU, engine, model) is
-# predicted by the others, and of the groups' 90 % quantiles (0.13 to 0.56; all points together 0.23) the worst counts,
+# predicted by the others, and of the groups' 90 % quantiles (0.14 to 0.55; all points together 0.26) the worst counts,
 # because a tune asks about a new group. Other accelerators and precisions were not checked at all.
-EFFICIENCY = 0.76
-LAYER_OVERHEAD_S = 38e-6
+EFFICIENCY = 0.78
+LAYER_OVERHEAD_S = 32e-6
 RELATIVE_ERROR = 0.56
+
+# A collective reaches another share of its bound, and takes time beside it (launch, waiting for the slowest rank). The
+# share is that of the largest messages in aiconfigurator's tables: 0.74, 0.53, 0.60 for 2, 4, 8 of H100, 0.63, 0.47,
+# 0.46 of B200. The time is its p2p_latency, 10 us a message "based on observations" (systems/*.yaml, 2026-07-25).
+COLLECTIVE_EFFICIENCY = 0.55
+COLLECTIVE_OVERHEAD_S = 10e-6
 
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
 # int8 models, and the routers of experts, compute in bf16.
@@ -63,10 +71,8 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
     if work.flops:
         seconds = max(seconds, work.flops / accelerator.flops_per_s(precision))
     if work.messages:
-        share = 2 * (tensor_parallel_size - 1) / tensor_parallel_size
-        seconds += (
-            work.messages * accelerator.link_latency_s + share * work.message_bytes / accelerator.link_bytes_per_s
-        )
+        kind: Collective = "all_gather" if work.name.endswith(".all_gather") else "all_reduce"
+        seconds += collective_bound_s(kind, accelerator, tensor_parallel_size, work.message_bytes, work.messages)
     return seconds
 
 
@@ -103,10 +109,39 @@ def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sha
     }
 
 
+def _is_collective(name: str) -> bool:
+    """Whether an operator of a step is a collective, by its name."""
+    return name.endswith((".all_reduce", ".all_gather"))
+
+
+def _num_collectives(
+    shape: ModelShape, step: Composition, sharding: _Sharding, of: Callable[[str], bool] = lambda name: True
+) -> int:
+    """Collectives of a step, all layers together."""
+    return sum(work.messages for work in step_work(shape, step, **sharding._asdict()) if of(work.name))
+
+
 def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> float:
-    """What a step may take in a real engine: its bounds over EFFICIENCY, and LAYER_OVERHEAD_S a layer."""
-    bound_s = sum(step_bound_s(accelerator, shape, step, pool).values())
-    return bound_s / EFFICIENCY + shape.num_layers * LAYER_OVERHEAD_S
+    """What a step may take in a real engine: each operator's bound over the share it reaches, and overheads."""
+    return _estimate_s(accelerator, shape, step, _Sharding.of(pool)) + shape.num_layers * LAYER_OVERHEAD_S
+
+
+def _estimate_s(
+    accelerator: Accelerator,
+    shape: ModelShape,
+    step: Composition,
+    sharding: _Sharding,
+    of: Callable[[str], bool] = lambda name: True,
+) -> float:
+    """Seconds of the operators whose names are `of` interest, without what a layer takes beside them."""
+    bound = {name: s for name, s in _bound_s(accelerator, shape, step, sharding).items() if of(name)}
+    collective_s = [s for name, s in bound.items() if _is_collective(name)]
+    operators_s = sum(bound.values()) - sum(collective_s)
+    return (
+        operators_s / EFFICIENCY
+        + sum(collective_s) / COLLECTIVE_EFFICIENCY
+        + _num_collectives(shape, step, sharding, of) * COLLECTIVE_OVERHEAD_S
+    )
 
 
 def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
@@ -142,12 +177,11 @@ def _linear_s(
 ) -> NDArray[np.float64]:
     """(size + 1,) seconds of 0 to `size` tokens (of samples: of the vocabulary projection), attention left out."""
     at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.int64)
-    bounds = []
+    times_s = []
     for n in at.tolist():
         step = Composition(1, 1, n, 0.0, 0.0) if samples else Composition(n, 1, 0, 0.0, 0.0)
-        bound = _bound_s(accelerator, shape, step, sharding)
-        bounds.append(sum(s for name, s in bound.items() if name.startswith("head") == samples))
-    table = np.interp(np.arange(size + 1), at, np.array(bounds) / EFFICIENCY)
+        times_s.append(_estimate_s(accelerator, shape, step, sharding, lambda name: name.startswith("head") == samples))
+    table: NDArray[np.float64] = np.interp(np.arange(size + 1), at, np.array(times_s))
     table[0] = 0.0
     return table
 

@@ -18,6 +18,7 @@ from ..runtime.draft_shape import draft_pool, draft_shape
 from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
+from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
@@ -92,6 +93,8 @@ def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool)
         "time outside the steps (HTTP, tokenizer), contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
     ]
+    for link in latency_unknown(source, pool.tensor_parallel_size):
+        left_out.append(f"latency of {link} of {source.name}: no source gives one, none is counted in bounds")
     if pool.enforce_eager:
         left_out.append("enforce_eager: what launching the operators one by one costs the host")
     else:
