@@ -18,7 +18,9 @@ from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .traces import LOG
 
 if TYPE_CHECKING:
+    from ..optimizer.bill import Bill
     from ..optimizer.front import Evaluation
+    from ..optimizer.price_sheets import SheetComparison
     from ..optimizer.study import Study
     from ..runtime.spec import Prediction
     from ..traces.metrics import RequestTimes, Summary
@@ -34,6 +36,9 @@ NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
 profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
 prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
+compare_prices_option = click.option(
+    "--compare-prices", multiple=True, type=EXISTING, help="Further price books: the winner under each of their sheets."
+)
 accelerator_option = click.option(
     "--accelerator", default="cpu", show_default=True, help="Name in the catalog; 'cpu' is this machine."
 )
@@ -195,6 +200,7 @@ def price_words(source: str, as_of: str) -> str:
 @profile_option
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Tiles that `kernels tune` found.")
 @prices_option
+@compare_prices_option
 @click.option("--study", default="default", show_default=True)
 @storage_option
 @click.option("--trials", type=click.IntRange(min=1), default=200, show_default=True, help="Candidates to simulate.")
@@ -216,18 +222,23 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     \b
     Example: paretune tune log.parquet --slo 'ttf30:p95<=600ms' --measure 6
     """
+    from ..optimizer.bill import compared_prices
     from ..optimizer.tuning import Ask, tune_trace
+    from ..reports.bill import sheet_words
 
     if options["finalists"] and options["accelerator"] != "cpu":
         message = f"--measure: {options['accelerator']} is not this machine, so nothing can be measured on it"
         if click.get_current_context().get_parameter_source("finalists") is ParameterSource.COMMANDLINE:
             raise click.UsageError(message)
         speaker.warn(message)
+    ask = Ask(log=log, **options)
     with speaker.progress("tuning") as report:
-        study = tune_trace(Ask(log=log, **options), report)
+        study = tune_trace(ask, report)
     found = study.screened
+    sheets = compared_prices(ask, study)
     text = [
         _curve(study),
+        *sheet_words(sheets, deployment_words),
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
         + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
@@ -236,8 +247,26 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
-    speaker.result(_study_data(study), "\n".join(text), exit_code)
+    speaker.result({**_study_data(study), "price_sheets": sheets_data(sheets)}, "\n".join(text), exit_code)
     sys.exit(exit_code)
+
+
+def sheets_data(found: SheetComparison) -> dict[str, Any]:
+    """The winner under every price sheet, as --json has it."""
+    winners = [
+        {
+            "sheet": each.sheet,
+            "as_of": each.as_of,
+            "usd_per_device_hour": dict(each.usd_per_device_hour),
+            "unpriced": each.unpriced,
+            "study": each.study,
+            "trial": None if each.winner is None else each.winner.trial,
+            "digest": None if each.winner is None else each.winner.deployment.digest(),
+            "usd": each.cost_usd,
+        }
+        for each in found.winners
+    ]
+    return {"flips": found.flips, "cost": found.cost, "winners": winners}
 
 
 def _study_data(study: Any) -> dict[str, Any]:
@@ -293,6 +322,9 @@ def _curve(study: Study) -> str:
 @click.option("--knee", is_flag=True, help="The point after which more money buys little.")
 @click.option("--point", type=click.IntRange(min=1), help="The point of this number in `paretune front`.")
 @click.option("--confidence", type=Finite(0.0, 0.999), default=0.9, show_default=True)
+@compare_prices_option
+@click.option("--token-prices", "token_prices_path", type=EXISTING, help="Your token prices (CSV) in place of ours.")
+@click.option("--token-model", help="The model's name among token prices; default: that of the study's model.")
 @click.option("-o", "--output", type=OUTPUT, default="out/spec.yaml", show_default=True)
 @speaks
 def pick(
@@ -304,14 +336,22 @@ def pick(
     knee: bool,
     point: int | None,
     confidence: float,
+    compare_prices: tuple[str, ...],
+    token_prices_path: str | None,
+    token_model: str | None,
     output: str,
 ) -> None:
     """Choose a point of the curve and write its deployment spec.
 
+    Beside it stand the winner under every price sheet, the energy of a token, inferred from the devices' greatest
+    power, and what others ask for tokens of the same model.
+
     \b
     Example: paretune pick default --slo 'ttf30:p95<=600ms' -o out/spec.yaml
     """
+    from ..optimizer.bill import bill_of_pick
     from ..optimizer.tuning import pick_spec
+    from ..reports.bill import bill_words
     from ..traces.metrics import usd_per_month
 
     ways = {"--slo": bool(slos), "--budget": budget is not None, "--knee": knee, "--point": point is not None}
@@ -321,10 +361,18 @@ def pick(
     source = click.get_current_context().get_parameter_source("confidence")
     if source is ParameterSource.COMMANDLINE and (budget is not None or knee or point is not None):
         raise click.UsageError("--confidence goes with targets, not with --budget, --knee or --point")
-    chosen, deployment = pick_spec(
-        study, storage, slos=slos, budget_usd=budget, knee=knee, point=point, confidence=confidence, output=output
+    way: dict[str, Any] = {"slos": slos, "budget_usd": budget, "knee": knee, "confidence": confidence}
+    chosen, deployment = pick_spec(study, storage, **way, point=point, output=output)
+    bill = bill_of_pick(
+        study,
+        storage,
+        chosen,
+        **way,
+        compare_prices=compare_prices,
+        token_prices_path=token_prices_path,
+        token_model=token_model,
     )
-    data = {"written": output, "deployment": deployment.model_dump(mode="json")}
+    data = {"written": output, "deployment": deployment.model_dump(mode="json"), **_bill_data(bill)}
     lines = [f"wrote {output}: {deployment_words(chosen)}"]
     for each in deployment.predicted:
         if each.percentile in (50, 95):
@@ -342,7 +390,35 @@ def pick(
         lines.append(price_words(origin.prices, origin.prices_as_of))
         if not origin.measured:
             lines.append(NOT_MEASURED)
-    speaker.result(data, "\n".join(lines))
+    speaker.result(data, "\n".join([*lines, *bill_words(bill, deployment_words)]))
+
+
+def _bill_data(bill: Bill) -> dict[str, Any]:
+    tokens = [
+        {
+            "provider": each.price.provider,
+            "model": each.price.model,
+            "usd_per_million_tokens": each.usd_per_million_tokens,
+            "our_usd_per_million_tokens": each.ours_usd,
+            "our_interval": [each.ours_low, each.ours_high],
+            "possibly_subsidized": each.possibly_subsidized,
+            "within_interval": each.within_interval,
+            "cached_share": each.cached_share,
+            "source": each.price.source,
+            "as_of": each.price.as_of,
+        }
+        for each in bill.tokens
+    ]
+    energy = bill.energy and {
+        "inferred": True,
+        "joules_per_token": bill.energy.joules_per_token,
+        "kwh_per_million_tokens": bill.energy.kwh_per_million_tokens,
+        "utilization": bill.energy.utilization,
+        "power_w": bill.energy.power_w,
+        "source": bill.energy.source,
+        "as_of": bill.energy.as_of,
+    }
+    return {"price_sheets": sheets_data(bill.sheets), "energy": energy, "token_prices": tokens}
 
 
 def dollars(usd: float) -> str:
