@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..profiler.hardware import Accelerator, accelerator
-from ..profiler.prices import PriceBook, PriceSheet, TokenPrice, TokenPrices
+from ..profiler.hardware import Accelerator, BadHardware, accelerator
+from ..profiler.prices import Price, PriceBook, PriceSheet, TokenPrice, TokenPrices
+from ..profiler.simulator import SimulationResult
+from ..runtime.spec import Pool
 from ..traces.describe import statistics
-from ..traces.metrics import Target
+from ..traces.metrics import Target, sizing_cost_usd_per_hour, summarize, usd_per_million_tokens
 from ..traces.trace import Trace
 from .front import Evaluation, Front
 from .intervals import CONFIDENCE
 from .pick import cheapest, fastest
 from .pick import knee as knee_of
 from .price_sheets import Choose, SheetComparison, compare
+from .sources import Sources
 from .store import Ledger
 from .study import Study, load_study
-from .tuning import Ask, kept
+from .tuning import Ask, Kept, kept
 
 
 @dataclass(frozen=True)
@@ -28,42 +31,60 @@ class Bill:
 
     sheets       the choice made again under every price sheet
     energy       None: not inferred, and why stands in not_inferred
-    tokens       what others ask for the same tokens; none where the list does not have the model
-    token_model  the model that was looked for in the list of token prices
+    tokens       what others ask for the same tokens; none: why stands in not_compared
     """
 
     sheets: SheetComparison
     energy: Energy | None
     not_inferred: str
     tokens: tuple[TokenComparison, ...]
-    token_model: str
-    token_source: str
+    not_compared: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "price_sheets": self.sheets.to_dict(),
+            "energy": self.energy and self.energy.to_dict(),
+            "energy_not_inferred": self.not_inferred,
+            "token_prices": [each.to_dict() for each in self.tokens],
+            "token_prices_not_compared": self.not_compared,
+        }
 
 
 def bill_of(
+    found: Kept,
     evaluation: Evaluation,
-    front: Front,
-    trace: Trace,
-    *,
-    study: str,
     choose: Choose,
-    sheets: Sequence[PriceSheet],
-    token_prices: TokenPrices,
-    token_model: str,
+    *,
+    compare_prices: Sequence[str] = (),
+    token_prices_path: str | None = None,
+    token_model: str | None = None,
 ) -> Bill:
-    """The bill of a candidate that was chosen from a study's front."""
+    """The bill of a candidate of a study, under its own price books and more.
+
+    Args:
+        choose: how it was chosen, to choose again under other prices.
+        token_model: as the list of token prices calls the model; None: by the name of the study's model.
+    Raises: BadHardware: a price book that will not be used.
+    """
     device = accelerator(evaluation.deployment.pool.accelerator)
     inferred = energy(evaluation, device)
     why = "" if inferred else f"no source gives the power of {device.name}"
     if device.power_w is not None and not inferred:
         why = "the study was made before utilization was kept: tune again"
+    paths = dict.fromkeys([*_price_paths(found.about), *compare_prices])
+    token_prices = TokenPrices.load(token_prices_path)
+    model = token_model or found.sources.model
+    tokens = token_comparisons(evaluation, found.trace, token_prices.of(model))
+    not_compared = "" if tokens else "the candidate has no capacity to work its cost out of"
+    if not token_prices.of(model):
+        not_compared = f"{token_prices.source} has none of {model}"
     return Bill(
-        sheets=compare({study: front}, sheets, choose),
+        sheets=compare({found.study.name: found.study.front}, sheets_of([PriceBook.load(p) for p in paths]), choose),
         energy=inferred,
         not_inferred=why,
-        tokens=token_comparisons(evaluation, trace, token_prices.of(token_model)),
-        token_model=token_model,
-        token_source=token_prices.source,
+        tokens=tokens,
+        not_compared=not_compared,
     )
 
 
@@ -133,26 +154,21 @@ def bill_of_pick(
     token_prices_path: str | None = None,
     token_model: str | None = None,
 ) -> Bill:
-    """The bill of a candidate of a study, under its own price books and more.
+    """`bill_of` what `pick_spec` chose in the same way.
 
-    Args:
-        slos, budget_usd, knee, confidence: how it was chosen, as for `pick_spec`, to choose again under other prices.
-            Left out: the study's targets, or the knee; so, too, for a point by number, which other prices renumber.
-        token_model: as the list of token prices calls the model; None: by the name of the study's model.
-    Raises: what `kept` raises; BadHardware: a price book that will not be used.
+    Without a way: by the study's targets, or the knee; so, too, for a point by number, which other prices renumber.
+    Raises: what `tuning.kept` raises, and `bill_of`.
     """
     found = kept(name, storage)
     targets = [Target.parse(text) for text in slos] or list(found.study.targets)
-    paths = dict.fromkeys([*_price_paths(found.about), *compare_prices])
+    choose = choice(targets, budget_usd, confidence, by_knee=knee)
     return bill_of(
+        found,
         evaluation,
-        found.study.front,
-        found.trace,
-        study=name,
-        choose=choice(targets, budget_usd, confidence, by_knee=knee),
-        sheets=sheets_of([PriceBook.load(path) for path in paths]),
-        token_prices=TokenPrices.load(token_prices_path),
-        token_model=token_model or found.sources.model,
+        choose,
+        compare_prices=compare_prices,
+        token_prices_path=token_prices_path,
+        token_model=token_model,
     )
 
 
@@ -178,20 +194,66 @@ class Energy:
     def kwh_per_million_tokens(self) -> float:
         return self.joules_per_token * 1e6 / 3.6e6
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, labeled as inferred."""
+        return {"inferred": True, **asdict(self), "kwh_per_million_tokens": self.kwh_per_million_tokens}
+
 
 def energy(evaluation: Evaluation, device: Accelerator) -> Energy | None:
     """At the load that the evaluation's latencies speak of. None: no source gives the device's power, or no run."""
-    busy_s = evaluation.busy_device_s_per_token
-    if device.power_w is None or not math.isfinite(busy_s):
+    return _energy(evaluation.utilization, evaluation.busy_device_s_per_token, device)
+
+
+def _energy(utilization: float, busy_device_s_per_token: float, device: Accelerator) -> Energy | None:
+    if device.power_w is None or not math.isfinite(busy_device_s_per_token):
         return None
     source, as_of = device.sources["power_w"]
     return Energy(
-        utilization=evaluation.utilization,
-        joules_per_token=busy_s * device.power_w,
+        utilization=utilization,
+        joules_per_token=busy_device_s_per_token * device.power_w,
         power_w=device.power_w,
         source=source,
         as_of=as_of,
     )
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What one simulated run costs: the price of every device that it holds, busy or not, and its energy.
+
+    utilization             share of the time that a replica computes
+    usd_per_million_tokens  output tokens, at the load of the run
+    price, usd_*            None: the book has no price for the device, and why stands in unpriced
+    """
+
+    utilization: float
+    price: Price | None
+    unpriced: str
+    usd_per_hour: float | None
+    usd_per_million_tokens: float | None
+    energy: Energy | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {**asdict(self), "energy": self.energy and self.energy.to_dict()}
+
+
+def run_cost(result: SimulationResult, pool: Pool, sources: Sources) -> RunCost:
+    """Of a run of one pool, all its replicas."""
+    summary = summarize(result.times)
+    tokens = int(result.times.output_tokens.sum())
+    utilization = busy_s_per_token = math.nan
+    if tokens:
+        utilization = result.busy_s * summary.output_tokens_per_s / tokens / pool.replicas
+        busy_s_per_token = result.busy_s * pool.devices_per_replica / tokens
+    found = _energy(utilization, busy_s_per_token, accelerator(pool.accelerator))
+    try:
+        price = sources.price(pool)
+    except BadHardware as unpriced:
+        return RunCost(utilization, None, str(unpriced), None, None, found)
+    usd_per_hour = sizing_cost_usd_per_hour(pool.devices_per_replica, pool.replicas, price.usd_per_hour)
+    usd = usd_per_million_tokens(usd_per_hour, summary.output_tokens_per_s)
+    return RunCost(utilization, price, "", usd_per_hour, usd, found)
 
 
 @dataclass(frozen=True)
@@ -220,6 +282,11 @@ class TokenComparison:
     def within_interval(self) -> bool:
         """Whether our cost may be as low, within the error of our model."""
         return self.usd_per_million_tokens >= self.ours_low
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, with what follows from it."""
+        follows = {"possibly_subsidized": self.possibly_subsidized, "within_interval": self.within_interval}
+        return {**asdict(self), **follows}
 
 
 def token_comparisons(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..profiler.prices import PriceSheet
 from .front import Cost, Evaluation, Front, pareto
@@ -47,6 +48,23 @@ class SheetComparison:
     def flips(self) -> bool:
         """Whether two sheets have different winners."""
         return len({_name(each.winner) for each in self.winners if each.winner is not None}) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, winners by study, trial and digest."""
+        winners = [
+            {
+                "sheet": each.sheet,
+                "as_of": each.as_of,
+                "usd_per_device_hour": dict(each.usd_per_device_hour),
+                "unpriced": list(each.unpriced),
+                "study": each.study,
+                "trial": None if each.winner is None else each.winner.trial,
+                "digest": None if each.winner is None else each.winner.deployment.digest(),
+                "usd": each.cost_usd,
+            }
+            for each in self.winners
+        ]
+        return {"flips": self.flips, "cost": self.cost, "winners": winners}
 
 
 def compare(fronts: Mapping[str, Front], sheets: Sequence[PriceSheet], choose: Choose) -> SheetComparison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..optimizer.bill import Bill, TokenComparison
+from ..optimizer.bill import Bill, Energy, RunCost, TokenComparison
 from ..optimizer.front import Evaluation
 from ..optimizer.price_sheets import SheetComparison, SheetWinner
 from .words import dollars, percent
@@ -44,20 +44,36 @@ def _winner_words(each: SheetWinner, found: SheetComparison, name: Name) -> str:
     return f"{head}: {dollars(each.cost_usd)} {unit}{who}"
 
 
+def run_words(found: RunCost) -> tuple[str, ...]:
+    """What one simulated run costs, one sentence each."""
+    words = [f"the devices compute {percent(found.utilization)} of the time"]
+    if found.price is None or found.usd_per_hour is None or found.usd_per_million_tokens is None:
+        words.append(f"not priced: {found.unpriced}")
+    else:
+        words.append(
+            f"{dollars(found.usd_per_hour)} an hour, {dollars(found.usd_per_million_tokens)} per million output tokens "
+            f"at this load; prices: {found.price.source}, as of {found.price.as_of}"
+        )
+    if found.energy is not None:
+        words.append(_inferred(found.energy))
+    return tuple(words)
+
+
 def _energy_words(bill: Bill) -> tuple[str, ...]:
-    found = bill.energy
-    if found is None:
-        return (f"energy: not inferred, {bill.not_inferred}",)
+    return (f"energy: not inferred, {bill.not_inferred}" if bill.energy is None else _inferred(bill.energy),)
+
+
+def _inferred(found: Energy) -> str:
     return (
         f"energy, inferred: {found.joules_per_token:.3g} J an output token ({found.kwh_per_million_tokens:.3g} kWh a "
         f"million), at {percent(found.utilization)} modeled utilization of devices of at most {found.power_w:g} W "
-        f"({found.source}, {found.as_of}); without idle draw, hosts and the building",
+        f"({found.source}, {found.as_of}); without idle draw, hosts and the building"
     )
 
 
 def _token_words(bill: Bill) -> tuple[str, ...]:
     if not bill.tokens:
-        return ()
+        return (f"token prices: not compared, {bill.not_compared}",)
     first = bill.tokens[0]
     ours = f"{dollars(first.ours_usd)} ({dollars(first.ours_low)} to {dollars(first.ours_high)}), modeled"
     head = (

@@ -9,7 +9,7 @@ import click
 from ..output import Speaker, speaks, table
 from .machine import EXISTING
 from .numbers import POSITIVE
-from .studies import compare_prices_option, deployment_words, dollars, sheets_data, storage_option
+from .studies import compare_prices_option, deployment_words, dollars, storage_option
 
 if TYPE_CHECKING:
     from ..profiler.hardware import Accelerator, Link
@@ -85,7 +85,7 @@ def prices_compare(
     if slos and budget is not None:
         raise click.UsageError("--slo, --budget: these are several ways to choose; give one")
     found = compared_studies(studies, storage, slos=slos, budget_usd=budget, compare_prices=compare_prices)
-    speaker.result(sheets_data(found), "\n".join(sheet_words(found, deployment_words)))
+    speaker.result(found.to_dict(), "\n".join(sheet_words(found, deployment_words)))
 
 
 @prices.command("tokens")

@@ -18,9 +18,7 @@ from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .traces import LOG
 
 if TYPE_CHECKING:
-    from ..optimizer.bill import Bill
     from ..optimizer.front import Evaluation
-    from ..optimizer.price_sheets import SheetComparison
     from ..optimizer.study import Study
     from ..runtime.spec import Prediction
     from ..traces.metrics import RequestTimes, Summary
@@ -76,19 +74,30 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.argument("log", type=LOG)
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
+@prices_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
 @speaks
-def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
+def simulate(
+    speaker: Speaker,
+    log: str,
+    spec_path: str,
+    profile_path: str,
+    prices_path: str | None,
+    rate: float,
+    k: int | None,
+) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
     \b
     Example: paretune simulate log.parquet --spec out/spec.yaml
     """
+    from ..optimizer.bill import run_cost
     from ..optimizer.capacity import k_of
     from ..optimizer.sources import Sources
     from ..profiler.hardware import as_cataloged
     from ..profiler.simulator import simulate as run
+    from ..reports.bill import run_words
     from ..runtime.spec import load_deployment
     from ..traces import read
     from ..traces.metrics import summarize, violations
@@ -96,7 +105,9 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     deployment = as_cataloged(load_deployment(spec_path))
     trace = read(log)
     pool = deployment.pool
-    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    sources = Sources.of(
+        deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path, prices_path=prices_path
+    )
     modeled = sources.step_model(pool)
     k = k or k_of(target.metric for target in trace.targets)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
@@ -115,6 +126,8 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     if pool.speculation != "none":
         kept = result.accepted_tokens / max(1, result.draft_tokens)
         text += f"\n{result.draft_tokens:,} tokens proposed, {kept:.0%} of them kept, as often as the log recorded"
+    cost = run_cost(result, pool, sources)
+    text = "\n".join([text, *run_words(cost)])
     for target, value in violations(result.times, trace):
         text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
     data = {
@@ -129,6 +142,7 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
         "not_modeled": not_modeled,
+        "cost": cost.to_dict(),
     }
     speaker.result(data, text)
 
@@ -247,26 +261,8 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
-    speaker.result({**_study_data(study), "price_sheets": sheets_data(sheets)}, "\n".join(text), exit_code)
+    speaker.result({**_study_data(study), "price_sheets": sheets.to_dict()}, "\n".join(text), exit_code)
     sys.exit(exit_code)
-
-
-def sheets_data(found: SheetComparison) -> dict[str, Any]:
-    """The winner under every price sheet, as --json has it."""
-    winners = [
-        {
-            "sheet": each.sheet,
-            "as_of": each.as_of,
-            "usd_per_device_hour": dict(each.usd_per_device_hour),
-            "unpriced": each.unpriced,
-            "study": each.study,
-            "trial": None if each.winner is None else each.winner.trial,
-            "digest": None if each.winner is None else each.winner.deployment.digest(),
-            "usd": each.cost_usd,
-        }
-        for each in found.winners
-    ]
-    return {"flips": found.flips, "cost": found.cost, "winners": winners}
 
 
 def _study_data(study: Any) -> dict[str, Any]:
@@ -372,7 +368,7 @@ def pick(
         token_prices_path=token_prices_path,
         token_model=token_model,
     )
-    data = {"written": output, "deployment": deployment.model_dump(mode="json"), **_bill_data(bill)}
+    data = {"written": output, "deployment": deployment.model_dump(mode="json"), **bill.to_dict()}
     lines = [f"wrote {output}: {deployment_words(chosen)}"]
     for each in deployment.predicted:
         if each.percentile in (50, 95):
@@ -391,34 +387,6 @@ def pick(
         if not origin.measured:
             lines.append(NOT_MEASURED)
     speaker.result(data, "\n".join([*lines, *bill_words(bill, deployment_words)]))
-
-
-def _bill_data(bill: Bill) -> dict[str, Any]:
-    tokens = [
-        {
-            "provider": each.price.provider,
-            "model": each.price.model,
-            "usd_per_million_tokens": each.usd_per_million_tokens,
-            "our_usd_per_million_tokens": each.ours_usd,
-            "our_interval": [each.ours_low, each.ours_high],
-            "possibly_subsidized": each.possibly_subsidized,
-            "within_interval": each.within_interval,
-            "cached_share": each.cached_share,
-            "source": each.price.source,
-            "as_of": each.price.as_of,
-        }
-        for each in bill.tokens
-    ]
-    energy = bill.energy and {
-        "inferred": True,
-        "joules_per_token": bill.energy.joules_per_token,
-        "kwh_per_million_tokens": bill.energy.kwh_per_million_tokens,
-        "utilization": bill.energy.utilization,
-        "power_w": bill.energy.power_w,
-        "source": bill.energy.source,
-        "as_of": bill.energy.as_of,
-    }
-    return {"price_sheets": sheets_data(bill.sheets), "energy": energy, "token_prices": tokens}
 
 
 def dollars(usd: float) -> str:
