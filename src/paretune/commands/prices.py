@@ -1,4 +1,4 @@
-"""`paretune prices ...`, `paretune accelerators`: the facts that costs and estimates rest on, each with its date."""
+"""`paretune prices ...`: the facts that costs and estimates rest on, each with its date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ books_option = click.option("--prices", "books", multiple=True, type=EXISTING, h
 
 @click.group()
 def prices() -> None:
-    """Look at price books, and ask who wins under which of them."""
+    """What devices cost and can do, each figure with its date; and who wins under which prices."""
 
 
 @prices.command("show")
@@ -116,17 +116,16 @@ def prices_tokens(speaker: Speaker, model: str | None, path: str | None) -> None
     speaker.result(found, table(["model", "input", "cached", "output", "as of", "provider"], rows))
 
 
-@click.command()
+@prices.command("accelerators")
 @click.argument("name", required=False)
 @speaks
-def accelerators(speaker: Speaker, name: str | None) -> None:
+def prices_accelerators(speaker: Speaker, name: str | None) -> None:
     """List the accelerators of the catalog, or show one with the source and date of each figure.
 
     \b
-    Example: paretune accelerators H100
+    Example: paretune prices accelerators H100
     """
-    from ..profiler.hardware import accelerator
-    from ..profiler.hardware import accelerators as catalog
+    from ..profiler.hardware import accelerator, accelerators
 
     if name is not None:
         found = accelerator(name)
@@ -136,7 +135,7 @@ def accelerators(speaker: Speaker, name: str | None) -> None:
         text = "\n".join([_table([_row(found)]), *(f"  {a}: {b}, {c}" for a, b, c in [*facts, *links])])
         speaker.result(found, text)
         return
-    known = list(catalog().values())
+    known = list(accelerators().values())
     speaker.result(known, _table([_row(each) for each in known]))
 
 
@@ -165,4 +164,4 @@ def _link_words(link: Link) -> str:
     return f"{link.name}{size}: {link.bytes_per_s / 1e9:g} GB/s"
 
 
-COMMANDS = (prices, accelerators)
+COMMANDS = (prices,)
