@@ -1,15 +1,16 @@
 """Step times from a data sheet: never measured, and labeled so.
 
 The bound of an operator is max(operations / peak rate, bytes / peak bandwidth) (Williams, Waterman and Patterson,
-"Roofline", CACM 52(4), 2009), of a ring all-reduce over t ranks 2 (t - 1) / t * bytes / link rate + latency. Real
+"Roofline", CACM 52(4), 2009), of a collective what collectives.py says of the links that its group spans. Real
 engines take longer: a share of the peaks, and time between kernels. Both are fitted to published serving points.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,18 +19,25 @@ from ..runtime.draft_shape import draft_shape
 from ..runtime.memory import GPU_MEMORY_SHARE
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
+from .collectives import Collective, collective_bound_s
 from .hardware import Accelerator, BadHardware
 from .operators import Composition, OperatorWork, kv_bytes_per_token, rank_weight_bytes, step_work
 from .step_time import WORK_GRID, StepTables
 
-# Fitted by benchmarks/roofline_calibration.py on 2026-11-23 to the TPOT of 360 published fp8 points of dense models
+# Fitted by benchmarks/roofline_calibration.py on 2026-11-26 to the TPOT of 360 published fp8 points of dense models
 # (H100 and B200, TensorRT-LLM and vLLM, TP 1 to 8; NVIDIA's aiconfigurator silicon set): the share of its bound that
 # an operator reaches, and the time a layer takes beside its operators. The error: each group (GPU, engine, model) is
-# predicted by the others, and of the groups' 90 % quantiles (0.13 to 0.56; all points together 0.23) the worst counts,
+# predicted by the others, and of the groups' 90 % quantiles (0.14 to 0.55; all points together 0.26) the worst counts,
 # because a tune asks about a new group. Other accelerators and precisions were not checked at all.
-EFFICIENCY = 0.76
-LAYER_OVERHEAD_S = 38e-6
+EFFICIENCY = 0.78
+LAYER_OVERHEAD_S = 32e-6
 RELATIVE_ERROR = 0.56
+
+# A collective reaches another share of its bound, and takes time beside it (launch, waiting for the slowest rank). The
+# share is that of the largest messages in aiconfigurator's tables: 0.74, 0.53, 0.60 for 2, 4, 8 of H100, 0.63, 0.47,
+# 0.46 of B200. The time is its p2p_latency, 10 us a message "based on observations" (systems/*.yaml, 2026-07-25).
+COLLECTIVE_EFFICIENCY = 0.55
+COLLECTIVE_OVERHEAD_S = 10e-6
 
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
 # int8 models, and the routers of experts, compute in bf16.
@@ -63,7 +71,10 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
     if np.any(work.flops):
         seconds = np.maximum(seconds, work.flops / accelerator.flops_per_s(precision))
     if work.messages:
-        seconds += work.messages * accelerator.link_latency_s + work.wire_bytes / accelerator.link_bytes_per_s
+        kind, size = cast(Collective, work.name.rpartition(".")[2]), work.message_bytes
+        if kind == "all_to_all" and work.ranks > 1:  # here what leaves a rank; there its own part counts, too
+            size = size * work.ranks / (work.ranks - 1)
+        seconds += collective_bound_s(kind, accelerator, work.ranks, size, work.messages)
     return seconds
 
 
@@ -95,10 +106,45 @@ def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sha
     }
 
 
+def _is_collective(name: str) -> bool:
+    """Whether an operator of a step is a collective, by its name."""
+    return name.rpartition(".")[2] in get_args(Collective)
+
+
+def _num_collectives(
+    shape: ModelShape, step: Composition, sharding: _Sharding, of: Callable[[str], bool] = lambda name: True
+) -> int:
+    """Collectives of a step, all layers together."""
+    return sum(work.messages for work in step_work(shape, step, **sharding._asdict()) if of(work.name))
+
+
 def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> float:
-    """What a step may take in a real engine: its bounds over EFFICIENCY, and LAYER_OVERHEAD_S a layer."""
-    bound_s = sum(step_bound_s(accelerator, shape, step, pool).values())
-    return bound_s / EFFICIENCY + shape.num_layers * LAYER_OVERHEAD_S
+    """What a step may take in a real engine: each operator's bound over the share it reaches, and overheads."""
+    return _estimate_s(accelerator, shape, step, _Sharding.of(pool)) + shape.num_layers * LAYER_OVERHEAD_S
+
+
+def _estimate_s(
+    accelerator: Accelerator,
+    shape: ModelShape,
+    step: Composition,
+    sharding: _Sharding,
+    of: Callable[[str], bool] = lambda name: True,
+) -> float:
+    """Seconds of the operators whose names are `of` interest, without what a layer takes beside them."""
+    bound = {name: s for name, s in _bound_s(accelerator, shape, step, sharding).items() if of(name)}
+    collective_s = [s for name, s in bound.items() if _is_collective(name)]
+    operators_s = sum(bound.values()) - sum(collective_s)
+    return (
+        operators_s / EFFICIENCY
+        + sum(collective_s) / COLLECTIVE_EFFICIENCY
+        + _num_collectives(shape, step, sharding, of) * COLLECTIVE_OVERHEAD_S
+    )
+
+
+def _least_s(
+    accelerator: Accelerator, shape: ModelShape, step: Composition, sharding: _Sharding, of: Callable[[str], bool]
+) -> float:
+    return sum(s for name, s in _bound_s(accelerator, shape, step, sharding).items() if of(name))
 
 
 def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
@@ -113,12 +159,23 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
         todo = "run `paretune profile` and tune with the profile"
         raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalog", todo)
     check_kv_blocks(accelerator, shape, pool)
+    found = _tables(accelerator, shape, pool, _estimate_s)
+    found.tokens_s[1:] += shape.num_layers * LAYER_OVERHEAD_S
+    return found
 
-    key = (accelerator, shape, _Sharding.of(pool))
-    tokens_s = _linear_s(*key, pool.max_num_batched_tokens, False).copy()
-    tokens_s[1:] += shape.num_layers * LAYER_OVERHEAD_S
+
+def roofline_bounds(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
+    """The least step times that the data sheet allows, by part. Raises: BadHardware: a missing peak rate."""
+    return _tables(accelerator, shape, pool, _least_s)
+
+
+_Seconds = Callable[[Accelerator, ModelShape, Composition, "_Sharding", Callable[[str], bool]], float]
+
+
+def _tables(accelerator: Accelerator, shape: ModelShape, pool: Pool, seconds: _Seconds) -> StepTables:
+    key = (accelerator, shape, _Sharding.of(pool), seconds)
     return StepTables(
-        tokens_s=tokens_s,
+        tokens_s=_linear_s(*key, pool.max_num_batched_tokens, False).copy(),
         rows_s=np.zeros(pool.max_num_seqs + 1),
         samples_s=_linear_s(*key, pool.max_num_samples, True).copy(),
         decode_attention_s=_attention_s(*key, True).copy(),
@@ -130,30 +187,31 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
 # A search asks for a thousand pools of a few shardings: these tables were a sixth of its time.
 @lru_cache(maxsize=256)
 def _linear_s(
-    accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, size: int, samples: bool
+    accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, seconds: _Seconds, size: int, samples: bool
 ) -> NDArray[np.float64]:
     """(size + 1,) seconds of 0 to `size` tokens (of samples: of the vocabulary projection), attention left out."""
     at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.int64)
-    bounds = []
+    times_s = []
     for n in at.tolist():
         step = Composition(1, 1, n, 0.0, 0.0) if samples else Composition(n, 1, 0, 0.0, 0.0)
-        bound = _bound_s(accelerator, shape, step, sharding)
-        bounds.append(sum(s for name, s in bound.items() if name.startswith("head") == samples))
-    table = np.interp(np.arange(size + 1), at, np.array(bounds) / EFFICIENCY)
+        times_s.append(seconds(accelerator, shape, step, sharding, lambda name: name.startswith("head") == samples))
+    table: NDArray[np.float64] = np.interp(np.arange(size + 1), at, np.array(times_s))
     table[0] = 0.0
     return table
 
 
 @lru_cache(maxsize=256)
-def _attention_s(accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, decode: bool) -> NDArray[np.float64]:
+def _attention_s(
+    accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, seconds: _Seconds, decode: bool
+) -> NDArray[np.float64]:
     """Seconds of attention at each point of WORK_GRID."""
-    name = "decode_attention" if decode else "prefill_attention"
+    attention = "decode_attention" if decode else "prefill_attention"
     table = []
     for work in WORK_GRID.tolist():
         # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
         tokens = 1 if decode else max(1, math.ceil(math.sqrt(2 * work) - 1))
         step = Composition(tokens, 1, 0, work if decode else 0.0, 0.0 if decode else work)
-        table.append(_bound_s(accelerator, shape, step, sharding)[name] / EFFICIENCY)
+        table.append(seconds(accelerator, shape, step, sharding, lambda name: name == attention))
     return np.maximum.accumulate(np.array(table))
 
 

@@ -18,10 +18,11 @@ from ..runtime.draft_shape import draft_pool, draft_shape
 from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
+from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
-from .roofline import EFFICIENCY, LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_tables
+from .roofline import RELATIVE_ERROR, roofline_bounds, roofline_tables
 from .step_fit import StepFit, fit_steps
 from .step_time import WORK_GRID, StepTables
 
@@ -73,10 +74,7 @@ def step_bounds(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     """The least step times that physics allows, by part: of measured peaks, or of the data sheet's."""
     if isinstance(source, Profile):
         return bound_tables(shape, pool, source.peaks_of(pool.num_threads))
-    estimate = roofline_tables(source, shape, pool)
-    tokens_s = np.maximum(estimate.tokens_s - shape.num_layers * LAYER_OVERHEAD_S, 0.0)
-    parts = {name: table for name, table in estimate._asdict().items() if name not in ("request_s", "draft")}
-    return estimate._replace(**{name: table * EFFICIENCY for name, table in {**parts, "tokens_s": tokens_s}.items()})
+    return roofline_bounds(source, shape, pool)
 
 
 def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
@@ -102,6 +100,8 @@ def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool)
         "time outside the steps (HTTP, tokenizer), contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
     ]
+    for link in latency_unknown(source, pool.tensor_parallel_size):
+        left_out.append(f"latency of {link} of {source.name}: no source gives one, none is counted in bounds")
     if pool.enforce_eager:
         left_out.append("enforce_eager: what launching the operators one by one costs the host")
     else:

@@ -177,9 +177,10 @@ def test_kv_blocks_are_what_the_weights_leave() -> None:
 
 
 def test_fp8_peaks_are_twice_bf16_and_fp4_twice_fp8() -> None:
-    rates = [known.peak_flops_per_s for known in accelerators().values()]
+    # on Gaudi 3 fp8 is as fast as bf16 (the source is in profiler/data/accelerators.csv)
+    rates = [known.peak_flops_per_s for name, known in accelerators().items() if name != "Gaudi 3"]
     for narrow, wide in (("fp8", "bf16"), ("fp4", "fp8")):
         ratios = [rate[narrow] / rate[wide] for rate in rates if narrow in rate and wide in rate]
-        # data sheets round: 1979 is 2 x 989.5
-        assert all(ratio == pytest.approx(2, rel=0.015) for ratio in ratios), ratios
+        # data sheets round: 1979 is 2 x 989.5, and the L40S has 733 and 362
+        assert all(ratio == pytest.approx(2, rel=0.02) for ratio in ratios), ratios
     assert sum("fp8" in rate for rate in rates) >= 5
