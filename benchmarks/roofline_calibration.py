@@ -19,7 +19,7 @@ import numpy as np
 from bars import needed_data
 from paretune.profiler import roofline
 from paretune.profiler.hardware import accelerator
-from paretune.profiler.operators import Composition
+from paretune.profiler.operators import Composition, step_work
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
 
@@ -32,12 +32,13 @@ OVERHEADS_S = np.arange(0.0, 150e-6, 2e-6)
 
 
 class Point(NamedTuple):
-    """tpot_s = bound_s / efficiency + layers * overhead, where layers counts those of interleaved prefills too."""
+    """tpot_s = bound_s / efficiency + layers * overhead + collectives_s, interleaved prefills counted, too."""
 
     group: str
     measured_s: float
     bound_s: float
     layers: float
+    collectives_s: float
 
 
 def read_points() -> list[Point]:
@@ -63,19 +64,28 @@ def _point(row: dict[str, str], shape: ModelShape, rows: int) -> Point:
     )
     decode = Composition(rows, rows, rows, rows * (isl + osl / 2), 0.0)
     prefill = Composition(isl, 1, 1, 0.0, isl * (isl + 1) / 2)
-    decode_s, prefill_s = (sum(roofline.step_bound_s(device, shape, s, pool).values()) for s in (decode, prefill))
+    bound_s, collectives_s = 0.0, 0.0
     others = (rows - 1) / osl
+    for step, times in ((decode, 1.0), (prefill, others)):
+        for name, seconds in roofline.step_bound_s(device, shape, step, pool).items():
+            if name.endswith((".all_reduce", ".all_gather")):
+                collectives_s += times * seconds / roofline.COLLECTIVE_EFFICIENCY
+            else:
+                bound_s += times * seconds
+        sharding = {"tensor_parallel_size": pool.tensor_parallel_size, "weight_dtype": "fp8", "kv_dtype": "bf16"}
+        messages = sum(work.messages for work in step_work(shape, step, **sharding))
+        collectives_s += times * messages * roofline.COLLECTIVE_OVERHEAD_S
     return Point(
         f"{row['system']} {row['backend']} {row['model_path']}", float(row["silicon_tpot_ms"]) / 1e3,
-        decode_s + others * prefill_s, shape.num_layers * (1 + others),
+        bound_s, shape.num_layers * (1 + others), collectives_s,
     )  # fmt: skip
 
 
 def fit(points: list[Point]) -> tuple[float, float]:
     """Efficiency and overhead a layer (seconds) with the least median |log(measured / predicted)|."""
-    measured, bound, layers = (np.array([getattr(p, f) for p in points]) for f in ("measured_s", "bound_s", "layers"))
+    measured, bound, layers, collectives = (np.array([getattr(p, f) for p in points]) for f in Point._fields[1:])
     best = min(
-        (float(np.median(np.abs(np.log(measured / (bound / e + layers * o))))), float(e), float(o))
+        (float(np.median(np.abs(np.log(measured / (bound / e + layers * o + collectives))))), float(e), float(o))
         for e in EFFICIENCIES
         for o in OVERHEADS_S
     )
@@ -84,7 +94,9 @@ def fit(points: list[Point]) -> tuple[float, float]:
 
 def errors(points: list[Point], efficiency: float, overhead_s: float) -> np.ndarray:
     """|measured / predicted - 1| of every point."""
-    return np.array([abs(p.measured_s / (p.bound_s / efficiency + p.layers * overhead_s) - 1) for p in points])
+    return np.array(
+        [abs(p.measured_s / (p.bound_s / efficiency + p.layers * overhead_s + p.collectives_s) - 1) for p in points]
+    )
 
 
 def main() -> None:
@@ -99,9 +111,9 @@ def main() -> None:
         held_out.append(error)
         median, most = np.quantile(error, (0.5, 0.9))
         print(f"{group}: {len(inside)} points, held out: median {median:.2f}, 90 % {most:.2f}")
-    bounds = np.array([p.measured_s / p.bound_s for p in points])
+    bounds = np.array([p.measured_s / (p.bound_s + p.collectives_s) for p in points])
     low, middle, high = np.quantile(bounds, (0.05, 0.5, 0.95))
-    print(f"measured / bound: 5 % {low:.2f}, median {middle:.2f}, 95 % {high:.2f}")
+    print(f"measured / (bound and collectives): 5 % {low:.2f}, median {middle:.2f}, 95 % {high:.2f}")
     error = max(float(np.quantile(group, 0.9)) for group in held_out)
     print(f"held out, all points: 90 % {np.quantile(np.concatenate(held_out), 0.9):.2f}")
     print(f"efficiency {efficiency:.2f}, overhead {overhead_s * 1e6:.0f} µs a layer, {len(points)} points")

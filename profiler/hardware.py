@@ -1,61 +1,125 @@
-"""Accelerators and what an hour of them costs: facts from files, each row with its source and date."""
+"""Accelerators and what joins them: facts from files, each figure with its source and date."""
 
 from __future__ import annotations
 
-import csv
-import math
 import os
-import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
-from pathlib import Path
-from typing import ClassVar
+from typing import Literal, get_args
 
 from ..runtime.spec import CPU, Deployment
+from .facts import DATA_FOLDER, choice, day, number, positive, rows, same_name
+from .facts import BadHardware as BadHardware
+from .prices import Price as Price
+from .prices import PriceBook as PriceBook
 
-DATA_FOLDER = Path(__file__).absolute().parent / "data"
-ON_DEMAND = "on-demand"
+Topology = Literal["switch", "mesh", "torus", "bus", "network"]
+SCALE_UP, SCALE_OUT, HOST = "scale-up", "scale-out", "host"
+
+# By precision of the arithmetic, the figure that holds its peak, in units of 10^12 a second.
+_PEAKS = {
+    "fp32": "fp32_tflops",
+    "bf16": "bf16_tflops",
+    "fp8": "fp8_tflops",
+    "int8": "int8_tops",
+    "fp4": "fp4_tflops",
+}
+_NEEDED = ("memory_gb", "memory_gbps")
+_FIGURES = (*_PEAKS.values(), *_NEEDED, "power_w")
 
 
-class BadHardware(Exception):
-    """An accelerator we know too little of, or a catalog or price file that will not be used."""
+@dataclass(frozen=True)
+class Link:
+    """One level of what joins devices.
 
-    exit_code: ClassVar[int] = 2
+    name                  as its vendor calls it
+    topology              of a mesh each pair has wires of its own; of the others a device may use all its wires for any
+    devices               that the level joins at most; None: any number
+    bytes_per_s           of one device in one direction, all its ports together
+    latency_s             the least that a message was measured to take; None: no source
+    in_network_reduction  the switch adds up, so that an all-reduce sends a message once instead of almost twice
+    """
 
-    def __init__(self, where: str, found: object, allowed: str, todo: str) -> None:
-        super().__init__(where, found, allowed, todo)
-        self.where, self.found, self.allowed, self.todo = where, found, allowed, todo
+    name: str
+    topology: Topology
+    devices: int | None
+    bytes_per_s: float
+    latency_s: float | None
+    in_network_reduction: bool
+    source: str
+    as_of: str
 
-    def __str__(self) -> str:
-        return f"{self.where}: found {str(self.found)[:80]}; allowed: {self.allowed}; {self.todo}"
+    def bytes_per_s_among(self, devices: int) -> float:
+        """Of one device in one direction, in a group of so many."""
+        if self.topology == "mesh" and self.devices is not None:
+            return self.bytes_per_s * (devices - 1) / (self.devices - 1)
+        return self.bytes_per_s
 
 
 @dataclass(frozen=True)
 class Accelerator:
     """One device, as its data sheet has it; dense rates, without structured sparsity.
 
-    peak_flops_per_s   by precision of the arithmetic ("fp32", "bf16", "fp8", "int8"); only what a source gives
+    peak_flops_per_s   by precision of the arithmetic ("fp32", "bf16", "fp8", "int8", "fp4"); only what a source gives
     peak_bytes_per_s   device memory; 0 for "cpu", whose rates are measured into a profile and stand in no catalog
     memory_bytes       device memory; for "cpu" the memory of this machine
-    link_bytes_per_s   to the other devices of its node, one direction; 0 for "cpu"
-    link_latency_s     of one message between two devices
     power_w            at most, or None
+    levels             what joins it to others of its kind, the nearest first; none for "cpu"
+    host_link          to the memory of its server, or None
+    source, as_of      of all figures together; as_of is the oldest date
+    sources            figure, as in accelerators.csv -> (source, date)
     """
 
     name: str
     peak_flops_per_s: dict[str, float]
     peak_bytes_per_s: float
     memory_bytes: float
-    link_bytes_per_s: float
-    link_latency_s: float
     power_w: float | None
+    levels: tuple[Link, ...]
+    host_link: Link | None
     source: str
     as_of: str
+    sources: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash((self.name, self.as_of))
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """To the other devices of its domain, one direction; 0 for "cpu"."""
+        return self.levels[0].bytes_per_s if self.levels else 0.0
+
+    @property
+    def link_latency_s(self) -> float:
+        """The least of one message between two devices of a domain; 0 where no source gives one."""
+        return (self.levels[0].latency_s or 0.0) if self.levels else 0.0
+
+    def spans(self, devices: int) -> tuple[tuple[Link, int], ...]:
+        """The levels that a group of so many devices spans, the nearest first, each with the group's size at it.
+
+        A group fills a level before it goes over the next one: 16 of H100 are 8 by NVLink, 2 by the network.
+
+        Raises: BadHardware: no level joins so many.
+
+        >>> [(link.name, size) for link, size in accelerator("H100").spans(16)]
+        [('NVLink 4', 8), ('InfiniBand 400 Gb/s', 2)]
+        """
+        left, found = devices, []
+        for link in self.levels:
+            if left == 1:
+                break
+            size = left if link.devices is None else min(left, link.devices)
+            found.append((link, size))
+            left = -(-left // size)
+        if left > 1:
+            most = 1
+            for link in self.levels:
+                most *= link.devices or 1
+            todo = "make the group smaller, or add the link that joins them to links.csv with its source"
+            raise BadHardware(f"{self.name}: devices of a group", devices, f"at most {most}", todo)
+        return tuple(found)
 
     def flops_per_s(self, precision: str) -> float:
         """Peak rate of arithmetic in `precision`. Raises: BadHardware: no source gives one; none takes its place."""
@@ -67,105 +131,66 @@ class Accelerator:
         return rate
 
 
-@dataclass(frozen=True)
-class Price:
-    """What one device costs an hour.
-
-    usd_per_hour  the median of the on-demand offers in the file
-    low, high     the least and the largest price in the file, spot included
-    as_of         date of the oldest offer that the median is of (ISO)
-    """
-
-    usd_per_hour: float
-    low: float
-    high: float
-    source: str
-    as_of: str
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One published price: a row of the price book."""
-
-    accelerator: str
-    provider: str
-    offer: str
-    usd_per_device_hour: float
-    kind: str
-    source: str
-    as_of: str
-
-
-@dataclass(frozen=True)
-class PriceBook:
-    """Published prices per device-hour; for "cpu" a device is one core."""
-
-    offers: tuple[Offer, ...]
-    source: str
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None) -> PriceBook:
-        """The book that ships with the package, or your own CSV with the same columns.
-
-        Raises: BadHardware: a row without a date, a price that is no positive number, a missing column; OSError.
-        """
-        file = DATA_FOLDER / "prices.csv" if path is None else Path(path)
-        columns = ("accelerator", "provider", "offer", "usd_per_device_hour", "kind", "source", "as_of")
-        offers = []
-        for where, row in _rows(file, columns):
-            price = _number(where, row, "usd_per_device_hour")
-            if price <= 0:
-                raise BadHardware(f"{where}: usd_per_device_hour", price, "more than 0", "correct the row")
-            accelerator, provider, offer = (row[column] for column in ("accelerator", "provider", "offer"))
-            day = _day(where, row["as_of"])
-            offers.append(Offer(accelerator, provider, offer, price, row["kind"], row["source"], day))
-        if not offers:
-            raise BadHardware(str(file), "no offers", "at least one row", "add prices")
-        return cls(tuple(offers), "paretune's prices.csv" if path is None else str(file))
-
-    def usd_per_device_hour(self, accelerator_name: str) -> Price:
-        """The median of the on-demand offers for a device. Raises: BadHardware: the book has none."""
-        rows = [offer for offer in self.offers if _same(offer.accelerator, accelerator_name)]
-        on_demand = [offer for offer in rows if offer.kind == ON_DEMAND]
-        if not on_demand:
-            known = ", ".join(dict.fromkeys(offer.accelerator for offer in self.offers if offer.kind == ON_DEMAND))
-            raise BadHardware(f"{self.source}: {ON_DEMAND} offers", accelerator_name, known, "add a dated row")
-        prices = [offer.usd_per_device_hour for offer in rows]
-        return Price(
-            usd_per_hour=statistics.median(offer.usd_per_device_hour for offer in on_demand),
-            low=min(prices),
-            high=max(prices),
-            source=f"median of {len(on_demand)} on-demand in {self.source}: "
-            + "; ".join(f"{offer.provider} {offer.offer}" for offer in on_demand),
-            as_of=min(offer.as_of for offer in on_demand),
-        )
-
-
 @cache
 def accelerators() -> dict[str, Accelerator]:
     """The catalog by name, and "cpu": this machine."""
-    columns = ("name", "memory_gb", "memory_gbps", "link_gbps", "link_latency_us", "power_w", "source", "as_of")
+    figures: dict[str, dict[str, float]] = {}
+    sources: dict[str, dict[str, tuple[str, str]]] = {}
+    for where, row in rows(DATA_FOLDER / "accelerators.csv", ("accelerator", "figure", "value", "source", "as_of")):
+        name, figure = row["accelerator"], choice(where, row, "figure", _FIGURES)
+        if figure in figures.setdefault(name, {}):
+            raise BadHardware(f"{where}: figure", figure, "each figure of an accelerator once", "correct the row")
+        figures[name][figure] = positive(where, row, "value")
+        sources.setdefault(name, {})[figure] = (row["source"], day(where, row))
+    links = _links(tuple(figures))
     known = {CPU: _this_machine()}
-    for where, row in _rows(DATA_FOLDER / "accelerators.csv", columns):
-        rates = {"fp32": "fp32_tflops", "bf16": "bf16_tflops", "fp8": "fp8_tflops", "int8": "int8_tops"}
-        known[row["name"]] = Accelerator(
-            name=row["name"],
-            peak_flops_per_s={p: 1e12 * _number(where, row, column) for p, column in rates.items() if row[column]},
-            peak_bytes_per_s=1e9 * _number(where, row, "memory_gbps"),
-            memory_bytes=1e9 * _number(where, row, "memory_gb"),
-            link_bytes_per_s=1e9 * _number(where, row, "link_gbps"),
-            link_latency_s=1e-6 * _number(where, row, "link_latency_us"),
-            power_w=_number(where, row, "power_w") if row["power_w"] else None,
-            source=row["source"],
-            as_of=_day(where, row["as_of"]),
+    for name, values in figures.items():
+        missing = [figure for figure in _NEEDED if figure not in values]
+        if missing:
+            raise BadHardware(f"accelerators.csv: {name}", f"no {missing[0]}", ", ".join(_NEEDED), "add the line")
+        known[name] = Accelerator(
+            name=name,
+            peak_flops_per_s={p: 1e12 * values[figure] for p, figure in _PEAKS.items() if figure in values},
+            peak_bytes_per_s=1e9 * values["memory_gbps"],
+            memory_bytes=1e9 * values["memory_gb"],
+            power_w=values.get("power_w"),
+            levels=tuple(link for scope in (SCALE_UP, SCALE_OUT) for link in links[name].get(scope, ())),
+            host_link=next(iter(links[name].get(HOST, ())), None),
+            source="; ".join(dict.fromkeys(source for source, _ in sources[name].values())),
+            as_of=min(date for _, date in sources[name].values()),
+            sources=sources[name],
         )
     return known
+
+
+def _links(names: tuple[str, ...]) -> dict[str, dict[str, list[Link]]]:
+    """Accelerator -> scope -> links."""
+    columns = ("accelerator", "link", "scope", "topology", "devices", "gbps", "latency_us", "in_network_reduction",
+               "source", "as_of")  # fmt: skip
+    found: dict[str, dict[str, list[Link]]] = {name: {} for name in names}
+    topologies: tuple[Topology, ...] = get_args(Topology)
+    for where, row in rows(DATA_FOLDER / "links.csv", columns):
+        name = choice(where, row, "accelerator", names)
+        scope = choice(where, row, "scope", (SCALE_UP, SCALE_OUT, HOST))
+        topology = topologies[topologies.index(choice(where, row, "topology", topologies))]
+        link = Link(
+            name=row["link"],
+            topology=topology,
+            devices=int(positive(where, row, "devices")) if row["devices"] else None,
+            bytes_per_s=1e9 * positive(where, row, "gbps"),
+            latency_s=1e-6 * number(where, row, "latency_us") if row["latency_us"] else None,
+            in_network_reduction=choice(where, row, "in_network_reduction", ("yes", "no")) == "yes",
+            source=row["source"],
+            as_of=day(where, row),
+        )
+        found[name].setdefault(scope, []).append(link)
+    return found
 
 
 def accelerator(name: str) -> Accelerator:
     """One accelerator; upper and lower case, blanks, hyphens and underscores do not matter. Raises: BadHardware."""
     for known in accelerators().values():
-        if _same(known.name, name):
+        if same_name(known.name, name):
             return known
     raise BadHardware("accelerator", name, f"{CPU}, {_with_rates()}", "correct the name")
 
@@ -182,56 +207,14 @@ def as_cataloged(deployment: Deployment) -> Deployment:
 
 
 def _this_machine() -> Accelerator:
-    memory = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
     return Accelerator(
-        CPU,
-        {},
-        0.0,
-        memory,
-        0.0,
-        0.0,
-        None,
-        "this machine; rates are measured into a profile",
-        date.today().isoformat(),
+        name=CPU,
+        peak_flops_per_s={},
+        peak_bytes_per_s=0.0,
+        memory_bytes=float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES"),
+        power_w=None,
+        levels=(),
+        host_link=None,
+        source="this machine; rates are measured into a profile",
+        as_of=date.today().isoformat(),
     )
-
-
-def _same(left: str, right: str) -> bool:
-    def key(name: str) -> str:
-        return "".join(letter for letter in name.casefold() if letter not in " -_")
-
-    return key(left) == key(right)
-
-
-def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a CSV with where each stands; lines that begin with # are remarks."""
-    with open(file, encoding="utf-8", newline="") as stream:
-        lines = [(number, line) for number, line in enumerate(stream, start=1) if line.strip() and line[0] != "#"]
-    reader = csv.DictReader(line for _, line in lines)
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
-    if missing:
-        raise BadHardware(f"{file.name}: header", reader.fieldnames, ", ".join(columns), "add the missing columns")
-    for (number, _), row in zip(lines[1:], reader):
-        where = f"{file.name}:{number}"
-        if None in row or None in row.values():
-            raise BadHardware(
-                where, "another number of fields than the header", "one field a column", "correct the row"
-            )
-        yield where, row
-
-
-def _number(where: str, row: dict[str, str], column: str) -> float:
-    try:
-        value = float(row[column])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise BadHardware(f"{where}: {column}", row[column], "a number >= 0", "correct the row")
-    return value
-
-
-def _day(where: str, text: str) -> str:
-    try:
-        return date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise BadHardware(f"{where}: as_of", text, "a date such as 2026-02-26", "say when the source gave it") from None

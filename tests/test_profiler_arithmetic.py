@@ -177,9 +177,10 @@ def test_kv_blocks_are_what_the_weights_leave() -> None:
 
 
 def test_fp8_peaks_are_twice_bf16_and_fp4_twice_fp8() -> None:
-    rates = [known.peak_flops_per_s for known in accelerators().values()]
+    # the matrix engines of Gaudi 3 run fp8 no faster than bf16 (its white paper)
+    rates = [known.peak_flops_per_s for name, known in accelerators().items() if name != "Gaudi 3"]
     for narrow, wide in (("fp8", "bf16"), ("fp4", "fp8")):
         ratios = [rate[narrow] / rate[wide] for rate in rates if narrow in rate and wide in rate]
-        # data sheets round: 1979 is 2 x 989.5
-        assert all(ratio == pytest.approx(2, rel=0.015) for ratio in ratios), ratios
+        # data sheets round: 1979 is 2 x 989.5; L40S: 733 and 362.05
+        assert all(ratio == pytest.approx(2, rel=0.025) for ratio in ratios), ratios
     assert sum("fp8" in rate for rate in rates) >= 5
