@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,7 +173,7 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
     row_s, token_s = _limited_s(*key)
     return StepTables(
         tokens_s=tokens_s + token_s * np.arange(len(tokens_s)),
-        rows_s=row_s * np.arange(pool.max_num_seqs + 1),
+        rows_s=np.asarray(row_s * np.arange(pool.max_num_seqs + 1), np.float64),
         samples_s=_linear_s(*key, pool.max_num_samples, True).copy(),
         decode_attention_s=_attention_s(*key, True).copy(),
         prefill_attention_s=_attention_s(*key, False).copy(),
@@ -192,7 +192,8 @@ def _linear_s(
     none = np.zeros_like(at)
     # each token of a latent model decodes, so that kv_b is applied to it; what more of it prompts take, _prompt_pairs
     rows = at if shape.latent is not None else none
-    step: Any = Composition(none + 1, none + 1, at, none, none) if samples else Composition(at, rows, none, none, none)
+    tokens = (none + 1, none + 1, at) if samples else (at, rows, none)
+    step = Composition.of_many(*tokens, none, none)
     work = [one for one in _work(shape, step, deployed) if one.name.startswith("head") == samples]
     times_s = np.broadcast_to(_estimate_s(accelerator, work, deployed), at.shape)
     table: NDArray[np.float64] = np.interp(np.arange(size + 1), at, times_s)
@@ -207,7 +208,7 @@ def _attention_s(accelerator: Accelerator, shape: ModelShape, deployed: _Deploye
     # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
     tokens = one if decode else np.maximum(1, np.ceil(np.sqrt(2 * WORK_GRID) - 1))
     pairs = (WORK_GRID, none) if decode else (none, WORK_GRID)
-    step: Any = Composition(tokens, one, none, *pairs)
+    step = Composition.of_many(tokens, one, none, *pairs)
     found = _of_whole_contexts(shape, step, deployed)
     times_s = none + sum(_bound_s(each, accelerator, deployed) for each in found) / EFFICIENCY
     return np.asarray(np.maximum.accumulate(times_s), np.float64)

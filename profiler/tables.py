@@ -32,7 +32,8 @@ _NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
-    "speculation: attention of rows that verify counts as that of prompts, by query-key pairs",
+    "speculation: attention of rows that verify counts as that of prompts, by query-key pairs (from a data sheet: no "
+    "less than to read their context)",
     "speculation: screening, and the loads that are tried where no target is given, know nothing of proposals",
 )
 
