@@ -94,8 +94,7 @@ def test_what_rows_attend_to_is_what_a_mask_lets_through(rows: list[tuple[int, i
         pairs[tokens == 1] += int(seen.sum())
         keys[tokens == 1] += int(seen.any(axis=0).sum())
     assert (found.decode_pairs, found.prefill_pairs) == (pairs[True], pairs[False])
-    if kind != "chunk":  # a row that ends a chunk and begins one reads both
-        assert (found.decode_keys, found.prefill_keys) == (keys[True], keys[False])
+    assert (found.decode_keys, found.prefill_keys) == (keys[True], keys[False])
 
 
 def test_windows_read_no_more_than_the_window_and_free_what_lies_before() -> None:
