@@ -112,14 +112,15 @@ def _latent(
             )
         )
     if np.any(np.greater(seen.prefill_pairs, 0)):
-        wide = heads * (latent.qk_head_dim + latent.v_head_dim)
-        expanded = act * layers * wide * (seen.prefill_queries + seen.prefill_keys)
+        # each query chooses other keys, so that prompts, too, are computed in the latent where there is an indexer
+        wide = heads * (latent.cached_dim + latent.kv_lora_rank if topk else latent.qk_head_dim + latent.v_head_dim)
+        moved = seen.prefill_queries if topk else seen.prefill_queries + seen.prefill_keys
         found.append(
             OperatorWork(
                 "prefill_attention",
                 flops=2.0 * wide * layers * seen.prefill_pairs,
                 kv_bytes=key_bytes * seen.prefill_keys,
-                activation_bytes=expanded,
+                activation_bytes=act * layers * wide * moved,
             )
         )
     if latent.indexer is not None:
@@ -135,7 +136,7 @@ def _latent(
                 activation_bytes=act * layers * queries * 1.0,
             )
         )
-    return found, seen.decode_queries + seen.prefill_keys
+    return found, seen.decode_queries + (seen.prefill_queries if topk else seen.prefill_keys)
 
 
 def _linear(shape: ModelShape, step: Composition | Rows, tp: int, act: int) -> OperatorWork:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,11 @@ class Composition(NamedTuple):
     num_samples: int
     decode_context: float
     prefill_pairs: float
+
+    @classmethod
+    def of_many(cls, num_tokens: Any, num_rows: Any, num_samples: Any, decode_context: Any, prefill_pairs: Any) -> Self:
+        """Of as many steps as the arrays are long."""
+        return cls(num_tokens, num_rows, num_samples, decode_context, prefill_pairs)
 
 
 class Attended(NamedTuple):

@@ -220,7 +220,7 @@ def run_replica(
             continue
 
         tokens = plan.counts[PLAN_TOKENS]
-        samples, context, pairs = composition(plan)
+        samples, context, pairs = composition(plan, tables.prompt_pairs)
         first_s = composed_time_s(tables, tokens, size, samples, context, pairs)
         growth_s = 0.0
         steps = 1
@@ -297,7 +297,7 @@ def run_pipeline(
             size = plan.counts[PLAN_SIZE]
             if size == 0:
                 break
-            samples, context, pairs = composition(plan)
+            samples, context, pairs = composition(plan, tables.prompt_pairs)
             step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
             clock[2] = max(now_s + step_s, clock[2] + step_s / stages)
             clock[3 + number] = clock[2]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .collectives import Collective
+
 
 @dataclass(frozen=True)
 class OperatorWork:
@@ -29,13 +31,27 @@ class OperatorWork:
     ranks: int = 1
 
     @property
+    def collective(self) -> Collective | None:
+        """Which collective it is, by its name; None: it computes."""
+        return _COLLECTIVES.get(self.name.rpartition(".")[2]) if self.messages else None
+
+    @property
     def wire_bytes(self) -> float:
         """Least bytes that one rank sends: 2 (n - 1) / n of an all-reduce, (n - 1) / n of a gather or a scatter.
 
         Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms", JPDC 69(2), 2009. A switch that reduces (NVLink
         SHARP) is not modeled.
         """
-        if self.name.endswith((".all_to_all", ".send")):
+        if self.collective in ("all_to_all", "send"):
             return self.message_bytes
         share = (self.ranks - 1) / self.ranks
-        return (2 * share if self.name.endswith(".all_reduce") else share) * self.message_bytes
+        return (2 * share if self.collective == "all_reduce" else share) * self.message_bytes
+
+
+_COLLECTIVES: dict[str, Collective] = {
+    "all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "all_to_all": "all_to_all",
+    "send": "send",
+}

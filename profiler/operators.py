@@ -289,13 +289,13 @@ def rank_work(
         if held.experts and layer.chosen < 1:
             here = rows * sharding.data_parallel_size
             load = 1.0 if layer.divided == 1 else _load(held.experts, here, layer.divided, routing)
-            share = touched(layer.chosen, here) if routing.touched is None else routing.touched
-            multiplied, read = here * layer.chosen * load, np.minimum(1.0, share * load)
+            share = touched(layer.chosen, here) * load if routing.touched is None else routing.touched
+            multiplied, read = here * layer.chosen * load, np.minimum(1.0, share)
         work.append(
             OperatorWork(
                 layer.name,
                 flops=2.0 * multiplied * elements * count,
-                weight_bytes=elements * storage.bytes_per_weight(layer.name) * count * read,
+                weight_bytes=storage.read_bytes(layer.name, layer.out_features, layer.in_features) * count * read,
                 activation_bytes=multiplied * (layer.out_features + layer.in_features) * act * count * 1.0,
             )
         )

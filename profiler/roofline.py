@@ -8,21 +8,26 @@ engines take longer: a share of the peaks, and time between kernels. Both are fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.attention_shape import Attention
 from ..runtime.draft_shape import draft_shape
 from ..runtime.memory import GPU_MEMORY_SHARE
 from ..runtime.model_shape import ModelShape
+from ..runtime.quantization import Storage
 from ..runtime.spec import Pool
-from .collectives import Collective, collective_bound_s
+from .attention_work import attention_work
+from .collectives import collective_bound_s
 from .hardware import Accelerator, BadHardware
-from .operators import Composition, OperatorWork, kv_bytes_per_token, rank_weight_bytes, step_work
-from .step_time import WORK_GRID, StepTables
+from .operators import Composition, OperatorWork, Rows, Sharding, kv_bytes_per_token, rank_work
+from .rank_memory import state_bytes_of_request, weight_bytes
+from .step_time import WORK_GRID, PromptPairs, StepTables
 
 # Fitted by benchmarks/roofline_calibration.py on 2026-11-26 to the TPOT of 360 published fp8 points of dense models
 # (H100 and B200, TensorRT-LLM and vLLM, TP 1 to 8; NVIDIA's aiconfigurator silicon set): the share of its bound that
@@ -39,6 +44,18 @@ RELATIVE_ERROR = 0.56
 COLLECTIVE_EFFICIENCY = 0.55
 COLLECTIVE_OVERHEAD_S = 10e-6
 
+
+class _Shares(NamedTuple):
+    """What share of its bound an operator and a collective reach, and what a collective takes beside it, seconds."""
+
+    operators: float
+    collectives: float
+    collective_s: float
+
+
+_REACHED = _Shares(EFFICIENCY, COLLECTIVE_EFFICIENCY, COLLECTIVE_OVERHEAD_S)
+_LEAST = _Shares(1.0, 1.0, 0.0)
+
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
 # int8 models, and the routers of experts, compute in bf16.
 _ARITHMETIC = {
@@ -52,11 +69,14 @@ _ARITHMETIC = {
     "mxfp4": "fp4",
     "ternary": "int8",
 }
-_UNQUANTIZED = ("head", "router", "shared_gate")
+# A window of less than one eighth of max_model_len is taken as full; queries of a wider one as seeing all before them.
+# Either is at most what is read, and tables by sums know no single contexts.
+_SHORT_WINDOW = 8
+_UNQUANTIZED = ("head", "router", "shared_gate", "indexer")
 
 
 def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str) -> float:
-    """Least time of an operator on one rank, seconds: a bound, not an estimate.
+    """Least time of an operator on one rank, seconds: a bound, not an estimate. Arrays for as many steps.
 
     Args:
         precision: of the arithmetic, not of the storage.
@@ -70,81 +90,79 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
     seconds = (work.weight_bytes + work.kv_bytes + work.activation_bytes) / accelerator.peak_bytes_per_s
     if np.any(work.flops):
         seconds = np.maximum(seconds, work.flops / accelerator.flops_per_s(precision))
-    if work.messages:
-        kind, size = cast(Collective, work.name.rpartition(".")[2]), work.message_bytes
-        if kind == "all_to_all" and work.ranks > 1:  # here what leaves a rank; there its own part counts, too
-            size = size * work.ranks / (work.ranks - 1)
-        seconds += collective_bound_s(kind, accelerator, work.ranks, size, work.messages)
+    if work.collective is not None:
+        # of an all-to-all our bytes are those given away, collectives.py's those for all, the rank's own included
+        nbytes = work.message_bytes * (work.ranks / (work.ranks - 1) if work.collective == "all_to_all" else 1)
+        # linear in the bytes, so that many steps take two calls
+        latency_s = collective_bound_s(work.collective, accelerator, work.ranks, 0.0, work.messages)
+        gigabyte_s = collective_bound_s(work.collective, accelerator, work.ranks, 1e9, work.messages)
+        seconds = seconds + latency_s + (gigabyte_s - latency_s) / 1e9 * nbytes
     return seconds
 
 
-def step_bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> dict[str, float]:
+def step_bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool) -> dict[str, float]:
     """Least time of each operator of a step, seconds by operator."""
-    return _bound_s(accelerator, shape, step, _Sharding.of(pool))
+    deployed = _Deployed.of(shape, pool)
+    return {one.name: _bound_s(one, accelerator, deployed) for one in _work(shape, step, deployed)}
 
 
-class _Sharding(NamedTuple):
+class _Deployed(NamedTuple):
     """What of a pool decides how long a step of a given composition takes."""
 
-    tensor_parallel_size: int
-    weight_dtype: str
+    sharding: Sharding
+    storage: Storage
     kv_dtype: str
-    expert_parallel: bool
+    max_model_len: int
 
     @classmethod
-    def of(cls, pool: Pool) -> _Sharding:
-        return cls(pool.tensor_parallel_size, pool.weight_dtype, pool.kv_cache_dtype, pool.enable_expert_parallel)
+    def of(cls, shape: ModelShape, pool: Pool) -> _Deployed:
+        sharding = Sharding(pool.tensor_parallel_size, expert_parallel=pool.enable_expert_parallel)
+        return cls(sharding, storage_of(shape, pool.weight_dtype), pool.kv_cache_dtype, pool.max_model_len)
 
 
-def _bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition, sharding: _Sharding) -> dict[str, float]:
-    work = step_work(shape, step, **sharding._asdict())
-    plain = "fp32" if sharding.weight_dtype == "fp32" else "bf16"
-    stored = _ARITHMETIC[sharding.weight_dtype]
-    return {
-        w.name: operator_bound_s(w, accelerator, plain if "attention" in w.name or w.name in _UNQUANTIZED else stored)
-        for w in work
-    }
+def storage_of(shape: ModelShape, weight_dtype: str) -> Storage:
+    """How weights of `weight_dtype` lie in memory: as in the checkpoint where it has them so, else as the bundled
+    engine quantizes them."""
+    if shape.quantization is not None and shape.quantization.weight_dtype == weight_dtype:
+        return Storage.of_checkpoint(shape.quantization)
+    return Storage.bundled(weight_dtype)
 
 
-def _is_collective(name: str) -> bool:
-    """Whether an operator of a step is a collective, by its name."""
-    return name.rpartition(".")[2] in get_args(Collective)
+def _work(shape: ModelShape, step: Composition | Rows, deployed: _Deployed) -> tuple[OperatorWork, ...]:
+    return rank_work(shape, step, deployed.sharding, deployed.storage, deployed.kv_dtype)
 
 
-def _num_collectives(
-    shape: ModelShape, step: Composition, sharding: _Sharding, of: Callable[[str], bool] = lambda name: True
-) -> int:
-    """Collectives of a step, all layers together."""
-    return sum(work.messages for work in step_work(shape, step, **sharding._asdict()) if of(work.name))
+def _bound_s(work: OperatorWork, accelerator: Accelerator, deployed: _Deployed) -> float:
+    return operator_bound_s(work, accelerator, arithmetic_of(work.name, deployed.storage, accelerator))
 
 
-def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Composition, pool: Pool) -> float:
+def arithmetic_of(operator: str, storage: Storage, accelerator: Accelerator) -> str:
+    """The precision that an operator computes in; weights of four bits are expanded to bf16 where there is no fp4."""
+    plain = "fp32" if storage.weight_dtype == "fp32" else "bf16"
+    if "attention" in operator or operator in _UNQUANTIZED:
+        return plain
+    found = _ARITHMETIC[storage.dtype(operator)]
+    return plain if found == "fp4" and "fp4" not in accelerator.peak_flops_per_s else found
+
+
+def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool) -> float:
     """What a step may take in a real engine: each operator's bound over the share it reaches, and overheads."""
-    return _estimate_s(accelerator, shape, step, _Sharding.of(pool)) + shape.num_layers * LAYER_OVERHEAD_S
+    deployed = _Deployed.of(shape, pool)
+    return _estimate_s(accelerator, _work(shape, step, deployed), deployed) + shape.num_layers * LAYER_OVERHEAD_S
 
 
 def _estimate_s(
-    accelerator: Accelerator,
-    shape: ModelShape,
-    step: Composition,
-    sharding: _Sharding,
-    of: Callable[[str], bool] = lambda name: True,
+    accelerator: Accelerator, work: Iterable[OperatorWork], deployed: _Deployed, shares: _Shares = _REACHED
 ) -> float:
-    """Seconds of the operators whose names are `of` interest, without what a layer takes beside them."""
-    bound = {name: s for name, s in _bound_s(accelerator, shape, step, sharding).items() if of(name)}
-    collective_s = [s for name, s in bound.items() if _is_collective(name)]
-    operators_s = sum(bound.values()) - sum(collective_s)
-    return (
-        operators_s / EFFICIENCY
-        + sum(collective_s) / COLLECTIVE_EFFICIENCY
-        + _num_collectives(shape, step, sharding, of) * COLLECTIVE_OVERHEAD_S
-    )
-
-
-def _least_s(
-    accelerator: Accelerator, shape: ModelShape, step: Composition, sharding: _Sharding, of: Callable[[str], bool]
-) -> float:
-    return sum(s for name, s in _bound_s(accelerator, shape, step, sharding).items() if of(name))
+    """Seconds of operators, without what a layer takes beside them."""
+    total_s = 0.0
+    for one in work:
+        bound_s = _bound_s(one, accelerator, deployed)
+        if one.collective is None:
+            total_s = total_s + bound_s / shares.operators
+        else:
+            total_s = total_s + bound_s / shares.collectives + one.messages * shares.collective_s
+    return total_s
 
 
 def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
@@ -153,79 +171,161 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
     The chords between the points of the tables lie above the convex bound, so no step is faster than it. Of a mixture
     of experts it is no bound but an expectation, by uniform routing, and not convex: there the points are close.
 
+    Attention that sees no more than a short window, a chunk or what an indexer chose counts by rows and tokens, each
+    taken to see all of it: at most what a step reads.
+
     Raises: BadHardware: a missing peak rate, or a model that the memory does not hold.
     """
     if accelerator.peak_bytes_per_s == 0:
         todo = "run `paretune profile` and tune with the profile"
         raise BadHardware(accelerator.name, "no data sheet", "an accelerator of the catalog", todo)
     check_kv_blocks(accelerator, shape, pool)
-    found = _tables(accelerator, shape, pool, _estimate_s)
+
+    found = _tables(accelerator, shape, pool, _REACHED)
     found.tokens_s[1:] += shape.num_layers * LAYER_OVERHEAD_S
     return found
 
 
 def roofline_bounds(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
     """The least step times that the data sheet allows, by part. Raises: BadHardware: a missing peak rate."""
-    return _tables(accelerator, shape, pool, _least_s)
+    return _tables(accelerator, shape, pool, _LEAST)
 
 
-_Seconds = Callable[[Accelerator, ModelShape, Composition, "_Sharding", Callable[[str], bool]], float]
-
-
-def _tables(accelerator: Accelerator, shape: ModelShape, pool: Pool, seconds: _Seconds) -> StepTables:
-    key = (accelerator, shape, _Sharding.of(pool), seconds)
+def _tables(accelerator: Accelerator, shape: ModelShape, pool: Pool, shares: _Shares) -> StepTables:
+    deployed = _Deployed.of(shape, pool)
+    key = (accelerator, shape, deployed, shares)
+    tokens_s = _linear_s(*key, pool.max_num_batched_tokens, False).copy()
+    row_s, token_s = _limited_s(*key)
     return StepTables(
-        tokens_s=_linear_s(*key, pool.max_num_batched_tokens, False).copy(),
-        rows_s=np.zeros(pool.max_num_seqs + 1),
+        tokens_s=tokens_s + token_s * np.arange(len(tokens_s)),
+        rows_s=np.asarray(row_s * np.arange(pool.max_num_seqs + 1), np.float64),
         samples_s=_linear_s(*key, pool.max_num_samples, True).copy(),
         decode_attention_s=_attention_s(*key, True).copy(),
         prefill_attention_s=_attention_s(*key, False).copy(),
         request_s=np.zeros(2),
+        prompt_pairs=_prompt_pairs(accelerator, shape, deployed),
     )
 
 
 # A search asks for a thousand pools of a few shardings: these tables were a sixth of its time.
 @lru_cache(maxsize=256)
 def _linear_s(
-    accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, seconds: _Seconds, size: int, samples: bool
+    accelerator: Accelerator, shape: ModelShape, deployed: _Deployed, shares: _Shares, size: int, samples: bool
 ) -> NDArray[np.float64]:
     """(size + 1,) seconds of 0 to `size` tokens (of samples: of the vocabulary projection), attention left out."""
-    at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.int64)
-    times_s = []
-    for n in at.tolist():
-        step = Composition(1, 1, n, 0.0, 0.0) if samples else Composition(n, 1, 0, 0.0, 0.0)
-        times_s.append(seconds(accelerator, shape, step, sharding, lambda name: name.startswith("head") == samples))
-    table: NDArray[np.float64] = np.interp(np.arange(size + 1), at, np.array(times_s))
+    at = np.unique(np.concatenate([[1, size], np.round(WORK_GRID[size >= WORK_GRID])])).astype(np.float64)
+    none = np.zeros_like(at)
+    # each token of a latent model decodes, so that kv_b is applied to it; what more of it prompts take, _prompt_pairs
+    rows = at if shape.latent is not None else none
+    tokens = (none + 1, none + 1, at) if samples else (at, rows, none)
+    step = Composition.of_many(*tokens, none, none)
+    work = [one for one in _work(shape, step, deployed) if one.name.startswith("head") == samples]
+    times_s = np.broadcast_to(_estimate_s(accelerator, work, deployed, shares), at.shape)
+    table: NDArray[np.float64] = np.interp(np.arange(size + 1), at, times_s)
     table[0] = 0.0
     return table
 
 
 @lru_cache(maxsize=256)
 def _attention_s(
-    accelerator: Accelerator, shape: ModelShape, sharding: _Sharding, seconds: _Seconds, decode: bool
+    accelerator: Accelerator, shape: ModelShape, deployed: _Deployed, shares: _Shares, decode: bool
 ) -> NDArray[np.float64]:
-    """Seconds of attention at each point of WORK_GRID."""
-    attention = "decode_attention" if decode else "prefill_attention"
-    table = []
-    for work in WORK_GRID.tolist():
-        # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
-        tokens = 1 if decode else max(1, math.ceil(math.sqrt(2 * work) - 1))
-        step = Composition(tokens, 1, 0, work if decode else 0.0, 0.0 if decode else work)
-        table.append(seconds(accelerator, shape, step, sharding, lambda name: name == attention))
-    return np.maximum.accumulate(np.array(table))
+    """Seconds of attention to whole contexts at each point of WORK_GRID."""
+    one, none = np.ones_like(WORK_GRID), np.zeros_like(WORK_GRID)
+    # the fewest tokens that make so many pairs read the most cache for each: one prompt from its start
+    tokens = one if decode else np.maximum(1, np.ceil(np.sqrt(2 * WORK_GRID) - 1))
+    pairs = (WORK_GRID, none) if decode else (none, WORK_GRID)
+    step = Composition.of_many(tokens, one, none, *pairs)
+    found = _of_whole_contexts(shape, step, deployed)
+    times_s = none + sum(_bound_s(each, accelerator, deployed) for each in found) / shares.operators
+    return np.asarray(np.maximum.accumulate(times_s), np.float64)
+
+
+@lru_cache(maxsize=256)
+def _limited_s(
+    accelerator: Accelerator, shape: ModelShape, deployed: _Deployed, shares: _Shares
+) -> tuple[float, float]:
+    """Seconds for each row and for each token of attention to less than the context, and of the states of linear
+    attention, which each row reads and writes."""
+    row_s = token_s = 0.0
+    if shape.linear_attention is not None:
+        # of this operator the tokens' part is in _linear_s; read and written by each row is the state
+        state = next(o for o in _work(shape, Composition(1, 1, 0, 0.0, 0.0), deployed) if o.name == "linear_attention")
+        row_s += state.kv_bytes / accelerator.peak_bytes_per_s / shares.operators
+    for limited, seen in _limited(shape, deployed):
+        many = 1024  # tokens of one prompt, which read the same keys
+        for work in _attention(limited, Composition(1, 1, 0, float(seen), 0.0), deployed):
+            row_s += _bound_s(work, accelerator, deployed) / shares.operators * (work.name != "indexer")
+        for work in _attention(limited, Composition(many, 1, 0, 0.0, float(many * seen)), deployed):
+            token_s += _bound_s(work, accelerator, deployed) / shares.operators / many * (work.name != "indexer")
+    return row_s, token_s
+
+
+def _attention(shape: ModelShape, step: Composition, deployed: _Deployed) -> list[OperatorWork]:
+    tp = deployed.sharding.tensor_parallel_size
+    found = attention_work(shape, step, tp, deployed.kv_dtype, activation_bytes=2).operators
+    return [work for work in found if work.name != "linear_attention"]
+
+
+def _of_whole_contexts(shape: ModelShape, step: Composition, deployed: _Deployed) -> list[OperatorWork]:
+    """Attention of queries that see all before them, and what an indexer scores."""
+    kinds = tuple(
+        replace(kind, window=None, chunk=None, layers=kind.layers if _sees_all(kind, deployed) else ())
+        for kind in shape.attention_kinds()
+    )
+    found = _attention(replace(shape, attention=kinds, sliding_window=None) if kinds else shape, step, deployed)
+    chooses = shape.latent is not None and shape.latent.indexer is not None
+    return [work for work in found if work.name == "indexer"] if chooses else found
+
+
+def _limited(shape: ModelShape, deployed: _Deployed) -> list[tuple[ModelShape, int]]:
+    """Each kind of attention that sees less than the context, alone, with the tokens that it sees."""
+    found = []
+    for kind in shape.attention_kinds():
+        limit = kind.window or kind.chunk
+        if limit is not None and not _sees_all(kind, deployed):
+            found.append((replace(shape, attention=(replace(kind, window=None, chunk=None),)), limit))
+    if shape.latent is not None and shape.latent.indexer is not None:
+        found.append((shape, min(shape.latent.indexer.topk, deployed.max_model_len)))
+    return found
+
+
+def _sees_all(kind: Attention, deployed: _Deployed) -> bool:
+    limit = kind.window or kind.chunk
+    return limit is None or limit > deployed.max_model_len / _SHORT_WINDOW
+
+
+def _prompt_pairs(accelerator: Accelerator, shape: ModelShape, deployed: _Deployed) -> PromptPairs:
+    """What attention of prompts takes beside its query-key pairs, in pairs of the prefill table."""
+    work = _of_whole_contexts(shape, Composition(1, 1, 0, 0.0, 1.0), deployed)
+    rates = [accelerator.flops_per_s(arithmetic_of(one.name, deployed.storage, accelerator)) for one in work]
+    pair_s = sum(one.flops / rate for one, rate in zip(work, rates))
+    if pair_s == 0:
+        return PromptPairs()
+    key_s = sum(one.kv_bytes for one in work) / accelerator.peak_bytes_per_s
+    if shape.latent is None or shape.latent.indexer is not None:
+        return PromptPairs(key_s / pair_s)
+    expand = next(o for o in _work(shape, Composition(1, 1, 0, 1.0, 0.0), deployed) if o.name == "kv_b")
+    expand_s = expand.flops / accelerator.flops_per_s(arithmetic_of("kv_b", deployed.storage, accelerator))
+    in_latent = _of_whole_contexts(shape, Composition(1, 1, 0, 1.0, 0.0), deployed)
+    in_latent_s = sum(one.flops / rate for one, rate in zip(in_latent, rates))
+    return PromptPairs(key_s / pair_s, expand_s / pair_s, in_latent_s / pair_s)
 
 
 def kv_blocks(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> int:
-    """KV blocks of pool.block_size tokens that fit: GPU_MEMORY_SHARE of the memory, less the weights.
+    """KV blocks of pool.block_size tokens that fit: GPU_MEMORY_SHARE of the memory, less the weights to the byte.
 
-    A draft model's weights, and its cache of as many blocks, take part of it.
+    A draft model's weights, and its cache of as many blocks, take part of it, and states of linear attention.
     Activations and the engine's own buffers come out of the rest; 0 or less where the weights alone do not fit.
     """
-    tp = pool.tensor_parallel_size
+    sharding = Sharding(pool.tensor_parallel_size, expert_parallel=pool.enable_expert_parallel)
     draft = draft_shape(pool)
     models = (shape,) if draft is None else (shape, draft)
-    weights = sum(rank_weight_bytes(m, tp, pool.weight_dtype, pool.enable_expert_parallel) for m in models)
-    left = accelerator.memory_bytes * GPU_MEMORY_SHARE - weights
+    left = accelerator.memory_bytes * GPU_MEMORY_SHARE
+    for model in models:
+        left -= weight_bytes(model, sharding, storage_of(model, pool.weight_dtype))
+        left -= pool.max_num_seqs * state_bytes_of_request(model, sharding)
+    tp = sharding.tensor_parallel_size
     return math.floor(left / (pool.block_size * sum(kv_bytes_per_token(m, tp, pool.kv_cache_dtype) for m in models)))
 
 

@@ -162,7 +162,7 @@ def run_speculative(
                 break
             now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
             continue
-        samples, context, pairs = composition(plan)
+        samples, context, pairs = composition(plan, tables.prompt_pairs)
         for row in range(size):
             samples += plan.num_drafts[row]
         step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)

@@ -24,6 +24,19 @@ OCTAVES = 44
 WORK_GRID: NDArray[np.float64] = 2.0 ** (np.arange(OCTAVES * POINTS_PER_OCTAVE + 1) / POINTS_PER_OCTAVE)
 
 
+class PromptPairs(NamedTuple):
+    """What attention of a row with several tokens takes beside its query-key pairs, in pairs that take as long.
+
+    per_key     reading one cached key and value: a row takes no less than to read its context, however few its tokens
+    per_cached  expanding one cached token's latent into keys and values of all heads (MLA); 0 of any other attention
+    in_latent   of a pair that is computed in the latent instead, which needs no expansion; 1 of any other attention
+    """
+
+    per_key: float = 0.0
+    per_cached: float = 0.0
+    in_latent: float = 1.0
+
+
 class StepTables(NamedTuple):
     """Step time of one replica, everything in seconds.
 
@@ -37,6 +50,7 @@ class StepTables(NamedTuple):
     request_s            (2,)  outside the steps: from the scheduled arrival until the scheduler sees the request;
                          from a token's step until the client has the token
     draft                the same of the draft model's passes, where the pool has one; nothing outside the steps
+    prompt_pairs         how rows with several tokens count in prefill_attention_s; measured tables: by their pairs
     """
 
     tokens_s: NDArray[np.float64]
@@ -46,6 +60,7 @@ class StepTables(NamedTuple):
     prefill_attention_s: NDArray[np.float64]
     request_s: NDArray[np.float64]
     draft: StepTables | None = None
+    prompt_pairs: PromptPairs = PromptPairs()
 
 
 @njit
@@ -88,7 +103,15 @@ def composed_time_s(
 
 
 @njit
-def composition(plan: Plan) -> tuple[int, float, float]:
+def row_pairs(tokens: int, start: int, prompt_pairs: PromptPairs) -> float:
+    """Query-key pairs that a row with several tokens counts as, after `start` others in the cache."""
+    pairs = tokens * (start + 0.5 * (tokens + 1))
+    least = min(pairs + start * prompt_pairs.per_cached, pairs * prompt_pairs.in_latent)
+    return float(max(least, (start + tokens) * prompt_pairs.per_key))
+
+
+@njit
+def composition(plan: Plan, prompt_pairs: PromptPairs) -> tuple[int, float, float]:
     """Of a planned step: rows that sample, context of its one-token rows, query-key pairs of the others."""
     samples = 0
     decode_context = 0.0
@@ -100,5 +123,5 @@ def composition(plan: Plan) -> tuple[int, float, float]:
         if tokens == 1:
             decode_context += plan.start[row] + 1
         else:
-            prefill_pairs += tokens * (plan.start[row] + 0.5 * (tokens + 1))
+            prefill_pairs += row_pairs(tokens, plan.start[row], prompt_pairs)
     return samples, decode_context, prefill_pairs

@@ -28,10 +28,12 @@ from .step_time import WORK_GRID, StepTables
 
 Floats = NDArray[np.float64]
 
+_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
-    "speculation: attention of rows that verify counts as that of prompts, by query-key pairs",
+    "speculation: attention of rows that verify counts as that of prompts, by query-key pairs (from a data sheet: no "
+    "less than to read their context)",
     "speculation: screening, and the loads that are tried where no target is given, know nothing of proposals",
 )
 
@@ -96,6 +98,7 @@ def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool)
             raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
     left_out = [
         *_left_out_of_experts(shape, pool),
+        *_left_out_of_attention(shape),
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
         "time outside the steps (HTTP, tokenizer), contention of replicas",
         "tiles: every operator is taken to reach the same share of its bound",
@@ -132,6 +135,20 @@ def _left_out_of_experts(shape: ModelShape, pool: Pool) -> tuple[str, ...]:
     return tuple(left_out)
 
 
+def _left_out_of_attention(shape: ModelShape) -> tuple[str, ...]:
+    left_out = []
+    if any(kind.window or kind.chunk for kind in shape.attention_kinds()):
+        left_out.append(
+            "layers with a window or chunks: taken to see all of a short one, and the whole context in a wide one "
+            "(more than an eighth of max_model_len): at most what they read; all layers keep every token's KV"
+        )
+    if shape.latent is not None and shape.latent.indexer is not None:
+        left_out.append("indexer: each query is taken to choose as many tokens as it may, however short its context")
+    if shape.linear_attention is not None:
+        left_out.append("linear attention: prompts computed token by token; in chunks they take more arithmetic")
+    return tuple(left_out)
+
+
 def _draft_tables(
     source: Profile | Accelerator, shape: ModelShape, draft: ModelShape, pool: Pool, tables: StepTables
 ) -> tuple[StepTables, tuple[str, ...]]:
@@ -163,7 +180,7 @@ def _draft_tables(
 
 def scaled(tables: StepTables, factor: float) -> StepTables:
     """All step times times a factor; what happens outside the steps stays."""
-    parts = {name: table * factor for name, table in tables._asdict().items() if name not in ("request_s", "draft")}
+    parts = {name: table * factor for name, table in tables._asdict().items() if name not in _NO_STEP_TIMES}
     return tables._replace(**parts, draft=None if tables.draft is None else scaled(tables.draft, factor))
 
 
@@ -206,8 +223,8 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
             notes.append(f"serving over HTTP: taken as measured where {serving.cores} cores compute, not {cores}")
         tables, error = _served(tables, serving, error)
     bound = bound_tables(shape, pool, peaks)
-    least = bound._asdict()
-    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name != "draft"}
+    least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
+    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name in least}
     tables = tables._replace(**bounded)
     tables.tokens_s[0] = 0.0
     most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}

@@ -102,6 +102,13 @@ class Storage:
             return WEIGHT_FORMATS[dtype].bits / 8 + 4 / (self.block[0] * self.block[1])
         return WEIGHT_FORMATS[dtype].bytes_per_weight()
 
+    def read_bytes(self, matrix: str, out_features: int, in_features: int) -> int:
+        """Of one matrix as a step reads it, scales of channels and tensors left out, which stay in caches."""
+        whole = self.nbytes(matrix, out_features, in_features)
+        return (
+            whole if self.block is not None else whole - out_features * WEIGHT_FORMATS[self.dtype(matrix)].channel_bytes
+        )
+
     def nbytes(self, matrix: str, out_features: int, in_features: int) -> int:
         """Of one matrix, all scales included."""
         dtype = self.dtype(matrix)
