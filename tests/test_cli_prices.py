@@ -81,7 +81,12 @@ def test_simulate_runs_without_a_price_and_says_so(here: Path) -> None:
 
 def test_compare_asks_again_under_every_sheet(here: Path) -> None:
     data = paretune("prices", "compare", "default", "--compare-prices", "owned.csv", "--json").json["data"]
-    assert [each["sheet"].split()[0] for each in data["winners"]] == ["on-demand", "spot", "estimate", "owned"]
+    assert [each["sheet"].split()[0] for each in data["winners"]] == [
+        "on-demand",
+        "spot",
+        "ownership-estimate",
+        "owned",
+    ]
     assert all(each["study"] == "default" and each["as_of"] for each in data["winners"])
 
 
