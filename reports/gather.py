@@ -126,6 +126,7 @@ def _commands(found: Kept, storage: str, chosen: Evaluation, spec_path: str | No
     given = {"model": about["model"], "study": study.name, **paths, **about.get("options", {})}
     options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     slos = [word for text in about["slos"] for word in ("--slo", text)]
+    options += [word for path in about.get("compare_prices", ()) for word in ("--compare-prices", path)]
     spec = spec_path or "out/spec.yaml"
     targets = () if spec_path is None else load_deployment(spec_path).targets
     lines = [

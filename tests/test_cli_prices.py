@@ -38,7 +38,7 @@ def here(tuned: Path, tmp_path: Path) -> Iterator[Path]:
 def test_pick_prints_the_winner_by_sheet_the_energy_and_token_prices(here: Path) -> None:
     arguments = ("pick", "--compare-prices", "owned.csv", "--token-prices", "tokens.csv", "--token-model", "ours")
     shown = paretune(*arguments).stdout
-    assert "price sheets: the same candidate wins under each of 4 that price its devices" in shown
+    assert "price sheets: the same candidate wins under each of 5 that price its devices" in shown
     assert "owned in owned.csv, as of 2026-11-01 (H100 $1.25 an hour)" in shown
     assert "energy, inferred: " in shown
     assert "giveaway: " in shown
@@ -81,7 +81,8 @@ def test_simulate_runs_without_a_price_and_says_so(here: Path) -> None:
 
 def test_compare_asks_again_under_every_sheet(here: Path) -> None:
     data = paretune("prices", "compare", "default", "--compare-prices", "owned.csv", "--json").json["data"]
-    assert [each["sheet"].split()[0] for each in data["winners"]] == ["on-demand", "spot", "estimate", "owned"]
+    kinds = ["on-demand", "spot", "ownership-estimate", "rental-estimate", "owned"]
+    assert [each["sheet"].split()[0] for each in data["winners"]] == kinds
     assert all(each["study"] == "default" and each["as_of"] for each in data["winners"])
 
 

@@ -138,7 +138,8 @@ def test_an_estimate_of_somebodys_is_never_a_default() -> None:
         PriceBook.load().usd_per_device_hour("GB200")
     assert "H100" in raised.value.allowed
     sheets = {sheet.kind: sheet for sheet in PriceBook.load().sheets()}
-    assert sheets["estimate"].usd_per_device_hour("GB200") == pytest.approx((2.21 + 3.30) / 2)
+    assert sheets["ownership-estimate"].usd_per_device_hour("GB200") == 2.21
+    assert sheets["rental-estimate"].usd_per_device_hour("GB200") == 3.30
 
 
 def test_tokens_cost_by_input_cached_input_and_output() -> None:
