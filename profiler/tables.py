@@ -153,7 +153,8 @@ def _draft_tables(
 
 def scaled(tables: StepTables, factor: float) -> StepTables:
     """All step times times a factor; what happens outside the steps stays."""
-    parts = {name: table * factor for name, table in tables._asdict().items() if name not in ("request_s", "draft")}
+    kept = ("request_s", "draft", "batch")
+    parts = {name: table * factor for name, table in tables._asdict().items() if name not in kept}
     return tables._replace(**parts, draft=None if tables.draft is None else scaled(tables.draft, factor))
 
 
@@ -197,7 +198,7 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
         tables, error = _served(tables, serving, error)
     bound = bound_tables(shape, pool, peaks)
     least = bound._asdict()
-    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name != "draft"}
+    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name not in ("draft", "batch")}
     tables = tables._replace(**bounded)
     tables.tokens_s[0] = 0.0
     most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
