@@ -3,10 +3,10 @@
     python benchmarks/per_request.py                       the runs and profiles of the public data
     python benchmarks/per_request.py --run DIR --profile DIR
 
-DIR as LLMServingSim lays them out: a run holds vllm/requests.jsonl and vllm/meta.json (and config.json, whose link joins
-the GPUs), a profile meta.yaml and tpN/. Arrivals, prompts and answer lengths are the run's; where its dataset lies in the
-public data (`--trace FILE` for others) the tokens of its prompts say what the prefix cache holds. Nothing is fitted to
-the runs.
+DIR as LLMServingSim lays them out: a run holds vllm/requests.jsonl and vllm/meta.json (and config.json, whose link
+joins the GPUs), a profile meta.yaml and tpN/. Arrivals, prompts and answer lengths are the run's; where its dataset lies
+in the public data (`--trace FILE` for others) the tokens of its prompts say what the prefix cache holds. One constant is
+fitted to the two runs of dense models (profiler/engine_tables.py: time between kernels); else nothing is.
 
 Arrivals are stamped by the client's clock, all else by the server's. They are laid over each other so that the request
 that came to the scheduler fastest took no time: what every request needs before, some 2 ms, is in no TTFT here.
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from bars import Bar, data_dir, finish, needed_data
 from numpy.typing import NDArray
 
+from bars import Bar, data_dir, finish, needed_data
 from paretune.profiler.engine_tables import Link, engine_step
 from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers.llmservingsim import find_profile, read_profile

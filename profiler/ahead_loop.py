@@ -1,9 +1,8 @@
 """The event loop of engines that compose a step while the one before still computes, on one rank or on several in time.
 
 vLLM does so by default since 0.14 (async scheduling, vllm/v1/engine/core.py: step_with_batch_queue). Step n + 1 is
-composed when step n - 1 has ended, so a request that arrives while n - 1 computes is first computed in step n + 1, one
-that arrives during n in n + 2: it waits for the rest of a step and for a whole one. Seats of requests that end with step
-n are not free before n + 2 is composed.
+composed when step n - 1 has ended, so a request that arrives while n computes is first computed in step n + 2: it waits
+for the rest of a step and for a whole one. Seats of requests that end with step n are not free before n + 2 is composed.
 
 With data parallelism and experts divided among the ranks every rank has its own scheduler and cache, and all of them
 step together. A new request goes to the rank with the least 4 x waiting + running, by counts that a coordinator brings
@@ -80,9 +79,9 @@ def run_ahead(
 ) -> int:
     """Serve the queue to its end on ranks that step together; returns why the loop ended.
 
-    queue (m,) int64: rows of `requests` in order; cursor (2,), clock (4,), counts (ranks,) int64 of who is where, and
-    ended (ranks,) int64, requests that ended with each rank's last step: read and written, so that a run that was out of
-    slots goes on where it stopped.
+    queue (m,) int64: rows of `requests` in order; cursor (2,) int64, clock (4,) float64: in the places named above;
+    counts, ended (ranks,) int64: who waits and runs by the last count, and who ended with the last step. All are read
+    and written, so that a run that was out of slots goes on where it stopped.
     """
     client_s = tables.request_s[1]
     while True:

@@ -1,8 +1,8 @@
 """Step time by what stands in the batch: attention of rows together, experts, and ranks that step in time.
 
-On a GPU the attention of a step is one kernel over all rows, and no sum over them: how long it takes depends on how many
-rows there are and how long each is, prompts beside decode rows make it another kernel, and one row much longer than the
-others keeps it waiting. Compiled together with the event loop, as step_time.py is.
+On a GPU the attention of a step is one kernel over all rows, and no sum over them: how long it takes depends on how
+many rows there are and how long each is, prompts beside decode rows make it another kernel, and one row much longer
+than the others keeps it waiting. Compiled together with the event loop, as step_time.py is.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class AttentionTimes(NamedTuple):
     cached          (c,) float64  tokens before this chunk
     rows            (n,) float64  decode rows, from 1
     context         (m,) float64  mean context of the decode rows
-    prefill_s       (p, c)        a chunk alone
-    decode_s        (n, m)        decode rows alone
+    prefill_s       (p, c, 1, 1)  a chunk alone
+    decode_s        (1, 1, n, m)  decode rows alone
     mixed_s         (p, c, n, m)  a chunk beside decode rows
 
     One decode row longer than the others holds the step up. Of the way from the time at the mean context to the time at
@@ -56,14 +56,13 @@ class AttentionTimes(NamedTuple):
 class BatchTables(NamedTuple):
     """Step time of ranks that step in time (data parallel, experts divided among them); seconds.
 
-    tokens_s       (t + 1,)      by tokens of a rank's step, padding counted in the table: its layers but for attention and
-                                 experts, embedding and last norm, collectives of tensor parallelism
+    tokens_s       (t + 1,)      by tokens of a rank's step as padded: its layers but for attention and experts,
+                                 embedding and last norm, collectives of tensor parallelism
     samples_s      (s + 1,)      by rows that sample: vocabulary projection, sampling
     experts_s      (r * t + 1,)  by tokens of all ranks together; zeros without experts
-    exchange_s     (t + 1,)      by the tokens of the rank with the most: of all to each rank, and back
+    exchange_s     (r * t + 1,)  by tokens of all ranks together: of all to each rank, and back
     captured_tokens              steps of up to so many tokens a rank are captured as a CUDA graph, padded alike on all
     padded         (captured_tokens + 1,) int64  to how many tokens
-    launched_s                   least time of a step that is not captured: the host launches it kernel by kernel
     attention
     request_s      (2,)          as in StepTables
     ranks                        that step in time; 1: each replica by itself
@@ -76,7 +75,6 @@ class BatchTables(NamedTuple):
     exchange_s: NDArray[np.float64]
     captured_tokens: int
     padded: NDArray[np.int64]
-    launched_s: float
     attention: AttentionTimes
     request_s: NDArray[np.float64]
     ranks: int
@@ -94,30 +92,27 @@ def place(axis: NDArray[np.float64], value: float) -> float:
 
 
 @njit
-def _part(at: float, points: int) -> tuple[int, int, float]:
-    """Of a place: the points on both sides, and the share of the upper one (above 1 beyond the last point)."""
+def _point(at: float, points: int, upper: int) -> tuple[int, float]:
+    """One of the two points around a place, the lower or the upper, and its weight."""
     below = max(0, min(int(at), points - 2))
-    return below, min(below + 1, points - 1), at - below
+    if upper == 0:
+        return below, 1.0 - (at - below)
+    return min(below + 1, points - 1), at - below
 
 
 @njit
-def _on_plane(table: NDArray[np.float64], x: float, y: float) -> float:
-    x0, x1, fx = _part(x, table.shape[0])
-    y0, y1, fy = _part(y, table.shape[1])
-    low = table[x0, y0] + fy * (table[x0, y1] - table[x0, y0])
-    high = table[x1, y0] + fy * (table[x1, y1] - table[x1, y0])
-    return float(low + fx * (high - low))
-
-
-@njit
-def _in_space(table: NDArray[np.float64], w: float, x: float, y: float, z: float) -> float:
-    """A table of four axes at a place."""
-    w0, w1, fw = _part(w, table.shape[0])
-    x0, x1, fx = _part(x, table.shape[1])
-    total = (1.0 - fw) * (1.0 - fx) * _on_plane(table[w0, x0], y, z)
-    total += (1.0 - fw) * fx * _on_plane(table[w0, x1], y, z)
-    total += fw * (1.0 - fx) * _on_plane(table[w1, x0], y, z)
-    return float(total + fw * fx * _on_plane(table[w1, x1], y, z))
+def _between(table: NDArray[np.float64], a: float, b: float, c: float, d: float) -> float:
+    """A table of four axes at a place on each of them: multilinear between the 16 points around it."""
+    total = 0.0
+    for corner in range(16):
+        i, in_a = _point(a, table.shape[0], corner & 1)
+        j, in_b = _point(b, table.shape[1], corner >> 1 & 1)
+        k, in_c = _point(c, table.shape[2], corner >> 2 & 1)
+        m, in_d = _point(d, table.shape[3], corner >> 3)
+        weight = in_a * in_b * in_c * in_d
+        if weight != 0.0:
+            total += weight * table[i, j, k, m]
+    return float(total)
 
 
 @njit
@@ -126,33 +121,37 @@ def skew_share(times: AttentionTimes, chunk: float, rows: int, mean: float, long
     if rows < 2 or longest - mean < 1.0:
         return 0.0
     v = variance / (longest - mean) ** 2
-    at_spread = min(place(times.spread, v / (1.0 + v)), times.spread.shape[0] - 1.0)
-    at_longest = min(place(times.longest, longest), times.longest.shape[0] - 1.0)
-    at_prompt = min(place(times.skew_prompt, chunk), times.skew_prompt.shape[0] - 1.0)
-    at_rows = min(place(times.skew_rows, float(rows)), times.skew_rows.shape[0] - 1.0)
-    if chunk == 0 and times.split_rows > 0:
-        low, high, _ = _part(at_rows, times.skew_rows.shape[0])
-        if times.skew_rows[low] < times.split_rows <= times.skew_rows[high]:
-            at_rows = float(high if rows >= times.split_rows else low)
-    return _in_space(times.skew, at_prompt, at_rows, at_longest, at_spread)
+    by_prompt = min(place(times.skew_prompt, chunk), times.skew_prompt.shape[0] - 1.0)
+    by_rows = min(place(times.skew_rows, float(rows)), times.skew_rows.shape[0] - 1.0)
+    by_longest = min(place(times.longest, longest), times.longest.shape[0] - 1.0)
+    by_spread = min(place(times.spread, v / (1.0 + v)), times.spread.shape[0] - 1.0)
+    low = min(int(by_rows), times.skew_rows.shape[0] - 2)
+    if chunk == 0.0 and low >= 0 and times.skew_rows[low] < times.split_rows <= times.skew_rows[low + 1]:
+        by_rows = low + 1.0 if rows >= times.split_rows else float(low)
+    return _between(times.skew, by_prompt, by_rows, by_longest, by_spread)
 
 
 @njit
 def attention_s(
     times: AttentionTimes, chunk: float, cached: float, rows: int, mean: float, longest: float, variance: float
 ) -> float:
-    """Attention of decode rows, beside a chunk of a prompt where there is one (chunk > 0)."""
-    if rows == 0:
-        return _on_plane(times.prefill_s, place(times.prompt, chunk), place(times.cached, cached))
-    share = skew_share(times, chunk, rows, mean, longest, variance)
-    by_rows = place(times.rows, float(rows))
-    at_mean, at_longest = place(times.context, mean), place(times.context, longest)
+    """Attention of decode rows, of a chunk of a prompt (chunk > 0), or of both."""
+    table = times.mixed_s
     if chunk == 0.0:
-        even = _on_plane(times.decode_s, by_rows, at_mean)
-        return float(even + share * (_on_plane(times.decode_s, by_rows, at_longest) - even))
-    by_chunk, by_cached = place(times.prompt, chunk), place(times.cached, cached)
-    even = _in_space(times.mixed_s, by_chunk, by_cached, by_rows, at_mean)
-    return float(even + share * (_in_space(times.mixed_s, by_chunk, by_cached, by_rows, at_longest) - even))
+        table = times.decode_s
+    elif rows == 0:
+        table = times.prefill_s
+    by_chunk = place(times.prompt, chunk) if chunk > 0.0 else 0.0
+    by_cached = place(times.cached, cached) if chunk > 0.0 else 0.0
+    by_rows = place(times.rows, float(rows)) if rows > 0 else 0.0
+    share = skew_share(times, chunk, rows, mean, longest, variance)
+    seconds = 0.0
+    for side in range(2):
+        weight = share if side == 1 else 1.0 - share
+        if weight != 0.0:
+            by_context = place(times.context, longest if side == 1 else mean) if rows > 0 else 0.0
+            seconds += weight * _between(table, by_chunk, by_cached, by_rows, by_context)
+    return float(seconds)
 
 
 @njit
@@ -161,34 +160,35 @@ def rank_time_s(tables: BatchTables, plan: Plan, tokens: int) -> float:
 
     Several chunks of prompts: the longest stands beside the decode rows, each other one adds what it takes by itself.
     """
-    decode_rows, samples = 0, 0
+    decode_rows, samples, main = 0, 0, -1
     total, squares, longest = 0.0, 0.0, 0.0
-    chunk, cached = 0.0, 0.0
-    others_s = 0.0
-    times = tables.attention
     for row in range(plan.counts[PLAN_SIZE]):
         if plan.samples[row]:
             samples += 1
-        if plan.num_tokens[row] == 1:
+        if plan.num_tokens[row] > 1:
+            if main < 0 or plan.num_tokens[row] > plan.num_tokens[main]:
+                main = row
+        else:
             context = plan.start[row] + 1.0
             decode_rows += 1
             total += context
             squares += context * context
             longest = max(longest, context)
-        else:
-            other, before = float(plan.num_tokens[row]), float(plan.start[row])
-            if other > chunk:
-                other, chunk = chunk, other
-                before, cached = cached, before
-            if other > 0.0:
-                others_s += attention_s(times, other, before, 0, 0.0, 0.0, 0.0)
-    seconds = tables.tokens_s[tokens] + tables.samples_s[samples] + others_s
-    if decode_rows > 0:
-        mean = total / decode_rows
-        variance = max(0.0, squares / decode_rows - mean * mean)
-        seconds += attention_s(times, chunk, cached, decode_rows, mean, longest, variance)
-    elif chunk > 0.0:
-        seconds += attention_s(times, chunk, cached, 0, 0.0, 0.0, 0.0)
+    mean = total / max(1, decode_rows)
+    variance = max(0.0, squares / max(1, decode_rows) - mean * mean)
+    seconds = tables.tokens_s[tokens] + tables.samples_s[samples]
+    for row in range(-1, plan.counts[PLAN_SIZE]):
+        beside = row == -1  # the decode rows, and the longest chunk
+        if beside:
+            if main < 0 and decode_rows == 0:
+                continue
+        elif row == main or plan.num_tokens[row] == 1:
+            continue
+        of = main if beside else row
+        chunk = float(plan.num_tokens[of]) if of >= 0 else 0.0
+        cached = float(plan.start[of]) if of >= 0 else 0.0
+        rows = decode_rows if beside else 0
+        seconds += attention_s(tables.attention, chunk, cached, rows, mean, longest, variance)
     return float(seconds)
 
 
@@ -207,9 +207,4 @@ def step_time_s(tables: BatchTables, plans: tuple[Plan, ...]) -> float:
         tokens = int(tables.padded[most]) if captured else int(max(1, plan.counts[PLAN_TOKENS]))
         everybody += tokens
         slowest_s = max(slowest_s, rank_time_s(tables, plan, tokens))
-    if captured:
-        most = int(tables.padded[most])
-    together_s = tables.experts_s[everybody] + tables.exchange_s[most]
-    if captured:
-        return float(slowest_s + together_s)
-    return float(max(slowest_s + together_s, tables.launched_s))
+    return float(slowest_s + tables.experts_s[everybody] + tables.exchange_s[everybody])

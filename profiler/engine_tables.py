@@ -1,7 +1,7 @@
-"""Step tables of a pool from an engine's own layer times (importers/llmservingsim.py): summed, padded, and joined by links.
+"""Step tables of a pool from an engine's own layer times (importers/llmservingsim.py): summed, padded, joined by links.
 
-What a profile of single layers does not hold comes from elsewhere, and is said: collectives by a latency and a bandwidth,
-and how many experts a step touches by uniform routing.
+What a profile of single layers does not hold comes from elsewhere, and is said: collectives by a latency and a
+bandwidth, how many experts a step touches by uniform routing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ _MULTIPROCESSORS = {
     "A100": 108, "A10G": 80, "B200": 148, "H100": 132, "H200": 132, "L4": 58, "L40S": 142, "RTX4090": 128,
     "RTXPRO6000": 188,
 }  # fmt: skip
+
+# Between the kernels of a layer where the host launches them one by one (steps that are not captured as a CUDA graph).
+# Fitted to the mean TTFT of the two dense runs in the public data (benchmarks/per_request.py): each alone gives 70 µs
+# (Llama-3.1-8B, one GPU) and 55 µs (Qwen3-32B, two), which keep the other within 1 %. The run with experts was not
+# used.
+_BETWEEN_KERNELS_S = 60e-6
 
 _ASYNC_SINCE = (0, 14)  # vLLM composes steps ahead by default
 _SCREENED_CONTEXT = 1024.0  # tokens of a decode row where only their sum is known
@@ -78,7 +84,8 @@ def engine_step(
     ahead = profile.vllm_version >= _ASYNC_SINCE if async_scheduling is None else async_scheduling
     batch = _batch_tables(profile, shape, pool, joined, ranks, ahead)
     notes = [
-        f"gaps between kernels, and the host where it is slower than the device: not in {profile.name}",
+        f"a host that is slower than the device; between kernels {_BETWEEN_KERNELS_S * 1e6:.0f} µs a layer are taken in "
+        "steps that are not captured as CUDA graphs (fitted, benchmarks/per_request.py), none in others",
         "time outside the steps (HTTP, tokenizer, between processes)",
         f"the scheduler of vLLM {profile.meta['vllm_version']}: by the rules of 0.32, "
         + ("steps composed ahead (async_scheduling)" if ahead else "without async_scheduling"),
@@ -97,6 +104,8 @@ def engine_step(
         notes.append(f"collectives by a latency and a bandwidth ({figures}), not measured")
     if shape.experts:
         notes.append("experts: touched as by uniform routing")
+    if ranks > 1:
+        notes.append("tokens between ranks: both directions share the link's two-way bandwidth, whoever has how many")
     return ModeledStep(_summed(batch, pool), True, _RELATIVE_ERROR, tuple(notes))
 
 
@@ -118,16 +127,18 @@ def _batch_tables(
     padded = _padded(pool)
     tokens = np.arange(1, most + 1, dtype=np.float64)[:, None]
     per_layer = sum(calls * profile.dense[n].lookup(tokens) for n, calls in LAYERS.items() if n in profile.dense)
+    per_layer[len(padded) - 1 :] += _BETWEEN_KERNELS_S
     tokens_s = shape.num_layers * per_layer + sum(profile.dense[name].lookup(tokens) for name in ONCE)
     tp, hidden_bytes = pool.tensor_parallel_size, 2.0 * shape.hidden_size
-    exchange_s = np.zeros(most + 1)
+    everybody = np.arange(1, ranks * most + 1, dtype=np.float64)
+    exchange_s = np.zeros(ranks * most + 1)
     if link is not None and tp > 1:  # a ring, after attention and after the MLP
         moved = 2 * (tp - 1) / tp * tokens[:, 0] * hidden_bytes
         tokens_s += 2 * shape.num_layers * (link.latency_s + moved / link.bytes_per_s)
     sparse = len(shape.experts.layers) if shape.experts else 0
-    if link is not None and ranks > 1:  # all tokens to every rank, and the sums back (allgather_reducescatter)
-        moved = (ranks - 1) * tokens[:, 0] * hidden_bytes
-        exchange_s[1:] = 2 * sparse * (link.latency_s + moved / link.bytes_per_s)
+    if link is not None and ranks > 1:  # all tokens to every rank, and the sums back: the two halves of an all-reduce
+        moved = 2 * (ranks - 1) / ranks * everybody * hidden_bytes
+        exchange_s[1:] = sparse * (link.latency_s + moved / link.bytes_per_s)
     experts_s = np.zeros(ranks * most + 1)
     if profile.experts is not None and shape.experts is not None:
         experts_s[1:] = sparse * _experts_s(profile.experts, shape.experts, ranks, ranks * most)
@@ -140,7 +151,6 @@ def _batch_tables(
         exchange_s=exchange_s,
         captured_tokens=len(padded) - 1,
         padded=padded,
-        launched_s=0.0,
         attention=_attention(profile, shape, pool),
         request_s=np.zeros(2),
         ranks=ranks,
@@ -154,7 +164,8 @@ def _padded(pool: Pool) -> NDArray[np.int64]:
         return np.zeros(1, np.int64)
     most = min(2 * pool.max_num_seqs, _MOST_CAPTURED, pool.max_num_batched_tokens)
     usual = (0, 1, 2, 4, *range(8, 256, 8), *range(256, _MOST_CAPTURED + 1, 16))
-    sizes = np.array(pool.cuda_graph_sizes and (0, *pool.cuda_graph_sizes) or [*(s for s in usual if s < most), most])
+    chosen = (0, *pool.cuda_graph_sizes) if pool.cuda_graph_sizes else (*(s for s in usual if s < most), most)
+    sizes = np.array(chosen)
     return np.asarray(sizes[np.searchsorted(sizes, np.arange(sizes[-1] + 1))], np.int64)
 
 
@@ -174,9 +185,9 @@ def _experts_s(table: OperatorTable, experts: Experts, ranks: int, most: int) ->
 
 def _attention(profile: EngineProfile, shape: ModelShape, pool: Pool) -> AttentionTimes:
     longest = float(pool.max_model_len)
-    chunk = _axis(16.0, max(32.0, pool.max_num_batched_tokens))
+    chunk = _axis(16.0, max(32.0, float(pool.max_num_batched_tokens)))
     cached = np.concatenate([[0.0], _axis(16.0, max(32.0, longest), 1)])
-    rows = _axis(1.0, max(2.0, pool.max_num_seqs))
+    rows = _axis(1.0, max(2.0, float(pool.max_num_seqs)))
     context = _axis(16.0, max(32.0, longest))
     layers = float(shape.num_layers)
 
@@ -192,8 +203,8 @@ def _attention(profile: EngineProfile, shape: ModelShape, pool: Pool) -> Attenti
         cached=cached,
         rows=rows,
         context=context,
-        prefill_s=grid(profile.prefill, chunk, cached),
-        decode_s=grid(profile.decode, rows, context),
+        prefill_s=grid(profile.prefill, chunk, cached)[:, :, None, None],
+        decode_s=grid(profile.decode, rows, context)[None, None],
         mixed_s=grid(profile.mixed, chunk, cached, rows, context),
         skew_prompt=measured.prompt,
         skew_rows=measured.rows,
@@ -214,16 +225,16 @@ def _summed(batch: BatchTables, pool: Pool) -> StepTables:
     """The same as sums over rows, for those that do not know the batch (screening)."""
     times = batch.attention
     rows = np.clip(WORK_GRID / _SCREENED_CONTEXT, 1.0, float(pool.max_num_seqs))
-    by_rows = np.array([np.interp(_SCREENED_CONTEXT, times.context, row) for row in times.decode_s])
+    by_rows = np.array([np.interp(_SCREENED_CONTEXT, times.context, row) for row in times.decode_s[0, 0]])
     decode_s = np.interp(rows, times.rows, by_rows) * np.maximum(WORK_GRID / rows / _SCREENED_CONTEXT, 1e-9)
     chunk = np.clip(np.sqrt(2.0 * WORK_GRID), times.prompt[0], float(pool.max_num_batched_tokens))
     cached = np.maximum(0.0, WORK_GRID / chunk - chunk / 2)
-    alone = np.interp(chunk, times.prompt, times.prefill_s[:, 0])
-    per_cached = (times.prefill_s[:, -1] - times.prefill_s[:, 0]) / times.cached[-1]
+    alone = np.interp(chunk, times.prompt, times.prefill_s[:, 0, 0, 0])
+    per_cached = (times.prefill_s[:, -1, 0, 0] - times.prefill_s[:, 0, 0, 0]) / times.cached[-1]
     prefill_s = alone + cached * np.interp(chunk, times.prompt, per_cached)
     tokens = np.arange(len(batch.tokens_s))
     padded = np.where(tokens <= batch.captured_tokens, batch.padded[np.minimum(tokens, batch.captured_tokens)], tokens)
-    together_s = batch.experts_s[padded * batch.ranks] + batch.exchange_s[padded]
+    together_s = batch.experts_s[padded * batch.ranks] + batch.exchange_s[padded * batch.ranks]
     return StepTables(
         tokens_s=batch.tokens_s[padded] + together_s,
         rows_s=np.zeros(pool.max_num_seqs + 1),

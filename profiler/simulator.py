@@ -246,9 +246,7 @@ def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: i
     return status, [replica.totals() for replica in replicas]
 
 
-def _serve_in_time(
-    pool: Pool, run: _Run, rows: NDArray[np.int64], batch: BatchTables
-) -> tuple[int, list[_Totals]]:
+def _serve_in_time(pool: Pool, run: _Run, rows: NDArray[np.int64], batch: BatchTables) -> tuple[int, list[_Totals]]:
     """Step times by the batch: groups of `batch.ranks` replicas that step together, requests to them in turn."""
     groups = pool.replicas // batch.ranks
     totals = []

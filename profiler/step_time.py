@@ -38,8 +38,8 @@ class StepTables(NamedTuple):
     request_s            (2,)  outside the steps: from the scheduled arrival until the scheduler sees the request;
                          from a token's step until the client has the token
     draft                the same of the draft model's passes, where the pool has one; nothing outside the steps
-    batch                where step times by the whole batch are known: the simulator takes these, and the sums above are
-                         for screening
+    batch                where step times by the whole batch are known: the simulator takes these, screening the sums
+                         above
     """
 
     tokens_s: NDArray[np.float64]

@@ -198,7 +198,11 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
         tables, error = _served(tables, serving, error)
     bound = bound_tables(shape, pool, peaks)
     least = bound._asdict()
-    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name not in ("draft", "batch")}
+    bounded = {
+        name: np.maximum(table, least[name])
+        for name, table in tables._asdict().items()
+        if name not in ("draft", "batch")
+    }
     tables = tables._replace(**bounded)
     tables.tokens_s[0] = 0.0
     most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}

@@ -1,9 +1,9 @@
 """Profiles of LLMServingSim 2 (MIT, casys-kaist/LLMServingSim): vLLM's layers on one GPU, timed one by one.
 
-A folder HARDWARE/ORGANIZATION/MODEL/VARIANT holds meta.yaml and, for each degree of tensor parallelism, tpN with
-dense.csv (layers by tokens), per_sequence.csv (by rows that sample), attention (by chunk, cached tokens, decode rows and
-their context), moe.csv and skew (decode rows of unequal context); each as .csv or .parquet, times in microseconds. The
-kernels' own time counts there: gaps between them, the host and collectives are in none of the files.
+A folder HARDWARE/ORGANIZATION/MODEL/VARIANT holds meta.yaml and, for each degree of tensor parallelism, tpN with dense
+(layers by tokens), per_sequence (by rows that sample), attention (by chunk, cached tokens, decode rows and their
+context), moe and skew (decode rows of unequal context); each as .csv or .parquet, times in microseconds. The kernels'
+own time counts there: gaps between them, the host and collectives are in none of the files.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class EngineProfile:
 
     @property
     def name(self) -> str:
-        return f"{self.meta['model']} {self.meta['variant']} on {self.meta['hardware']}, vLLM {self.meta['vllm_version']}"
+        return (
+            f"{self.meta['model']} {self.meta['variant']} on {self.meta['hardware']}, vLLM {self.meta['vllm_version']}"
+        )
 
     @property
     def vllm_version(self) -> tuple[int, int]:
@@ -276,7 +278,7 @@ class _Reader:
         return self.table("experts", self.needed("moe"), _AXES["moe"], bound_s)
 
     def skew(self, decode: OperatorTable) -> Skew | None:
-        """Shares between the time at the mean context and that at the longest: least squares where several rows say it."""
+        """Shares of the way from the time at the mean context to that at the longest, by least squares."""
         columns = ("n", "nb", "pc", "kp", "kvs", "kv_big", "kv_mean", "t_mean_us", "t_max_us", "t_skew_us")
         frame = self.frame("skew", columns)
         if frame is None:
@@ -284,7 +286,9 @@ class _Reader:
         pure = frame[frame.pc == 0]
         unit = float(np.median(pure.t_mean_us * 1e-6 / decode.lookup(pure[["n", "kv_mean"]].to_numpy(np.float64))))
         if not 1 / _SAME_UNIT < unit < _SAME_UNIT:
-            reason = "times are a multiple of those in the attention table (shares of them are used, which are free of it)"
+            reason = (
+                "times are a multiple of those in the attention table (shares of them are used, which are free of it)"
+            )
             file = str(self.folder.relative_to(self.folder.parents[3]))
             self.findings.append(Finding(file, "skew", False, reason, len(frame), len(frame), f"{unit:.2f} times"))
         frame = frame[frame.t_max_us > frame.t_mean_us].assign(
