@@ -4,9 +4,9 @@
     python benchmarks/per_request.py --run DIR --profile DIR
 
 DIR as LLMServingSim lays them out: a run holds vllm/requests.jsonl and vllm/meta.json (and config.json, whose link
-joins the GPUs), a profile meta.yaml and tpN/. Arrivals, prompts and answer lengths are the run's; where its dataset lies
-in the public data (`--trace FILE` for others) the tokens of its prompts say what the prefix cache holds. One constant is
-fitted to the two runs of dense models (profiler/engine_tables.py: time between kernels); else nothing is.
+joins the GPUs), a profile meta.yaml and tpN/. Arrivals, prompts and answer lengths are the run's. Where its dataset is
+among the public data (`--trace FILE` for others) the tokens of its prompts say what the prefix cache holds. One
+constant is fitted to the two runs of dense models (profiler/engine_tables.py: time between kernels); else nothing is.
 
 Arrivals are stamped by the client's clock, all else by the server's. They are laid over each other so that the request
 that came to the scheduler fastest took no time: what every request needs before, some 2 ms, is in no TTFT here.
@@ -30,7 +30,7 @@ from bars import Bar, data_dir, finish, needed_data
 from paretune.profiler.engine_tables import Link, engine_step
 from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers.llmservingsim import find_profile, read_profile
-from paretune.profiler.roofline import kv_blocks
+from paretune.profiler.operators import kv_bytes_per_token, linears, rank_weight_bytes
 from paretune.profiler.simulator import simulate
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
@@ -49,6 +49,7 @@ Floats = NDArray[np.float64]
 class Run:
     """A measured run.
 
+    memory_bytes          of a device, as far as the engine uses it
     arrival_s             (n,) when each request was sent, from the first on, on the server's clock
     first_s, last_s       (n,) its first and last token, on the same
     """
@@ -58,6 +59,7 @@ class Run:
     engine: dict[str, Any]
     meta: dict[str, Any]
     link: Link | None
+    memory_bytes: float | None
     arrival_s: Floats
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
@@ -73,17 +75,20 @@ def read_run(folder: Path) -> Run:
     clocks_s = (rows.queued_ts - rows.arrival_time).min()
     arrival = rows.arrival_time.to_numpy() + clocks_s
     config = next((p for p in (folder / "config.json", files / "config.json") if p.exists()), None)
-    link = None
+    link = memory_bytes = None
     if config is not None:
         described = json.loads(config.read_text())
         if "link_bw" in described:  # GB/s and nanoseconds
             link = Link(described["link_latency"] * 1e-9, described["link_bw"] * 1e9)
+        memory = described["nodes"][0]["instances"][0]["npu_mem"]
+        memory_bytes = memory["mem_size"] * 2.0**30 * memory.get("mem_util", 0.9)
     return Run(
         name=folder.name,
         model=meta["model"],
         engine=meta["engine_kwargs"],
         meta=meta,
         link=link,
+        memory_bytes=memory_bytes,
         arrival_s=arrival - arrival[0],
         input_tokens=rows.input_toks.to_numpy(np.int64),
         output_tokens=rows.output_toks.to_numpy(np.int64),
@@ -154,20 +159,32 @@ def predict(run: Run, profile_folder: Path, shape: ModelShape, prefix: PrefixHas
         num_kv_blocks=NO_LIMIT_BLOCKS,
     )
     blocks = run.meta.get("kv_cache", {}).get("num_gpu_blocks")
-    if blocks is None and device is not None and ranks == 1:
-        blocks = kv_blocks(device, shape, pool)
+    if blocks is None and run.memory_bytes is not None:
+        free = run.memory_bytes - held_weights_bytes(shape, tp, ranks)
+        blocks = int(free / (pool.block_size * kv_bytes_per_token(shape, tp, "bf16")))
+        print("  KV blocks: what the weights leave of the memory; activations and the engine's buffers are not known")
     pool = pool.model_copy(update={"num_kv_blocks": blocks or NO_LIMIT_BLOCKS})
     step = engine_step(profile, shape, pool, link=run.link, ranks=ranks)
     for note in step.not_modeled:
         print(f"  not modeled: {note}")
     print(f"  {pool.num_kv_blocks} KV blocks of {pool.block_size} tokens" + ("" if blocks else ": not known, no limit"))
-    if prefix is None:
+    if not run.engine.get("enable_prefix_caching", True):
+        prefix = None
+    elif prefix is None:
         print("  prefix cache: the prompts' tokens are not known, nothing is found in it")
     trace = Trace(run.arrival_s, run.input_tokens, run.output_tokens, prefix=prefix, source=run.name)
     result = simulate(trace, pool, step.tables, policy="vllm_v1")
     print(f"  {result.steps} steps, {result.prefix_hit_tokens} tokens found in the prefix cache, "
           f"{result.preemptions} preemptions")  # fmt: skip
     return latencies(run, result.times.first_token_s, result.times.end_s)
+
+
+def held_weights_bytes(shape: ModelShape, tp: int, ranks: int) -> float:
+    """Weights of one device: all of a rank of tensor parallelism, less the experts that other ranks hold."""
+    experts = sum(
+        2.0 * x.count * x.out_features * x.in_features for x in linears(shape, tp) if x.name.startswith("expert_")
+    )
+    return rank_weight_bytes(shape, tp, "bf16") - experts * (1 - 1 / ranks)
 
 
 def latencies(run: Run, first_s: Floats, last_s: Floats) -> dict[str, Floats]:

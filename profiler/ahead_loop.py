@@ -1,8 +1,8 @@
 """The event loop of engines that compose a step while the one before still computes, on one rank or on several in time.
 
 vLLM does so by default since 0.14 (async scheduling, vllm/v1/engine/core.py: step_with_batch_queue). Step n + 1 is
-composed when step n - 1 has ended, so a request that arrives while n computes is first computed in step n + 2: it waits
-for the rest of a step and for a whole one. Seats of requests that end with step n are not free before n + 2 is composed.
+composed when step n - 1 has ended, so a request that arrives while n computes is first computed in step n + 2: it
+waits for the rest of a step and for a whole one. Seats of requests that end with step n are free from n + 2 on.
 
 With data parallelism and experts divided among the ranks every rank has its own scheduler and cache, and all of them
 step together. A new request goes to the rank with the least 4 x waiting + running, by counts that a coordinator brings

@@ -84,8 +84,8 @@ def engine_step(
     ahead = profile.vllm_version >= _ASYNC_SINCE if async_scheduling is None else async_scheduling
     batch = _batch_tables(profile, shape, pool, joined, ranks, ahead)
     notes = [
-        f"a host that is slower than the device; between kernels {_BETWEEN_KERNELS_S * 1e6:.0f} µs a layer are taken in "
-        "steps that are not captured as CUDA graphs (fitted, benchmarks/per_request.py), none in others",
+        "a host that is slower than the device; between kernels, in steps that are not captured as CUDA graphs, "
+        f"{_BETWEEN_KERNELS_S * 1e6:.0f} µs a layer are taken (fitted, benchmarks/per_request.py), none in others",
         "time outside the steps (HTTP, tokenizer, between processes)",
         f"the scheduler of vLLM {profile.meta['vllm_version']}: by the rules of 0.32, "
         + ("steps composed ahead (async_scheduling)" if ahead else "without async_scheduling"),
@@ -126,7 +126,10 @@ def _batch_tables(
     most = pool.max_num_batched_tokens
     padded = _padded(pool)
     tokens = np.arange(1, most + 1, dtype=np.float64)[:, None]
-    per_layer = sum(calls * profile.dense[n].lookup(tokens) for n, calls in LAYERS.items() if n in profile.dense)
+    per_layer = np.zeros(most)
+    for name, calls in LAYERS.items():
+        if name in profile.dense:
+            per_layer += calls * profile.dense[name].lookup(tokens)
     per_layer[len(padded) - 1 :] += _BETWEEN_KERNELS_S
     tokens_s = shape.num_layers * per_layer + sum(profile.dense[name].lookup(tokens) for name in ONCE)
     tp, hidden_bytes = pool.tensor_parallel_size, 2.0 * shape.hidden_size
@@ -195,7 +198,8 @@ def _attention(profile: EngineProfile, shape: ModelShape, pool: Pool) -> Attenti
         points = np.stack([each.ravel() for each in np.meshgrid(*axes, indexing="ij")], axis=1)
         return layers * table.lookup(points).reshape([len(axis) for axis in axes])
 
-    measured = profile.skew or Skew(*(np.array([1.0]) for _ in range(4)), np.zeros((1, 1, 1, 1)))
+    one = np.ones(1)
+    measured = profile.skew or Skew(one, one, one, one, np.zeros((1, 1, 1, 1)))
     heads = max(1, shape.num_kv_heads // profile.tensor_parallel_size)
     device = str(profile.meta["hardware"]).replace(" ", "").upper()
     return AttentionTimes(

@@ -48,7 +48,7 @@ _AXES = {
     "attention": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode"),
     "moe": ("tokens", "activated_experts"),
 }
-_SPREAD = 2.0 ** np.arange(-8, 0)
+_SPREAD: Floats = np.asarray(2.0 ** np.arange(-8.0, 0.0), np.float64)
 _SHAPE_ONLY = (1e17, 1e17 / 300)  # FLOP/s and bytes/s that bound nothing, in a GPU's proportion
 _SAME_UNIT = 1.5
 
@@ -206,7 +206,7 @@ class _Reader:
         return self.device.flops_per_s("bf16"), self.device.peak_bytes_per_s
 
     def table(self, operator: str, frame: pd.DataFrame, axes: Sequence[str], bound_s: Bound) -> OperatorTable:
-        frame = frame.groupby(list(axes), as_index=False).time_us.median()
+        frame = frame.groupby(list(axes))["time_us"].median().reset_index()
         points, seconds = frame[list(axes)].to_numpy(np.float64), frame.time_us.to_numpy(np.float64) * 1e-6
         least = bound_s(points)
         file = str(self.folder.relative_to(self.folder.parents[3]))
@@ -260,7 +260,7 @@ class _Reader:
             chunk, cached, rows, context = four.T
             pairs = chunk * (cached + chunk / 2) + rows * context
             read = cached + chunk + rows * context
-            return np.maximum(per_pair * pairs / flops_per_s, per_token * read / bytes_per_s)
+            return np.asarray(np.maximum(per_pair * pairs / flops_per_s, per_token * read / bytes_per_s))
 
         return bound_s
 
@@ -273,7 +273,7 @@ class _Reader:
 
         def bound_s(points: Floats) -> Floats:
             tokens, active = points.T
-            return np.maximum(2.0 * tokens * chosen * size / flops_per_s, 2.0 * active * size / bytes_per_s)
+            return np.asarray(np.maximum(2.0 * tokens * chosen * size / flops_per_s, 2.0 * active * size / bytes_per_s))
 
         return self.table("experts", self.needed("moe"), _AXES["moe"], bound_s)
 
@@ -297,10 +297,15 @@ class _Reader:
         prompt, longest = np.unique(frame.pc).astype(np.float64), np.unique(frame.kv_big).astype(np.float64)
         rows = np.unique(frame.n).astype(np.float64)
         share = np.full((len(prompt), len(rows), len(longest), len(_SPREAD)), np.nan)
-        for (pc, n, big), group in frame.groupby(["pc", "n", "kv_big"]):
-            sums = group.assign(up=group.more * group.way, down=group.way**2).groupby("part")[["up", "down"]].sum()
-            at = np.searchsorted(prompt, pc), np.searchsorted(rows, n), np.searchsorted(longest, big)
-            share[at] = np.interp(np.log(_SPREAD), np.log(sums.index.to_numpy()), (sums.up / sums.down).to_numpy())
+        sums = frame.assign(up=frame.more * frame.way, down=frame.way**2)
+        sums = sums.groupby(["pc", "n", "kv_big", "part"])[["up", "down"]].sum().reset_index()
+        of_cell = ["pc", "n", "kv_big"]
+        cells = sums[of_cell].to_numpy(np.float64)
+        for cell in np.unique(cells, axis=0):
+            group = sums[(cells == cell).all(axis=1)]
+            at = tuple(int(np.searchsorted(axis, v)) for axis, v in zip((prompt, rows, longest), cell, strict=True))
+            up, down = group.up.to_numpy(np.float64), group.down.to_numpy(np.float64)
+            share[at] = np.interp(np.log(_SPREAD), np.log(group.part.to_numpy(np.float64)), up / down)
         return Skew(prompt, rows, longest, _SPREAD, _filled(share))
 
 
