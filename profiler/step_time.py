@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..kernels.jit import njit
 from ..runtime.scheduler_state import PLAN_SIZE, Plan
+from .batch_time import BatchTables
 
 POINTS_PER_OCTAVE = 4
 OCTAVES = 44
@@ -51,6 +52,8 @@ class StepTables(NamedTuple):
                          from a token's step until the client has the token
     draft                the same of the draft model's passes, where the pool has one; nothing outside the steps
     prompt_pairs         how rows with several tokens count in prefill_attention_s; measured tables: by their pairs
+    batch                where step times by the whole batch are known: the simulator takes these, screening the sums
+                         above
     """
 
     tokens_s: NDArray[np.float64]
@@ -61,6 +64,7 @@ class StepTables(NamedTuple):
     request_s: NDArray[np.float64]
     draft: StepTables | None = None
     prompt_pairs: PromptPairs = PromptPairs()
+    batch: BatchTables | None = None
 
 
 @njit

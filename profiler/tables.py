@@ -18,6 +18,7 @@ from ..runtime.draft_shape import draft_pool, draft_shape
 from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
+from .batch_time import scaled_batch
 from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
@@ -28,7 +29,7 @@ from .step_time import WORK_GRID, StepTables
 
 Floats = NDArray[np.float64]
 
-_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs")
+_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
@@ -181,7 +182,11 @@ def _draft_tables(
 def scaled(tables: StepTables, factor: float) -> StepTables:
     """All step times times a factor; what happens outside the steps stays."""
     parts = {name: table * factor for name, table in tables._asdict().items() if name not in _NO_STEP_TIMES}
-    return tables._replace(**parts, draft=None if tables.draft is None else scaled(tables.draft, factor))
+    return tables._replace(
+        **parts,
+        draft=None if tables.draft is None else scaled(tables.draft, factor),
+        batch=None if tables.batch is None else scaled_batch(tables.batch, factor),
+    )
 
 
 def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
