@@ -35,11 +35,11 @@ from silicon_points import Point, read_points
 Floats = NDArray[np.float64]
 COVERAGE = 0.9
 
-# Deviations of a residual by what points share (engine; GPU; model, precision and version; sharding; lengths), chosen
-# for the order of magnitude of what engines differ by, not fitted.
+# Deviations of a residual by what points share (who measured; engine; GPU; model, precision and version; sharding;
+# lengths), chosen for the order of magnitude of what engines and load generators differ by, not fitted.
 ALIKE = {
-    "TPOT": Alike((0.06, 0.05, 0.06, 0.05, 0.05), length=2.5, noise=0.02),
-    "TTFT": Alike((0.15, 0.10, 0.15, 0.10, 0.20), length=2.5, noise=0.08),
+    "TPOT": Alike((0.04, 0.06, 0.05, 0.06, 0.05, 0.05), length=2.5, noise=0.02),
+    "TTFT": Alike((0.15, 0.10, 0.10, 0.15, 0.10, 0.20), length=2.5, noise=0.08),
 }
 
 
@@ -78,15 +78,14 @@ class Scorer:
 
 def features(points: Sequence[Point]) -> Features:
     levels = [
-        [p.engine for p in points],
+        [p.origin for p in points],
+        [f"{p.origin} {p.engine}" for p in points],
         [f"{p.engine} {p.system}" for p in points],
         [f"{p.engine} {p.system} {p.model} {p.precision} {p.version}" for p in points],
         [f"{(*p.group, p.deployed.expert_parallel, p.version)}" for p in points],
         [f"{p.curve}" for p in points],
     ]
-    load = [
-        [p.load.clients, p.load.input_tokens, p.load.output_tokens, p.deployed.ranks] for p in points
-    ]
+    load = [[p.load.clients, p.load.input_tokens, p.load.output_tokens, p.deployed.ranks] for p in points]
     return Features(np.array(levels, dtype=object), np.log2(np.array(load, np.float64)))
 
 
@@ -128,37 +127,36 @@ def calibrated(
     return residual[~fitted] - mean, conformal_quantile(scores, COVERAGE) * deviation
 
 
-def fit_host(scorer: Scorer, points: Sequence[Point], at_start: Floats) -> dict[str, Host]:
-    """Host constants by engine, from points: least absolute error of the logarithms over a few multiples of each."""
+def fit_host(scorer: Scorer, points: Sequence[Point], at_start: Floats) -> Host:
+    """One host for all engines, from points: the least mean over groups of the median error of the logarithms, on a grid
+    of multiples of the constants, along which times are taken as linear."""
     step = {
         "step_s": PUBLISHED_HOST._replace(step_s=PUBLISHED_HOST.step_s + 0.5e-3),
         "row_s": PUBLISHED_HOST._replace(row_s=PUBLISHED_HOST.row_s + 10e-6),
         "request_s": PUBLISHED_HOST._replace(request_s=PUBLISHED_HOST.request_s + 10e-3),
     }
     slopes = {name: scorer.predict(points, lambda _, host=host: host)[0] - at_start for name, host in step.items()}
-    hosts: dict[str, Host] = {}
+    groups = [np.array([p.group == group for p in points]) for group in sorted({p.group for p in points})]
     ttft, tpot = (np.array([getattr(p, n) for p in points]) for n in ("ttft_s", "tpot_s"))
-    for engine in sorted({p.engine for p in points}):
-        mine = np.array([p.engine == engine for p in points]) & np.isfinite(at_start).all(axis=1)
 
-        def error(column: int, measured: Floats, steps: dict[str, float], mine: NDArray[np.bool_] = mine) -> float:
-            total = at_start[mine, column] + sum(n * slopes[k][mine, column] for k, n in steps.items())
-            return float(np.abs(np.log(np.maximum(total, 1e-6) / measured[mine])).mean())
+    def error(column: int, measured: Floats, steps: dict[str, float]) -> float:
+        total = at_start[:, column] + sum(n * slopes[k][:, column] for k, n in steps.items())
+        each = np.abs(np.log(np.maximum(total, 1e-6) / measured))
+        return float(np.mean([np.median(each[group]) for group in groups]))
 
-        _, steps, rows = min(
-            (error(1, tpot, {"step_s": s, "row_s": r}), s, r)
-            for s in np.arange(-1.0, 5.01, 0.25)
-            for r in np.arange(0.0, 6.01, 0.25)
-        )
-        _, requests = min(
-            (error(0, ttft, {"step_s": steps, "row_s": rows, "request_s": q}), q) for q in np.arange(-0.75, 6.01, 0.25)
-        )
-        hosts[engine] = PUBLISHED_HOST._replace(
-            step_s=max(0.0, PUBLISHED_HOST.step_s + 0.5e-3 * float(steps)),
-            row_s=10e-6 * float(rows),
-            request_s=PUBLISHED_HOST.request_s + 10e-3 * float(requests),
-        )
-    return hosts
+    _, steps, rows = min(
+        (error(1, tpot, {"step_s": s, "row_s": r}), s, r)
+        for s in np.arange(-1.0, 5.01, 0.25)
+        for r in np.arange(0.0, 6.01, 0.25)
+    )
+    _, requests = min(
+        (error(0, ttft, {"step_s": steps, "row_s": rows, "request_s": q}), q) for q in np.arange(-0.75, 6.01, 0.25)
+    )
+    return PUBLISHED_HOST._replace(
+        step_s=max(0.0, PUBLISHED_HOST.step_s + 0.5e-3 * float(steps)),
+        row_s=10e-6 * float(rows),
+        request_s=PUBLISHED_HOST.request_s + 10e-3 * float(requests),
+    )
 
 
 def off(log_error: Floats) -> Floats:
@@ -167,10 +165,12 @@ def off(log_error: Floats) -> Floats:
 
 
 def print_groups(points: Sequence[Point], columns: dict[str, Floats]) -> None:
-    print(f"\n{'GPU':20}{'engine':8}{'model':34}{'precision':>10}{'TP':>4}{'n':>5}" + "".join(f"{c:>18}" for c in columns))
+    print(
+        f"\n{'GPU':20}{'engine':8}{'model':34}{'precision':>10}{'TP':>4}{'n':>5}" + "".join(f"{c:>18}" for c in columns)
+    )
     for group in sorted({p.group for p in points}):
         at = np.array([p.group == group for p in points])
-        figures = "".join(f"{np.nanmedian(v[at]):18.1%}" for v in columns.values())
+        figures = "".join(f"{np.median(v[at]):18.1%}" for v in columns.values())
         print(f"{group[0]:20}{group[1]:8}{group[2]:34}{group[3]:>10}{group[4]:4d}{at.sum():5d}{figures}")
 
 
@@ -252,10 +252,9 @@ def main() -> None:
     new = np.array([p.system == "b200_sxm" for p in points])
     if new.any() and not new.all():
         old = [p for p, is_new in zip(points, new) if not is_new]
-        hosts = fit_host(scorer, old, alone[~new])
-        mean = Host(*np.mean(list(hosts.values()), axis=0))
-        print("host without B200:", {e: tuple(round(1e3 * x, 3) for x in h) for e, h in hosts.items()}, "ms")
-        moved, _ = scorer.predict(points, lambda p: hosts.get(p.engine, mean))
+        host = fit_host(scorer, old, alone[~new])
+        print("host without B200:", {k: round(1e3 * x, 3) for k, x in host._asdict().items()}, "ms")
+        moved, _ = scorer.predict(points, lambda _: host)
         for column, metric, target in ((1, "TPOT", 0.15), (0, "TTFT", 0.30)):
             again = np.log(measured[metric] / moved[:, column])
             groups = [p.group[:4] for p in points]
@@ -264,7 +263,9 @@ def main() -> None:
             columns[f"transfer {metric}"][new] = off(error)
             covered[f"transfer_{metric.lower()}"] = float((np.abs(error) <= width).mean())
             widths[f"transfer_{metric.lower()}"] = float(np.median(width))
-            bars.append(Bar(f"b200_transfer_{metric.lower()}_median_error", float(np.median(off(error))), target, False))
+            bars.append(
+                Bar(f"b200_transfer_{metric.lower()}_median_error", float(np.median(off(error))), target, False)
+            )
     for name, share in covered.items():
         bars += [Bar(f"{name}_band_coverage", share, 0.85), Bar(f"{name}_band_coverage_most", share, 0.95, False)]
 

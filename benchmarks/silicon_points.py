@@ -41,6 +41,7 @@ class Point:
     system: str
     engine: str
     version: str
+    origin: str
     model: str
     precision: str
     deployed: Deployed
@@ -140,6 +141,7 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         row["system"],
         engine,
         row["backend_version"],
+        row.get("origin", ""),
         row["model_path"],
         precision,
         deployed,

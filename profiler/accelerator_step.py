@@ -19,14 +19,15 @@ from .operator_tables import OperatorTable
 
 Floats = NDArray[np.float64]
 
-# What an elementwise kernel reaches of the memory's peak: aiconfigurator's systems/*.yaml, mem_bw_empirical_scaling_factor
-# (2026-07-25), where it is called a correction from observation.
+# What an elementwise kernel reaches of the memory's peak, and what it takes beside: aiconfigurator's systems/*.yaml,
+# mem_bw_empirical_scaling_factor and mem_empirical_constant_latency (2026-07-25), there called corrections from
+# observation. LLMServingSim's vLLM profile of an RTX PRO 6000 has 2.0 to 4.2 µs for the same kernels on one token.
 ELEMENTWISE_BANDWIDTH_SHARE = 0.8
+ELEMENTWISE_LATENCY_S = 3e-6
 
-# Precisions whose activations an engine quantizes inside the norm or the activation before: TensorRT-LLM with scales of
-# the checkpoint, vLLM's rms_norm and silu_and_mul with static fp8 (its pass fuse_norm_quant). Block scales and vLLM's
-# nvfp4 have kernels of their own (vLLM 0.11, SGLang 0.5.9).
-FUSED_QUANTIZATION = {"trtllm": ("fp8", "nvfp4"), "vllm": ("fp8",), "sglang": ()}
+# Precisions whose activations an engine quantizes inside the norm or the activation before: fp8 with the checkpoint's
+# scales (TensorRT-LLM; vLLM's passes fuse_norm_quant and fuse_act_quant). Block scales and nvfp4 have kernels of their own.
+FUSED_QUANTIZATION: dict[str, tuple[str, ...]] = {"trtllm": ("fp8",), "vllm": ("fp8",), "sglang": ()}
 
 BATCH_GRID: Floats = np.unique(np.round(2.0 ** np.arange(0, 10.25, 0.25)))
 POINTS_PER_OCTAVE = 4
@@ -86,7 +87,8 @@ def gpu_step(
     parts = {"tokens": common, "prefill": prefill_only, "samples": samples}
     for gemm in layout.gemms:
         parts[gemm.rows] += gemm.count * _gemm_s(tables, beside, gemm, tokens)
-    common += _elementwise_s(tables, layout, tokens)
+    common += _elementwise_s(tables, layout.elementwise, tokens)
+    samples += _elementwise_s(tables, layout.sampling, tokens)
     if layout.all_reduces:
         reduced = tables.all_reduce(layout.ranks).lookup((tokens * layout.hidden * 2.0)[:, None])
         common += layout.all_reduces * reduced
@@ -137,13 +139,12 @@ def _gemm_s(tables: OperatorTables, beside: Sequence[OperatorTables], gemm: Gemm
     return least
 
 
-def _elementwise_s(tables: OperatorTables, layout: DecoderLayout, tokens: Floats) -> Floats:
-    """Each kernel at least what the smallest measured matrix takes, which is its launch in a graph."""
-    least = float(tables.gemm("bfloat16").seconds.min())
+def _elementwise_s(tables: OperatorTables, kernels: Sequence[tuple[float, int]], rows: Floats) -> Floats:
+    """Kernels that read and write so many bytes a row, so many of each."""
     rate = ELEMENTWISE_BANDWIDTH_SHARE * tables.accelerator.peak_bytes_per_s
-    total = np.zeros(len(tokens))
-    for moved, count in layout.elementwise:
-        total += count * np.maximum(least, tokens * moved / rate)
+    total = np.zeros(len(rows))
+    for moved, count in kernels:
+        total += count * (ELEMENTWISE_LATENCY_S + rows * moved / rate)
     return total
 
 

@@ -287,9 +287,7 @@ def _serve(
         if not (prefill_first and prompts > 0):
             samples += decodes
         jump = 1
-        seconds = _step_s(
-            dense, host, new_tokens, prompts, pairs, decoding, context if decoding > 0 else 0.0, samples
-        )
+        seconds = _step_s(dense, host, new_tokens, prompts, pairs, decoding, context if decoding > 0 else 0.0, samples)
         if prompts == 0:
             jump = _LONGEST_JUMP
             for row in range(num_running):

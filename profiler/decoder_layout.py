@@ -57,6 +57,7 @@ class DecoderLayout:
     """What one rank of a group of `ranks` runs in a step.
 
     elementwise        (bytes a token, kernels of that kind a step): norms, rotary embedding, activation, quantization
+    sampling           (bytes a sample, kernels): logits to fp32, their softmax, the choice
     all_reduces        a step, each of `hidden` bf16 numbers a token
     weight_bytes       of the rank
     kv_bytes_per_token of the rank, by bytes of one cached number
@@ -69,6 +70,7 @@ class DecoderLayout:
     attention: Attention
     sparse: Sparse | None
     elementwise: tuple[tuple[float, int], ...]
+    sampling: tuple[tuple[float, int], ...]
     all_reduces: int
     weight_bytes: float
     cached_numbers_per_token: int
@@ -124,7 +126,9 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
         (4.0 * (mine + 2 * kv_heads) * head_dim, layers),
         (6.0 * inter, 0 if sparse else layers),  # the experts' tables have their activation inside
     ]
-    if dtype != _BF16:
+    if config["model_type"].startswith("qwen3"):
+        elementwise.append((4.0 * (mine + kv_heads) * head_dim, layers))  # norms of queries and keys
+    if dtype == "fp8":
         elementwise.append((3.0 * mine * head_dim, layers))  # the others are fused into norms and activation
     return DecoderLayout(
         ranks,
@@ -134,6 +138,7 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
         Attention(layers, kv_heads, mine // kv_heads, head_dim),
         sparse,
         tuple(elementwise),
+        _sampling(vocab),
         2 * layers if ranks > 1 else 0,
         _bytes(gemms) + expert_bytes + 2.0 * vocab * hidden / ranks,
         2 * kv_heads * head_dim * layers,
@@ -189,10 +194,15 @@ def _latent(config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: 
         Attention(layers, mine, 1, nope + rope, latent=True),
         sparse,
         elementwise,
+        _sampling(config["vocab_size"]),
         2 * layers,
         _bytes(gemms) + experts / ranks * _WEIGHT_BYTES[dtype] + 2.0 * config["vocab_size"] * hidden / ranks,
         (rank_kv + rope) * layers,
     )
+
+
+def _sampling(vocab: int) -> tuple[tuple[float, int], ...]:
+    return ((6.0 * vocab, 1), (8.0 * vocab, 1), (4.0 * vocab, 1))
 
 
 def _bytes(gemms: tuple[Gemm, ...]) -> float:

@@ -53,7 +53,9 @@ def _covariance(left: Features, right: Features, alike: Alike) -> Floats:
     smooth = np.exp(-0.5 * distance / alike.length**2)
     total = np.zeros(smooth.shape)
     for level, deviation in enumerate(alike.deviation):
-        number = {label: place for place, label in enumerate(dict.fromkeys((*left.groups[level], *right.groups[level])))}
+        number = {
+            label: place for place, label in enumerate(dict.fromkeys((*left.groups[level], *right.groups[level])))
+        }
         mine, other = (np.array([number[label] for label in each.groups[level]]) for each in (left, right))
         same = mine[:, None] == other[None, :]
         # half of what a group has in common depends on the load

@@ -56,7 +56,9 @@ def gemm(accelerator: Accelerator, dtype: str) -> Bound:
     return bound_s
 
 
-def attention(accelerator: Accelerator, arithmetic: str, kv_dtype: str, prefill: bool, window: int) -> Callable[..., Floats]:
+def attention(
+    accelerator: Accelerator, arithmetic: str, kv_dtype: str, prefill: bool, window: int
+) -> Callable[..., Floats]:
     """f(batch, tokens, heads, kv_heads, head_dim): prefill of prompts of so many tokens each, or one decode step over
     contexts of so many."""
     rate, bandwidth = flops_per_s(accelerator, arithmetic), accelerator.peak_bytes_per_s
@@ -114,7 +116,9 @@ def all_reduce(accelerator: Accelerator) -> Bound:
     return lambda points: np.asarray(points[:, 0] / link)
 
 
-def moe(accelerator: Accelerator, dtype: str, hidden: int, inter: int, topk: int, experts: int, tp: int, ep: int) -> Bound:
+def moe(
+    accelerator: Accelerator, dtype: str, hidden: int, inter: int, topk: int, experts: int, tp: int, ep: int
+) -> Bound:
     """(tokens,): gated MLPs of the chosen experts on the busiest rank, which has at least the mean load and holds
     experts / ep of them; at least one expert's weights, or as many as the tokens of one rank choose, are read."""
     rate, bandwidth = flops_per_s(accelerator, dtype), accelerator.peak_bytes_per_s
