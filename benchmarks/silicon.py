@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from silicon_points import Point, read_points
 
 from bars import Bar, finish, needed_data
 from paretune.profiler.closed_loop import Host
@@ -30,7 +31,6 @@ from paretune.profiler.importers import installed_folder, read_tables
 from paretune.profiler.operator_tables import BadTable
 from paretune.profiler.residuals import Alike, Features, conformal_quantile, learn, left_out_scores
 from paretune.profiler.serving_point import PUBLISHED_HOST, ServingModel
-from silicon_points import Point, read_points
 
 Floats = NDArray[np.float64]
 COVERAGE = 0.9
@@ -128,8 +128,8 @@ def calibrated(
 
 
 def fit_host(scorer: Scorer, points: Sequence[Point], at_start: Floats) -> Host:
-    """One host for all engines, from points: the least mean over groups of the median error of the logarithms, on a grid
-    of multiples of the constants, along which times are taken as linear."""
+    """One host for all engines, from points: the least mean over groups of the median error of the logarithms, on a
+    grid of multiples of the constants, along which times are taken as linear."""
     step = {
         "step_s": PUBLISHED_HOST._replace(step_s=PUBLISHED_HOST.step_s + 0.5e-3),
         "row_s": PUBLISHED_HOST._replace(row_s=PUBLISHED_HOST.row_s + 10e-6),
@@ -220,7 +220,7 @@ def main() -> None:
     measured = {"TTFT": np.array([p.ttft_s for p in points]), "TPOT": np.array([p.tpot_s for p in points])}
     residual = {m: np.log(measured[m] / alone[:, i]) for i, m in enumerate(("TTFT", "TPOT"))}
     tau, pairs = kendall(points, measured["TPOT"], alone[:, 1])
-    of, curves = features(points), [p.curve for p in points]
+    of = features(points)
     bars = [
         Bar("tables_alone_tpot_median_error", float(np.median(off(residual["TPOT"]))), 0.10, False),
         Bar("tables_alone_kendall_tau", tau, 0.9),

@@ -2,8 +2,9 @@
 
 What the file does not say is here, with its source: how each origin loads a server, and the flags it starts one with.
 InferenceX (formerly InferenceMAX): github.com/InferenceMAX/InferenceMAX, benchmarks/*_b200*, benchmark_lib.sh and
-process_result.py (October 2025 to March 2026): prompts and answers of 0.8 to 1 times the length, 10 requests a client, all
-clients at once. NVIDIA's gap analysis states no protocol: fixed prompts, answers of 0.9 to 1 times the length are assumed.
+process_result.py (October 2025 to March 2026): prompts and answers of 0.8 to 1 times the length, 10 requests a client,
+all clients at once. NVIDIA's gap analysis states no protocol: assumed are fixed prompts and answers of 0.9 to 1 times
+the length, since at fixed lengths clients would run in step, and the measured TTFT says that they do not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from paretune.profiler.accelerator_step import Precision
 from paretune.profiler.closed_loop import Scheduler
 from paretune.profiler.serving_point import DEFAULTS, Deployed, Load
 
-# As the driver reports it, which is what engines take a share of: aiconfigurator systems/*.yaml, mem_capacity (2026-07-25).
+# As the driver reports it, which engines take a share of: aiconfigurator systems/*.yaml, mem_capacity (2026-07-25).
 MEMORY_BYTES = {
     "a100_sxm": 85899345920,
     "h100_sxm": 85899345920,
@@ -122,8 +123,9 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         return f"precision {precision}"
     inferencex = row.get("origin", "").startswith("InferenceX")
     lengths = int(_number(row["isl"], 0)), int(_number(row["osl"], 0))
-    # InferenceX starts B200 with fp8 caches; TensorRT-LLM takes fp8 with fp8 and fp4 checkpoints; else as the activations
-    small_cache = precision != "bf16" and (engine == "trtllm" or inferencex and row["system"] == "b200_sxm" or sparse)
+    # InferenceX starts B200 with fp8 caches; TensorRT-LLM takes fp8 with fp8 and fp4 checkpoints; else as activations
+    asked = engine == "trtllm" or sparse or (inferencex and row["system"] == "b200_sxm")
+    small_cache = precision != "bf16" and asked
     cache = "fp8" if small_cache else "bfloat16"
     over_prompts = "fp8" if cache == "fp8" and engine == "trtllm" else "bfloat16"
     deployed = Deployed(
@@ -154,8 +156,8 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
 def _sharding(row: dict[str, str], config: dict[str, Any]) -> tuple[int, int]:
     """(ranks, parts that experts are divided into).
 
-    Some rows multiply: 16 GPUs as 4 x 4, 64 as 8 x 8, whose measurements stand in other rows as 4 and 8 GPUs that divide
-    the experts among all of them. An engine does either with a rank, not both.
+    Some rows multiply: 16 GPUs as 4 x 4, 64 as 8 x 8, whose measurements stand in other rows as 4 and 8 GPUs that
+    divide the experts among all of them. An engine does either with a rank, not both.
     """
     ranks, tensor, experts = (int(_number(row[c], 1)) or 1 for c in ("tp_size", "moe_tp_size", "moe_ep_size"))
     if tensor == experts and tensor * experts == ranks and ranks > 1:

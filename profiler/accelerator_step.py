@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 ELEMENTWISE_BANDWIDTH_SHARE = 0.8
 ELEMENTWISE_LATENCY_S = 3e-6
 
-# Precisions whose activations an engine quantizes inside the norm or the activation before: fp8 with the checkpoint's
-# scales (TensorRT-LLM; vLLM's passes fuse_norm_quant and fuse_act_quant). Block scales and nvfp4 have kernels of their own.
+# Precisions whose activations an engine quantizes inside the norm or the activation before: fp8 with the scales of the
+# checkpoint (TensorRT-LLM; vLLM's passes fuse_norm_quant and fuse_act_quant). Block scales and nvfp4 have own kernels.
 FUSED_QUANTIZATION: dict[str, tuple[str, ...]] = {"trtllm": ("fp8",), "vllm": ("fp8",), "sglang": ()}
 
 BATCH_GRID: Floats = np.unique(np.round(2.0 ** np.arange(0, 10.25, 0.25)))

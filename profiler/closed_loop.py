@@ -99,7 +99,8 @@ def serve(
         return np.stack([np.interp(rows, BATCH_GRID, column) for column in table.T], axis=1)
 
     def padded(table: Floats) -> Floats:
-        return np.interp(tokens, TOKEN_GRID, table) * np.maximum(1.0, tokens / TOKEN_GRID[-1])
+        beyond = np.maximum(1.0, tokens / TOKEN_GRID[-1])
+        return np.asarray(np.interp(tokens, TOKEN_GRID, table) * beyond, np.float64)
 
     dense = _Dense(
         padded(step.decode_s),
@@ -140,10 +141,24 @@ class _Scratch(NamedTuple):
 
 def _scratch(input_tokens: NDArray[np.int64], clients: int) -> _Scratch:
     n = len(input_tokens)
-    times = [np.zeros(n) for _ in range(4)]
-    counts = [np.zeros(n, np.int64) for _ in range(3)]
-    rows = [np.zeros(clients + 1, np.int64) for _ in range(2)]
-    return _Scratch(*times, input_tokens.copy(), *counts, *rows, np.zeros(2 * n + 2, np.int64))
+
+    def counts(size: int = n) -> NDArray[np.int64]:
+        return np.zeros(size, np.int64)
+
+    rows = clients + 1
+    return _Scratch(
+        sent_s=np.zeros(n),
+        first_s=np.zeros(n),
+        last_s=np.zeros(n),
+        arrives_s=np.zeros(n),
+        goal=input_tokens.copy(),
+        computed=counts(),
+        made=counts(),
+        coming=counts(),
+        running=counts(rows),
+        chunk=counts(rows),
+        queue=counts(2 * n + 2),
+    )
 
 
 @njit
@@ -189,8 +204,8 @@ def _serve(
     head = 0
     tail = 0
     door = 0.0
-    for request in range(min(clients, total)):
-        coming[tail] = request
+    for client in range(min(clients, total)):
+        coming[tail] = client
         door = max(door, host.request_s) + host.door_s
         arrives[tail] = door
         tail += 1

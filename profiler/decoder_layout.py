@@ -114,7 +114,7 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
         experts = config.get("num_experts") or config["num_local_experts"]
         each, topk = config.get("moe_intermediate_size") or config["intermediate_size"], config["num_experts_per_tok"]
         sparse = Sparse(layers, dtype, hidden, each, topk, experts, ranks // expert_parallel, expert_parallel)
-        gemms = (*attention, Gemm(experts, hidden, layers, _BF16), head)
+        gemms: tuple[Gemm, ...] = (*attention, Gemm(experts, hidden, layers, _BF16), head)
         inter = each * topk // ranks
         expert_bytes = layers * experts * 3.0 * hidden * each / ranks * _WEIGHT_BYTES[dtype]
     else:

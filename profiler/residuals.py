@@ -78,7 +78,7 @@ class Correction:
     alike: Alike
 
     def at(self, features: Features) -> tuple[Floats, Floats]:
-        """(mean, standard deviation) of the logarithm of measured over predicted, one new measurement's noise included."""
+        """(mean, standard deviation) of the logarithm of measured over predicted; a new measurement's noise counts."""
         cross = _covariance(features, self.points, self.alike)
         own = sum(d**2 for d in self.alike.deviation) + self.alike.noise**2
         spread = own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross)
@@ -95,13 +95,13 @@ def learn(points: Features, log_residual: Floats, alike: Alike, robust: float = 
     noise = np.full(len(log_residual), alike.noise**2)
     for _ in range(3):
         taken = noise
-        inverse = np.linalg.inv(covariance + np.diag(noise))
+        inverse: Floats = np.asarray(np.linalg.inv(covariance + np.diag(noise)), np.float64)
         weights = inverse @ log_residual
         left_out = weights / np.diag(inverse)  # residual of each point predicted by the others
         deviation = 1.0 / np.sqrt(np.diag(inverse))
         excess = np.abs(left_out) / (robust * deviation)
         noise = np.where(excess > 1.0, noise * np.minimum(excess**2, 100.0), noise)
-    return Correction(points, weights, inverse, taken, alike)
+    return Correction(points, weights, inverse, np.asarray(taken, np.float64), alike)
 
 
 def left_out_scores(correction: Correction, folds: Sequence[object]) -> Floats:

@@ -1,7 +1,7 @@
 """What a published serving point says (clients, lengths, engine, sharding), and its TTFT and TPOT from operator tables.
 
-GPU time from the tables of the engine's own kernels, the mixture of prompts and decoding from the engine's way to compose
-steps (closed_loop.py), the host from constants that were published elsewhere, unless they were fitted.
+GPU time from the tables of the engine's own kernels, the mixture of prompts and decoding from the engine's way to
+compose steps (closed_loop.py), the host from constants that were published elsewhere, unless they were fitted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .importers import OperatorTables
 from .operator_tables import BadTable
 
 # vLLM's loop takes about 0.54 ms a step, a request 15.6 ms beside its steps (BLIS), half of it before; measured by
-# others on other machines, and taken for every engine. A prompt's turn at the front end: a tokenizer's millisecond or two.
+# others on other machines, and taken for every engine. A prompt's turn at the front end: a tokenizer's milliseconds.
 PUBLISHED_HOST = Host(step_s=0.54e-3, row_s=0.0, prompt_s=0.0, launch_s=0.0, request_s=7.8e-3, door_s=2e-3)
 
 # The engines' own defaults: TensorRT-LLM 1.0 (trtllm-serve: 8,192 tokens, no chunks, GUARANTEED_NO_EVICT), vLLM 0.11
@@ -31,8 +31,8 @@ DEFAULTS = {
 }
 # Share of the memory that the engine uses, or (TensorRT-LLM) that its cache takes of what the weights leave.
 _MEMORY_SHARE = {"trtllm": 0.9, "vllm": 0.9, "sglang": 0.85}
-# Beside weights and cache: activations, graphs, communication buffers. aiconfigurator's systems/*.yaml has 3.5 GiB other_mem
-# and 0.4 GB for NCCL (2026-07-25).
+# Beside weights and cache: activations, graphs, communication buffers. aiconfigurator's systems/*.yaml has 3.5 GiB
+# other_mem and 0.4 GB for NCCL (2026-07-25).
 _OTHER_BYTES = 4.2e9
 
 

@@ -34,7 +34,6 @@ _ACCELERATORS = {
     "l40s": "L40S",
     "rtx_pro_6000_server": "RTX PRO 6000",
 }
-_LINKS_MEASURED = 8  # ranks: of more, tables hold nothing
 
 
 def installed_folder() -> Path:
@@ -76,13 +75,13 @@ def read_tables(
         family, of_engine, of_version = path.parts[-4:-1]
         if families is not None and family not in families:
             continue
-        whose = of_engine == engine and (version is None or of_version == version) or of_engine == "nccl"
+        whose = (of_engine == engine and (version is None or of_version == version)) or of_engine == "nccl"
         if whose and (path.stem not in files or _newer(of_version, files[path.stem][1])):
             files[path.stem] = (path, of_version)
     if not any(path.parts[-3] == engine for path, _ in files.values()):
         have = sorted({"/".join(p.parts[-3:-1]) for p in (folder / found).glob("*/*/*/*.parquet")})
         raise BadTable(f"{folder / found}", f"{engine} {version or ''}", ", ".join(have), "name one of these")
-    return OperatorTables(accelerator(known[found]), found, engine, {stem: at for stem, at in files.items()})
+    return OperatorTables(accelerator(known[found]), found, engine, dict(files))
 
 
 def _newer(left: str, right: str) -> bool:
@@ -239,12 +238,11 @@ class OperatorTables:
                 have = ", ".join(str(v) for v in sorted(rows[column].unique().tolist(), key=str))
                 raise BadTable(f"{file}: {column}", value, have, "choose another precision, shape or engine")
             rows = kept
-        source = rows["kernel_source"] if "kernel_source" in rows else pd.Series("", index=rows.index)
-        usual = source.map(frame["kernel_source"].value_counts()) if "kernel_source" in rows else source
         columns = list(axes.values())
-        rows = rows.assign(usual=usual).sort_values("usual", ascending=False, kind="stable")
-        best = rows.groupby(columns)["usual"].transform("max")
-        rows = rows[rows["usual"] == best].groupby(columns, as_index=False)["seconds"].median()
+        if "kernel_source" in rows:
+            usual = rows["kernel_source"].map(frame["kernel_source"].value_counts())
+            rows = rows[usual == usual.groupby([rows[c] for c in columns]).transform("max")]
+        rows = rows.groupby(columns)["seconds"].median().reset_index()
         points = rows[columns].to_numpy(np.float64)
         bound_s = bound_of(rows)
         label = f"{stem.removesuffix('_perf')} {', '.join(str(v) for v in keys.values())}"

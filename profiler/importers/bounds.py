@@ -79,8 +79,8 @@ def attention(
 
 
 def mla(accelerator: Accelerator, kv_dtype: str, prefill: bool) -> Callable[..., Floats]:
-    """f(batch, tokens, heads) of multi-head latent attention as DeepSeek-V3 has it (arXiv:2412.19437): 512 latent and 64
-    rotary dimensions are cached; prefill computes heads of 192 by 128, decode (absorbed) of 576 by 512."""
+    """f(batch, tokens, heads) of multi-head latent attention as DeepSeek-V3 has it (arXiv:2412.19437): 512 latent and
+    64 rotary dimensions are cached; prefill computes heads of 192 by 128, decode (absorbed) of 576 by 512."""
     rate, bandwidth = flops_per_s(accelerator, "fp8" if kv_dtype == "fp8" else "bfloat16"), accelerator.peak_bytes_per_s
     cached = 1.0 if kv_dtype == "fp8" else 2.0
 
