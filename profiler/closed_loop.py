@@ -200,7 +200,9 @@ def _serve(
     budget_tokens, max_rows, receive_every = limits
     chunked, prefill_first, reserves_output = flags
     total = input_tokens.shape[0]
-    sent, first, last, arrives, goal, computed, made, coming, running, chunk, queue = scratch
+    sent, first, last, arrives = scratch.sent_s, scratch.first_s, scratch.last_s, scratch.arrives_s
+    goal, computed, made = scratch.goal, scratch.computed, scratch.made
+    coming, running, chunk, queue = scratch.coming, scratch.running, scratch.chunk, scratch.queue
     head = 0
     tail = 0
     door = 0.0
