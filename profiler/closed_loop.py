@@ -233,14 +233,14 @@ def _serve(
         context = 0.0
         open_prompts = 0
         for row in range(num_running):
-            request = running[row]
+            request = int(running[row])
             if computed[request] >= goal[request]:
                 decodes += 1
                 context += computed[request] + 1
             else:
                 open_prompts += 1
         while not reserves_output and used + decodes > kv_tokens and num_running > 1:
-            request = running[num_running - 1]
+            request = int(running[num_running - 1])
             num_running -= 1
             if computed[request] >= goal[request]:
                 decodes -= 1
@@ -258,9 +258,9 @@ def _serve(
         pairs = 0.0
         samples = 0
         for row in range(num_running):
-            request = running[row]
+            request = int(running[row])
             chunk[row] = 0
-            left = goal[request] - computed[request]
+            left = int(goal[request] - computed[request])
             if left > 0 and budget > 0:
                 take = min(left, budget)
                 chunk[row] = take
@@ -275,8 +275,8 @@ def _serve(
             for row in range(num_running):
                 claimed += input_tokens[running[row]] + output_tokens[running[row]]
         while queue_head < queue_tail and num_running < max_rows and budget > 0:
-            request = queue[queue_head]
-            left = goal[request]
+            request = int(queue[queue_head])
+            left = int(goal[request])
             needs = left + (output_tokens[request] if reserves_output else 0)
             if claimed + needs > kv_tokens and num_running > 0:
                 break
@@ -308,7 +308,7 @@ def _serve(
         if prompts == 0:
             jump = _LONGEST_JUMP
             for row in range(num_running):
-                jump = min(jump, output_tokens[running[row]] - made[running[row]])
+                jump = min(jump, int(output_tokens[running[row]] - made[running[row]]))
             if head < tail:
                 # until somebody is at the door, and the door is looked at
                 until = max(math.ceil((arrives[head] - now) / seconds), receive_every - since, 1)
@@ -322,7 +322,7 @@ def _serve(
         since += jump
         kept = 0
         for row in range(num_running):
-            request = running[row]
+            request = int(running[row])
             ended = False
             if computed[request] >= goal[request]:
                 if decoding > 0:
