@@ -27,7 +27,7 @@ from silicon_points import Point, read_points
 
 from bars import Bar, finish, needed_data
 from paretune.profiler.closed_loop import Host
-from paretune.profiler.importers import installed_folder, read_tables
+from paretune.profiler.importers import by_file, installed_folder, read_tables
 from paretune.profiler.operator_tables import BadTable
 from paretune.profiler.residuals import Alike, Features, conformal_quantile, learn, left_out_scores
 from paretune.profiler.serving_point import PUBLISHED_HOST, ServingModel
@@ -274,7 +274,7 @@ def main() -> None:
     print("coverage of 90 % bands:", {k: round(v, 3) for k, v in covered.items()})
     print("median half width, logarithms:", {k: round(v, 3) for k, v in widths.items()})
     findings = [f for m in scorer.models.values() for t in (m.tables, *m.beside) for f in t.findings]
-    print("rows refused or flagged:", *sorted({f"\n  {finding}" for finding in findings}))
+    print("rows refused or flagged:", *(f"\n  {finding}" for finding in by_file(list(dict.fromkeys(findings)))))
     print(f"{time.perf_counter() - started:.0f} s")
     finish(bars, {"coverage": covered, "pairs": pairs}, None)
 
