@@ -119,7 +119,12 @@ def kendall(points: Sequence[Point], measured: Floats, predicted: Floats) -> tup
 def calibrated(
     metric: str, of: Features, residual: Floats, fitted: NDArray[np.bool_], folds: Sequence[object]
 ) -> tuple[Floats, Floats]:
-    """Residuals of the points not fitted, in logarithms: what is left of them, and the half width of their band."""
+    """Residuals of the points not fitted, in logarithms: what is left of them, and the half width of their band.
+
+    Args:
+        folds: bands come from errors of points fitted without their fold: single points, where those not fitted lie
+            among them; whole groups, where they belong to others.
+    """
     inside = of.take(fitted)
     learned = learn(inside, residual[fitted], ALIKE[metric])
     mean, deviation = learned.at(of.take(~fitted))
@@ -271,6 +276,16 @@ def main() -> None:
 
     print_groups(points, columns)
     print(f"\npairs of configurations at equal load: {pairs}; tau {tau:.3f}")
+    without_bias = alone[:, 1].copy()
+    for kind in sorted({(p.system, p.model) for p in points}):
+        at = np.array([(p.system, p.model) == kind for p in points])
+        part, of_part = kendall([p for p, its in zip(points, at) if its], measured["TPOT"][at], alone[at, 1])
+        print(f"  {' '.join(kind)}: tau {part:.3f} of {of_part} pairs")
+    for group in {p.group for p in points}:
+        at = np.array([p.group == group for p in points])
+        without_bias[at] *= np.exp(np.median(residual["TPOT"][at]))
+    limit, _ = kendall(points, measured["TPOT"], without_bias)
+    print(f"  with the median error of each (GPU, engine, model, precision, TP) taken off: tau {limit:.3f}")
     print("coverage of 90 % bands:", {k: round(v, 3) for k, v in covered.items()})
     print("median half width, logarithms:", {k: round(v, 3) for k, v in widths.items()})
     findings = [f for m in scorer.models.values() for t in (m.tables, *m.beside) for f in t.findings]

@@ -122,8 +122,8 @@ def moe(
 ) -> Bound:
     """(tokens,): MLPs of the chosen experts on the busiest rank, which has at least the mean load.
 
-    It reads at least one expert's weights, or its share of what one token chooses. Two matrices an expert: tables do not
-    say which have a gate too.
+    It reads at least one expert's weights, or its share of what one token chooses. Two matrices an expert: tables do
+    not say which have a gate too.
     """
     rate, bandwidth = flops_per_s(accelerator, dtype), accelerator.peak_bytes_per_s
     size = 2.0 * hidden * (inter / tp)
