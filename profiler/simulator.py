@@ -31,6 +31,8 @@ from ..traces.acceptance import by_request, total
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
 from ..traces.trace import BadTrace, Trace
+from .ahead_loop import run_ahead
+from .batch_time import BatchTables
 from .event_loop import (
     DRAINED,
     ENDED,
@@ -244,6 +246,40 @@ def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: i
     return status, [replica.totals() for replica in replicas]
 
 
+def _serve_in_time(pool: Pool, run: _Run, rows: NDArray[np.int64], batch: BatchTables) -> tuple[int, list[_Totals]]:
+    """Step times by the batch: groups of `batch.ranks` replicas that step together, requests to them in turn."""
+    groups = pool.replicas // batch.ranks
+    totals = []
+    for index in range(groups):
+        queue = rows[index::groups].copy()
+        states = tuple(
+            new_state(pool, policy=run.policy, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash, own_content=True)
+            for _ in range(batch.ranks)
+        )
+        plans = tuple(new_plan(pool) for _ in range(batch.ranks))
+        cursor, clock = np.zeros(2, np.int64), np.array([0.0, 0.0, -1.0, -math.inf])
+        counts, ended = np.zeros(batch.ranks, np.int64), np.zeros(batch.ranks, np.int64)
+        own = (queue, cursor, clock, counts, ended)
+        while run_ahead(states, plans, batch, run.requests, run.times, run.k, *own) == OUT_OF_SLOTS:
+            states = tuple(grow(state) for state in states)
+        counted = np.sum([state.counts[list(_TOTALS.values())] for state in states], axis=0)
+        totals.append(_Totals(int(cursor[1]), float(clock[1]), counted))
+    return DRAINED, totals
+
+
+def _check_in_time(pool: Pool, batch: BatchTables) -> None:
+    """Raises: BadSpec: step times by the batch do not hold for such a pool."""
+    todo = "1, where step times are known by the batch"
+    if pool.pipeline_parallel_size > 1:
+        raise BadSpec("pools.0.pipeline_parallel_size", pool.pipeline_parallel_size, todo)
+    if pool.speculation != "none":
+        raise BadSpec("pools.0.speculation", pool.speculation, "none, where step times are known by the batch")
+    if pool.router != "round_robin":
+        raise BadSpec("pools.0.router", pool.router, "round_robin, where step times are known by the batch")
+    if pool.replicas % batch.ranks:
+        raise BadSpec("pools.0.replicas", pool.replicas, f"a multiple of {batch.ranks}, which step together")
+
+
 def _chances(trace: Trace, pool: Pool) -> Chances | None:
     """What speculation brings each request, as the trace recorded it; None: the pool does not speculate."""
     if pool.speculation == "none":
@@ -330,11 +366,14 @@ def simulate(
         adapter=adapters,
     )
     chances = _chances(trace, pool)
-    whole = tables._replace(draft=None)  # with a draft model's in it, it would be another type to Numba
+    whole = tables._replace(draft=None, batch=None)  # with these in it, it would be another type to Numba
     run = _Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances)
     # the server counts the requests that it takes, so those that are too long take no turn
     rows = np.flatnonzero(fits)
-    if pool.router == "round_robin":
+    if tables.batch is not None:
+        _check_in_time(pool, tables.batch)
+        status, totals = _serve_in_time(pool, run, rows, tables.batch)
+    elif pool.router == "round_robin":
         status, totals = _serve_in_turn(pool, run, rows)
     else:
         prefix_block = pool.block_size if trace.prefix is None else trace.prefix.block_size

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..kernels.jit import njit
 from ..runtime.scheduler_state import PLAN_SIZE, Plan
+from .batch_time import BatchTables
 
 POINTS_PER_OCTAVE = 4
 OCTAVES = 44
@@ -50,6 +51,8 @@ class StepTables(NamedTuple):
     request_s            (2,)  outside the steps: from the scheduled arrival until the scheduler sees the request;
                          from a token's step until the client has the token
     draft                the same of the draft model's passes, where the pool has one; nothing outside the steps
+    batch                where step times by the whole batch are known: the simulator takes these, screening the sums
+                         above
     prompt_pairs         how rows with several tokens count in prefill_attention_s; measured tables: by their pairs
     """
 
@@ -60,6 +63,7 @@ class StepTables(NamedTuple):
     prefill_attention_s: NDArray[np.float64]
     request_s: NDArray[np.float64]
     draft: StepTables | None = None
+    batch: BatchTables | None = None
     prompt_pairs: PromptPairs = PromptPairs()
 
 

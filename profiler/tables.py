@@ -28,7 +28,7 @@ from .step_time import WORK_GRID, StepTables
 
 Floats = NDArray[np.float64]
 
-_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs")
+_NO_STEP_TIMES = ("request_s", "draft", "batch", "prompt_pairs")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",

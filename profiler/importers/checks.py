@@ -1,0 +1,58 @@
+"""Whether rows of a table of measured times can be true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+DROP = 0.5
+"""A time that halves where an axis grows is no noise of a single value: the larger operator contains the smaller."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Rows of one table that are refused (not used) or flagged (used, with care).
+
+    rows     how many, of how many in the table
+    example  one of them, in the words of the file
+    """
+
+    file: str
+    table: str
+    refused: bool
+    reason: str
+    rows: int
+    of: int
+    example: str
+
+    def __str__(self) -> str:
+        word = "refused" if self.refused else "flagged"
+        return f"{self.file}: {self.table}: {word} {self.rows} of {self.of} rows: {self.reason}; {self.example}"
+
+
+def faster_than_physics(seconds: Floats, bound_s: Floats) -> NDArray[np.bool_]:
+    """Rows below the least time: arithmetic above the peak rate, or bytes above the bandwidth of device memory (also
+    where a repeated measurement found its operands in a cache, which a serving step does not)."""
+    return np.asarray(~(seconds >= bound_s), np.bool_)
+
+
+def drops(frame: pd.DataFrame, axes: Sequence[str], seconds: str) -> NDArray[np.bool_]:
+    """Rows whose time is less than DROP times that of the next smaller operator along any one axis."""
+    found = np.zeros(len(frame), np.bool_)
+    for axis in axes:
+        others = [a for a in axes if a != axis]
+        order = frame.sort_values([*others, axis], kind="stable")
+        values = order[seconds].to_numpy()
+        same = np.ones(len(order) - 1, np.bool_)
+        for other in others:
+            column = order[other].to_numpy()
+            same &= column[1:] == column[:-1]
+        fell = np.concatenate([[False], same & (values[1:] < DROP * values[:-1])])
+        found[order.index.to_numpy()[fell]] = True
+    return found
