@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..profiler.hardware import Price
+from ..profiler.prices import Price
 from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, simulate
 from ..profiler.step_time import StepTables
@@ -102,14 +102,23 @@ def evaluate(
     return (replace(rough, usd_per_million_tokens=cost, capacity_tolerance=math.inf),)
 
 
-def _of(question: Question, deployment: Deployment, result: SimulationResult, reason: str) -> Evaluation:
+def _of(
+    question: Question, deployment: Deployment, result: SimulationResult, reason: str, replicas: int | None = None
+) -> Evaluation:
+    """replicas: in the run, where these are not the deployment's."""
+    summary = summarize(result.times)
+    pool = deployment.pool
+    tokens = int(result.times.output_tokens.sum())
+    duration_s = tokens / summary.output_tokens_per_s if tokens else math.nan
     return Evaluation(
         deployment=deployment,
         fidelity="simulated",
         feasible=not reason,
         reason=reason,
-        summary=summarize(result.times),
-        usd_per_hour=question.usd_per_hour(deployment.pool),
+        summary=summary,
+        usd_per_hour=question.usd_per_hour(pool),
+        utilization=result.busy_s / ((replicas or pool.replicas) * duration_s),
+        busy_device_s_per_token=result.busy_s * pool.devices_per_replica / tokens if tokens else math.nan,
         values=target_values(result.times, question.trace, question.targets),
     )
 
@@ -189,7 +198,8 @@ def _swept(question: Question, deployment: Deployment, saturation: float) -> tup
         result = simulate(question.trace, single, tables, policy=deployment.scheduler_policy, k=question.k, rate=load)
         reason = broken(result, question.trace, (), slack_s)
         cost = usd_per_million_tokens(question.usd_per_hour(single), tokens_per_s(result))
-        found.append(replace(_of(question, deployment, result, reason), load=load, usd_per_million_tokens=cost))
+        each = _of(question, deployment, result, reason, replicas=1)
+        found.append(replace(each, load=load, usd_per_million_tokens=cost))
     return tuple(found)
 
 

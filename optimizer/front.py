@@ -45,6 +45,8 @@ class Evaluation:
                             is of the busiest part of the trace alone, as for candidates that cannot win
     replicas_needed         fewest that hold the targets at the recorded rate; 0 = none up to the limit, or not asked
     load                    multiple of the recorded rate that one replica carries in `summary`
+    utilization             share of the time that the devices compute in `summary`, modeled; NaN: not known
+    busy_device_s_per_token seconds of computing, summed over devices, per output token in `summary`; NaN: not known
     intervals               of the prediction, 90 %: key_of(...), target or cost field -> (low, high); may be empty
     values                  target -> its percentile over the requests it governs, seconds; measured if it was
     correction              metric -> measured over simulated, geometric mean of the (other) finalists; empty = none
@@ -66,6 +68,8 @@ class Evaluation:
     capacity_tolerance: float = math.inf
     replicas_needed: int = 0
     load: float = 1.0
+    utilization: float = math.nan
+    busy_device_s_per_token: float = math.nan
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
     correction: Mapping[str, float] = field(default_factory=dict)
@@ -133,6 +137,8 @@ class Evaluation:
             "capacity_tolerance": _finite_or_none(self.capacity_tolerance),
             "replicas_needed": self.replicas_needed,
             "load": self.load,
+            "utilization": _finite_or_none(self.utilization),
+            "busy_device_s_per_token": _finite_or_none(self.busy_device_s_per_token),
             "intervals": {key: [_finite_or_none(end) for end in ends] for key, ends in self.intervals.items()},
             "values": {key: _finite_or_none(value) for key, value in self.values.items()},
             "correction": dict(self.correction),
@@ -149,6 +155,8 @@ class Evaluation:
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         """What `to_dict` made. Raises: BadSpec: its deployment cannot be read by this version."""
         summary, measured = data["summary"], data["measured"]
+        # ledgers of before these were kept do not have them
+        busy = {name: data.get(name) for name in ("utilization", "busy_device_s_per_token")}
         return cls(
             **{
                 **data,
@@ -156,6 +164,7 @@ class Evaluation:
                 "summary": None if summary is None else Summary.from_dict(summary),
                 "measured": None if measured is None else Summary.from_dict(measured),
                 "usd_per_million_tokens": _or_infinite(data["usd_per_million_tokens"]),
+                **{name: math.nan if value is None else float(value) for name, value in busy.items()},
                 "capacity_tolerance": _or_infinite(data["capacity_tolerance"]),
                 "intervals": _bands(data["intervals"]),
                 "measured_intervals": _bands(data["measured_intervals"]),

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..profiler.hardware import Price
+from ..profiler.prices import Price
 from ..profiler.tables import ModeledStep
 from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import Metric, Target

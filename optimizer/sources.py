@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
+from ..profiler.hardware import Accelerator, accelerator
+from ..profiler.prices import Price, PriceBook
 from ..profiler.profile import BadProfile, Profile
 from ..profiler.roofline import kv_blocks
 from ..profiler.tables import ModeledStep, step_tables

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..profiler.hardware import Price
+from ..profiler.prices import Price
 from ..traces.metrics import Metric, Target
 from .capacity import TOLERANCE
 from .finalists import Correction, corrected

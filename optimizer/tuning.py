@@ -45,6 +45,7 @@ class Ask:
     metric      the latency axis with its percentile, such as "ttf30:p95"
     slos        targets; none: those that the log carries
     finalists   candidates to serve and replay for real; 0: simulate only
+    compare_prices  further price books, under which the winner is worked out again
     fresh       forget an earlier study of the name
     renew       forget it unless it has the same settings and was interrupted: then go on with it
     optuna_storage  database URL of Optuna's own storage that the trials are mirrored into; None: they are not
@@ -63,6 +64,7 @@ class Ask:
     profile_path: str | None = None
     tiles_path: str | None = None
     prices_path: str | None = None
+    compare_prices: tuple[str, ...] = ()
     study: str = "default"
     trials: int = 200
     finalists: int = 0
@@ -171,6 +173,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         "profile": absolute(ask.profile_path),
         "tiles": absolute(ask.tiles_path),
         "prices": absolute(ask.prices_path),
+        "compare_prices": [absolute(path) for path in ask.compare_prices],
         "options": {
             "metric": ask.metric,
             "cost": ask.cost,

@@ -13,7 +13,7 @@ from ..kernels.cpu.build import load, why_missing
 from ..kernels.jit import cache_dir
 from ..kernels.weight_formats import BF16_CAPABILITY, FP8_CAPABILITY, WEIGHT_FORMATS
 from ..runtime.device import Gpu, gpus
-from .hardware import PriceBook
+from .prices import PriceBook
 from .profile import BadProfile, Profile, this_machine
 
 State = Literal["ok", "limited", "missing"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..traces.metrics import HOURS_PER_MONTH
 from .facts import DATA_FOLDER, BadHardware, choice, day, number, positive, rows, same_name
 
-ON_DEMAND, RESERVED, OWNED, SPOT, ESTIMATE = "on-demand", "reserved", "owned", "spot", "estimate"
-KINDS = (ON_DEMAND, RESERVED, OWNED, SPOT, ESTIMATE)
+ON_DEMAND, RESERVED, OWNED, SPOT = "on-demand", "reserved", "owned", "spot"
+KINDS = (ON_DEMAND, RESERVED, OWNED, SPOT, "ownership-estimate", "rental-estimate")
 
 # What a device costs where nobody names a kind: the first of these that the book has for it. What may be taken away at
 # any time, and what is an estimate of somebody's, never is a default.

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import ClassVar
 
 from .. import __version__
+from ..optimizer.bill import bill_of, choice
 from ..optimizer.finalists import rate_of
 from ..optimizer.front import Evaluation
 from ..optimizer.pick import NothingFeasible, knee, pick
@@ -19,6 +20,8 @@ from ..optimizer.verify import measured_summary
 from ..profiler.tile_file import TileFile
 from ..runtime.spec import CPU, load_deployment
 from ..traces import statistics
+from .bill import bill_words
+from .changes import short
 from .report_data import Measured, ReportData, TileGain, is_same
 from .summary import search_words
 
@@ -76,6 +79,7 @@ def gather(
         profile_measured=found.study.measured_steps,
         prices=price.source,
         prices_as_of=price.as_of,
+        bill=_bill(found, chosen),
         search=search_words(found.study),
         not_modeled=found.study.not_modeled,
         chosen_measured=chosen_measured or verified or _measured(chosen),
@@ -91,6 +95,10 @@ def gather(
             ("study", f"{study}, seed {found.study.seed}, {found.study.sampler}"),
         ),
     )
+
+
+def _bill(found: Kept, chosen: Evaluation) -> tuple[str, ...]:
+    return bill_words(bill_of(found, chosen, choice(found.study.targets)), lambda each: short(each.deployment.pool))
 
 
 def _picked(found: Kept, spec_path: str) -> Evaluation:
@@ -118,6 +126,7 @@ def _commands(found: Kept, storage: str, chosen: Evaluation, spec_path: str | No
     given = {"model": about["model"], "study": study.name, **paths, **about.get("options", {})}
     options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     slos = [word for text in about["slos"] for word in ("--slo", text)]
+    options += [word for path in about.get("compare_prices", ()) for word in ("--compare-prices", path)]
     spec = spec_path or "out/spec.yaml"
     targets = () if spec_path is None else load_deployment(spec_path).targets
     lines = [

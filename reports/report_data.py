@@ -53,6 +53,7 @@ class ReportData:
     profile           name of the profile and its machine, or the accelerator's data sheet
     profile_measured  False: step times are estimated from a data sheet, not measured
     prices, prices_as_of   source and date of the price book
+    bill              winners by price sheet, energy and token prices, one sentence each
     search            how the curve was found, one sentence each
     not_modeled      what the step-time model and simulator leave out, one sentence each
     chosen_measured, default_measured   from `verify`; None where that was not run
@@ -72,6 +73,7 @@ class ReportData:
     profile_measured: bool
     prices: str
     prices_as_of: str
+    bill: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
     not_modeled: tuple[str, ...] = ()
     chosen_measured: Measured | None = None

@@ -68,6 +68,17 @@ def test_no_composed_step_is_faster_than_its_bound(
     assert composed_time_s(tables, *step) >= (sum(weights_and_flops.values()) + attention_s) * (1 - 1e-9)
 
 
+def test_an_all_reduce_over_two_domains_is_bound_by_the_network_between_them() -> None:
+    step = Composition(4096, 1, 1, 0.0, 4096 * 4097 / 2)
+    within, across = (
+        step_bound_s(H100, LLAMA_8B, step, pool(tensor_parallel_size=tp))["o.all_reduce"] for tp in (8, 16)
+    )
+    # by hand: 32 layers of 4096 x 4096 bf16 numbers, an eighth of them over 50 GB/s; NVLink sends each once over 450
+    message = 32 * 2.0 * 4096 * 4096
+    assert within == pytest.approx(message / 450e9 + 32 * 2.4e-6)
+    assert across == pytest.approx(message / 8 / 50e9 + 32 * 7.4e-6)
+
+
 def test_tables_hold_what_the_estimate_says() -> None:
     here = pool()
     tables = roofline_tables(H100, LLAMA_8B, here)

@@ -1,4 +1,4 @@
-"""The simulator: jumps equal steps, queues behave as queueing theory says, and the same input gives the same bytes."""
+"""The simulator: jumps equal steps, and the same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -138,26 +138,6 @@ def test_the_stages_of_a_pipeline_work_on_other_requests() -> None:
     # both prompts in one step; then one token of each request every 0.6 s, half a step apart: 1 + 2 * 5 steps
     assert result.steps == 11
     assert sorted(result.times.end_s) == pytest.approx([0.6 + 5 * 0.6, 0.6 + 5 * 0.6 + 0.3])
-
-
-def test_one_slot_with_fixed_lengths_waits_like_an_md1_queue() -> None:
-    rho, service_s = 0.7, 0.1
-    limits = pool(max_num_seqs=1, max_num_batched_tokens=1, enable_chunked_prefill=True)
-    fixed = tables(limits)._replace(
-        tokens_s=np.full(2, service_s),
-        rows_s=np.zeros(2),
-        samples_s=np.zeros(2),
-        decode_attention_s=np.zeros(len(WORK_GRID)),
-    )
-    waits_s = []
-    for seed in range(20):
-        arrival_s = np.cumsum(np.random.default_rng(seed).exponential(service_s / rho, 20_000))
-        ones = np.ones(20_000, np.int64)
-        result = simulate(Trace(arrival_s, ones, ones), limits, fixed)
-        waits_s.append(np.mean(result.times.values(E2E)) - service_s)
-    assert np.mean(waits_s) == pytest.approx(
-        rho * service_s / (2 * (1 - rho)), rel=0.05
-    )  # Pollaczek-Khinchine: 0.1167 s
 
 
 @settings(max_examples=20, deadline=None)

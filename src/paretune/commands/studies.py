@@ -34,6 +34,9 @@ NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
 profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
 prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
+compare_prices_option = click.option(
+    "--compare-prices", multiple=True, type=EXISTING, help="Further price books: the winner under each of their sheets."
+)
 accelerator_option = click.option(
     "--accelerator", default="cpu", show_default=True, help="Name in the catalog; 'cpu' is this machine."
 )
@@ -71,19 +74,30 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.argument("log", type=LOG)
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
+@prices_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
 @speaks
-def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
+def simulate(
+    speaker: Speaker,
+    log: str,
+    spec_path: str,
+    profile_path: str,
+    prices_path: str | None,
+    rate: float,
+    k: int | None,
+) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
     \b
     Example: paretune simulate log.parquet --spec out/spec.yaml
     """
+    from ..optimizer.bill import run_cost
     from ..optimizer.capacity import k_of
     from ..optimizer.sources import Sources
     from ..profiler.hardware import as_cataloged
     from ..profiler.simulator import simulate as run
+    from ..reports.bill import run_words
     from ..runtime.spec import load_deployment
     from ..traces import read
     from ..traces.metrics import summarize, violations
@@ -91,7 +105,9 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     deployment = as_cataloged(load_deployment(spec_path))
     trace = read(log)
     pool = deployment.pool
-    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    sources = Sources.of(
+        deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path, prices_path=prices_path
+    )
     modeled = sources.step_model(pool)
     k = k or k_of(target.metric for target in trace.targets)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
@@ -110,6 +126,8 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     if pool.speculation != "none":
         kept = result.accepted_tokens / max(1, result.draft_tokens)
         text += f"\n{result.draft_tokens:,} tokens proposed, {kept:.0%} of them kept, as often as the log recorded"
+    cost = run_cost(result, pool, sources)
+    text = "\n".join([text, *run_words(cost)])
     for target, value in violations(result.times, trace):
         text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
     data = {
@@ -124,6 +142,7 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
         "not_modeled": not_modeled,
+        "cost": cost.to_dict(),
     }
     speaker.result(data, text)
 
@@ -195,6 +214,7 @@ def price_words(source: str, as_of: str) -> str:
 @profile_option
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Tiles that `kernels tune` found.")
 @prices_option
+@compare_prices_option
 @click.option("--study", default="default", show_default=True)
 @storage_option
 @click.option("--trials", type=click.IntRange(min=1), default=200, show_default=True, help="Candidates to simulate.")
@@ -216,18 +236,23 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     \b
     Example: paretune tune log.parquet --slo 'ttf30:p95<=600ms' --measure 6
     """
+    from ..optimizer.bill import compared_prices
     from ..optimizer.tuning import Ask, tune_trace
+    from ..reports.bill import sheet_words
 
     if options["finalists"] and options["accelerator"] != "cpu":
         message = f"--measure: {options['accelerator']} is not this machine, so nothing can be measured on it"
         if click.get_current_context().get_parameter_source("finalists") is ParameterSource.COMMANDLINE:
             raise click.UsageError(message)
         speaker.warn(message)
+    ask = Ask(log=log, **options)
     with speaker.progress("tuning") as report:
-        study = tune_trace(Ask(log=log, **options), report)
+        study = tune_trace(ask, report)
     found = study.screened
+    sheets = compared_prices(ask, study)
     text = [
         _curve(study),
+        *sheet_words(sheets, deployment_words),
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
         + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
@@ -236,7 +261,7 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
-    speaker.result(_study_data(study), "\n".join(text), exit_code)
+    speaker.result({**_study_data(study), "price_sheets": sheets.to_dict()}, "\n".join(text), exit_code)
     sys.exit(exit_code)
 
 
@@ -293,6 +318,9 @@ def _curve(study: Study) -> str:
 @click.option("--knee", is_flag=True, help="The point after which more money buys little.")
 @click.option("--point", type=click.IntRange(min=1), help="The point of this number in `paretune front`.")
 @click.option("--confidence", type=Finite(0.0, 0.999), default=0.9, show_default=True)
+@compare_prices_option
+@click.option("--token-prices", "token_prices_path", type=EXISTING, help="Your token prices (CSV) in place of ours.")
+@click.option("--token-model", help="The model's name among token prices; default: that of the study's model.")
 @click.option("-o", "--output", type=OUTPUT, default="out/spec.yaml", show_default=True)
 @speaks
 def pick(
@@ -304,14 +332,22 @@ def pick(
     knee: bool,
     point: int | None,
     confidence: float,
+    compare_prices: tuple[str, ...],
+    token_prices_path: str | None,
+    token_model: str | None,
     output: str,
 ) -> None:
     """Choose a point of the curve and write its deployment spec.
 
+    Beside it stand the winner under every price sheet, the energy of a token, inferred from the devices' greatest
+    power, and what others ask for tokens of the same model.
+
     \b
     Example: paretune pick default --slo 'ttf30:p95<=600ms' -o out/spec.yaml
     """
+    from ..optimizer.bill import bill_of_pick
     from ..optimizer.tuning import pick_spec
+    from ..reports.bill import bill_words
     from ..traces.metrics import usd_per_month
 
     ways = {"--slo": bool(slos), "--budget": budget is not None, "--knee": knee, "--point": point is not None}
@@ -321,10 +357,18 @@ def pick(
     source = click.get_current_context().get_parameter_source("confidence")
     if source is ParameterSource.COMMANDLINE and (budget is not None or knee or point is not None):
         raise click.UsageError("--confidence goes with targets, not with --budget, --knee or --point")
-    chosen, deployment = pick_spec(
-        study, storage, slos=slos, budget_usd=budget, knee=knee, point=point, confidence=confidence, output=output
+    way: dict[str, Any] = {"slos": slos, "budget_usd": budget, "knee": knee, "confidence": confidence}
+    chosen, deployment = pick_spec(study, storage, **way, point=point, output=output)
+    bill = bill_of_pick(
+        study,
+        storage,
+        chosen,
+        **way,
+        compare_prices=compare_prices,
+        token_prices_path=token_prices_path,
+        token_model=token_model,
     )
-    data = {"written": output, "deployment": deployment.model_dump(mode="json")}
+    data = {"written": output, "deployment": deployment.model_dump(mode="json"), **bill.to_dict()}
     lines = [f"wrote {output}: {deployment_words(chosen)}"]
     for each in deployment.predicted:
         if each.percentile in (50, 95):
@@ -342,7 +386,7 @@ def pick(
         lines.append(price_words(origin.prices, origin.prices_as_of))
         if not origin.measured:
             lines.append(NOT_MEASURED)
-    speaker.result(data, "\n".join(lines))
+    speaker.result(data, "\n".join([*lines, *bill_words(bill, deployment_words)]))
 
 
 def dollars(usd: float) -> str:
