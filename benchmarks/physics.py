@@ -356,9 +356,10 @@ def bound_s(accelerator: Any, shape: ModelShape, pool: Pool, rows: Rows) -> np.n
 
     total_s = np.zeros(len(rows.start))
     in_latent = set()
-    if shape.latent is not None:  # either form may be taken, row by row: the one of fewer FLOPs bounds
+    if shape.latent is not None:  # either form may be taken, row by row: the faster one bounds
         in_latent = {"kv_b", "decode_attention", "prefill_attention"}
-        total_s += latent_s(shape, rows, work, least_s)
+        rates = (accelerator.flops_per_s(arithmetic_of(name, storage, accelerator)) for name in ("attention", "kv_b"))
+        total_s += latent_s(shape, rows, work, least_s, *rates)
     for one in work(rows):
         if one.collective is not None:
             latency = collective_bound_s(one.collective, accelerator, one.ranks, 0.0, one.messages)
@@ -369,14 +370,14 @@ def bound_s(accelerator: Any, shape: ModelShape, pool: Pool, rows: Rows) -> np.n
     return total_s
 
 
-def latent_s(shape: ModelShape, rows: Rows, work: Any, least_s: Any) -> np.ndarray:
-    """kv_b and attention of MLA, each row in the form of fewer FLOPs."""
+def latent_s(shape: ModelShape, rows: Rows, work: Any, least_s: Any, rate: float, expand_rate: float) -> np.ndarray:
+    """kv_b and attention of MLA, each row in the form whose arithmetic takes less time."""
     latent = shape.latent
     assert latent is not None
     pairs = rows.num_tokens * rows.start + rows.num_tokens * (rows.num_tokens + 1) // 2
     more = 2 * latent.kv_lora_rank + latent.qk_rope_head_dim - latent.qk_head_dim - latent.v_head_dim
     expand = latent.kv_lora_rank * (latent.qk_nope_head_dim + latent.v_head_dim)
-    absorbed = pairs * more < rows.start * expand
+    absorbed = pairs * more / rate < rows.start * expand / expand_rate
     total_s = 0.0
     for chosen, decode_tokens in ((absorbed, 1 << 30), (~absorbed, 1)):
         some = Rows(rows.start, rows.num_tokens * chosen, rows.num_samples * chosen)
