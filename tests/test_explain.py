@@ -50,7 +50,7 @@ def limits_of(whole: StepTables) -> LimitTables:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     rate=st.sampled_from([0.5, 4.0, 20.0]),
@@ -69,9 +69,8 @@ def test_the_parts_of_every_request_add_up_to_its_metrics(
     check_parts(trace(60, rate * replicas, seed), limits)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-def test_the_parts_add_up_where_steps_of_a_pipeline_overlap(stages: int) -> None:
-    limits = pool(pipeline_parallel_size=stages, num_kv_blocks=48)
+def test_the_parts_add_up_where_steps_of_a_pipeline_overlap() -> None:
+    limits = pool(pipeline_parallel_size=3, num_kv_blocks=48)
     for seed in range(5):
         check_parts(trace(80, 6.0, seed), limits)
 

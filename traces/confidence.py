@@ -32,7 +32,7 @@ BLOCK_PER_CORRELATION = 4
 # With fewer blocks a bootstrap sees too few different draws for an interval of CONFIDENCE.
 LEAST_BLOCKS = 8
 # So many independent values must lie beyond a percentile: with fewer the few largest decide where it lies.
-LEAST_BEYOND = 5
+LEAST_BEYOND = 10
 # An interval that reaches further than this share of its value does not tell two deployments apart.
 WIDEST = 0.25
 
