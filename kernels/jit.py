@@ -120,13 +120,23 @@ def njit(function: Function) -> Function:
     With `NUMBA_DISABLE_JIT=1` the plain Python function runs, for debuggers. Results must be the same bytes: accumulate
     in int64 and float64, since Numba widens int32 arithmetic and NumPy does not.
     """
+    return _compiled(function, _OPTIONS)
+
+
+def njit_called(function: Function) -> Function:
+    """`njit`, but calls of it stay calls: for large functions with few arrays that are called from many places, which
+    would take minutes to compile if each call were a copy."""
+    return _compiled(function, {**_OPTIONS, "forceinline": False})
+
+
+def _compiled(function: Function, options: dict[str, Any]) -> Function:
     folder = cache_dir()
     if folder is None or _config.DISABLE_JIT:
-        return cast(Function, numba.njit(**_OPTIONS)(function))
+        return cast(Function, numba.njit(**options)(function))
     # Numba picks the cache folder when a function is decorated; its setting is global, so it is ours for that moment.
     before = _config.CACHE_DIR
     _config.CACHE_DIR = str(folder)
     try:
-        return cast(Function, numba.njit(cache=True, **_OPTIONS)(function))
+        return cast(Function, numba.njit(cache=True, **options)(function))
     finally:
         _config.CACHE_DIR = before

@@ -185,17 +185,39 @@ def capacity(
 ) -> Capacity:
     """The highest multiple of the recorded rate at which one replica of a pool holds the targets.
 
+    Args:
+        pool: its replicas are not looked at.
+        Others as in `highest_rate`.
+    """
+    single = pool.model_copy(update={"replicas": 1})
+    return highest_rate(
+        trace, single, tables, targets, saturation=saturation, policy=policy, k=k, guess=guess, tolerance=tolerance
+    )
+
+
+def highest_rate(
+    trace: Trace,
+    pool: Pool,
+    tables: StepTables,
+    targets: Sequence[Target],
+    *,
+    saturation: float,
+    policy: str = "paretune",
+    k: int = 30,
+    guess: float | None = None,
+    tolerance: float = TOLERANCE,
+) -> Capacity:
+    """The highest multiple of the recorded rate at which a pool, all its replicas together, holds the targets.
+
     From a guess the rate is raised, or lowered, in growing steps until one run holds and one fails; then their ratio is
     bisected to `tolerance`. Percentiles need not be monotone in the rate: what is returned was seen to hold, and what
     is `tolerance` above it was seen to fail.
 
     Args:
-        pool: its replicas are not looked at.
-        saturation: multiple of the recorded rate at which the mean field says that a replica is full (screen.estimate).
+        saturation: multiple of the recorded rate at which the mean field says that the pool is full (screen.estimate).
         guess: where to begin; within the tolerance of the answer two runs are enough.
     """
-    single = pool.model_copy(update={"replicas": 1})
-    slack_s = longest_answer_s(trace, tables, single)
+    slack_s = longest_answer_s(trace, tables, pool)
     # the mean field proposes nothing; where all proposals are kept, a step brings so many times the tokens
     ceiling = CEILING * saturation * (1 + pool.num_speculative_tokens)
     low, high = 0.0, math.inf
@@ -205,7 +227,7 @@ def capacity(
     # a guess comes from a neighbor and is mostly within the tolerance; without one the answer may lie far away
     stride = 1 + tolerance if guess else 1.25
     while high > low * (1 + tolerance) * (1 + 1e-9):
-        result = simulate(trace, single, tables, policy=policy, k=k, rate=rate, give_up=targets)
+        result = simulate(trace, pool, tables, policy=policy, k=k, rate=rate, give_up=targets)
         runs += 1
         if broken(result, trace, targets, slack_s):
             high = rate

@@ -12,9 +12,11 @@ from typing import Any
 
 from ..profiler.simulator import governed_rows
 from ..runtime.spec import BadSpec, Deployment, Prediction
+from ..traces.confidence import Estimate, estimates
 from ..traces.metrics import Metric, RequestTimes, Summary, Target, goodput, meets, percentile, summarize
 from ..traces.trace import Trace
 from ..traces.whole_file import write_whole
+from ..traces.worst_window import WorstWindow, worst_windows
 from .capacity import check_governed, k_of
 
 SCHEMA_VERSION = 1
@@ -53,6 +55,8 @@ class Verification:
     summary     of the replay
     goodput_per_s     requests per second that met every target of theirs; NaN where there is none
     schedule_error_s  how late requests were sent: "p50", "p95", "max"
+    samples     intervals of the measured percentiles, and whether the run was long enough for them
+    worst       five minutes of the replay
     """
 
     deployment: str
@@ -63,6 +67,8 @@ class Verification:
     summary: Summary
     goodput_per_s: float
     schedule_error_s: Mapping[str, float]
+    samples: tuple[Estimate, ...] = ()
+    worst: tuple[WorstWindow, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -139,6 +145,8 @@ def verify(
         summary=summarize(times),
         goodput_per_s=goodput(times, trace) if trace.targets else math.nan,
         schedule_error_s=dict(schedule_error_s),
+        samples=estimates(times),
+        worst=worst_windows(times),
     )
 
 

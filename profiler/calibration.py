@@ -40,7 +40,7 @@ _LOAD = 0.6  # of the modeled capacity
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """A line of a server's step log (runtime.engine.StepRecord, and which replica)."""
+    """A line of a server's step log (runtime.engine.StepRecord, and which replica); logs of before had no requests."""
 
     replica: int
     num_tokens: int
@@ -50,6 +50,9 @@ class LoggedStep:
     prefill_pairs: float
     seconds: float
     started_s: float
+    requests: Sequence[int] = ()
+    starts: Sequence[int] = ()
+    tokens: Sequence[int] = ()
 
 
 def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[LoggedStep, ...]:

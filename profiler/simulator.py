@@ -48,6 +48,7 @@ from .event_loop import (
     run_replica,
 )
 from .speculative_loop import Chances, run_speculative
+from .step_record import Recorder
 from .step_time import StepTables
 
 _FIRST_PLACES = 1024  # of a queue that grows
@@ -146,6 +147,7 @@ class _Run(NamedTuple):
     k: int
     jump: bool
     chances: Chances | None  # None: nothing is proposed
+    recorder: Recorder | None  # None: nothing is written down
 
 
 class _Replica:
@@ -167,6 +169,7 @@ class _Replica:
         self._outstanding_tokens = 0
         self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
         self._run = run
+        self._sums = None if run.recorder is None else run.recorder.replica(pool.pipeline_parallel_size)
         self._gone = 0
 
     def add(self, request: int) -> None:
@@ -199,6 +202,9 @@ class _Replica:
     def _loop(self, until_s: float) -> int:
         run, own = self._run, (self.queue, self.ended, self.cursor, self.clock, until_s)
         shared = (run.tables, run.requests, run.times, run.bounds, run.k)
+        if run.recorder is not None and self._sums is not None:
+            seen = (self._sums, self.state, self._plans, run.tables, run.draft_tables)
+            return run.recorder.run(*seen, run.requests, run.times, run.bounds, run.k, run.chances, *own)
         if len(self._plans) > 1:
             return run_pipeline(self.state, self._plans, *shared, *own)
         if run.chances is not None:
@@ -309,6 +315,7 @@ def simulate(
     priority: Sequence[int] | None = None,
     give_up: Sequence[Target] = (),
     jump: bool = True,
+    recorder: Recorder | None = None,
 ) -> SimulationResult:
     """Serve a trace on a virtual clock.
 
@@ -326,6 +333,7 @@ def simulate(
         priority: of each request, where the pool schedules by it, lower first; left out (a log has none): all equal.
         give_up: stop as soon as one of these can no longer be met (for searches, which need no exact figure then).
         jump: take runs of equal decode steps at once; False steps one by one, to check the jumps.
+        recorder: is told of every step, one by one, and where the time of every request goes; no run is given up then.
     Returns: times by request in trace order, and what it took.
     Raises: BadTrace: the trace's prefix blocks do not cover whole KV blocks, or it does not say how often proposals
         are kept, and the pool speculates. BadSpec: a pool that speculates in several stages. ValueError: no positive
@@ -367,11 +375,16 @@ def simulate(
     )
     chances = _chances(trace, pool)
     whole = tables._replace(draft=None, batch=None)  # with these in it, it would be another type to Numba
-    run = _Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances)
+    run = _Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances, recorder)
+    if recorder is not None:
+        recorder.begin(n, int(trace.output_tokens.sum()))
     # the server counts the requests that it takes, so those that are too long take no turn
     rows = np.flatnonzero(fits)
     if tables.batch is not None:
         _check_in_time(pool, tables.batch)
+        if recorder is not None:
+            allowed = "step times as sums of their parts, which alone can be explained"
+            raise BadSpec("step times", "known by the whole batch", allowed)
         status, totals = _serve_in_time(pool, run, rows, tables.batch)
     elif pool.router == "round_robin":
         status, totals = _serve_in_turn(pool, run, rows)

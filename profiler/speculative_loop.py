@@ -66,7 +66,7 @@ def chance(request: int, place: int, stream: int) -> float:
 
 
 @njit
-def _propose(state: State, chances: Chances) -> None:
+def propose(state: State, chances: Chances) -> None:
     for index in range(state.counts[NUM_RUNNING]):
         slot = state.running[index]
         request = state.request_id[slot]
@@ -76,7 +76,7 @@ def _propose(state: State, chances: Chances) -> None:
 
 
 @njit
-def _accept(state: State, plan: Plan, chances: Chances) -> None:
+def accept(state: State, plan: Plan, chances: Chances) -> None:
     for row in range(plan.counts[PLAN_SIZE]):
         drafts, kept = plan.num_drafts[row], 0
         if plan.samples[row] and drafts > 0:
@@ -95,7 +95,7 @@ def _accept(state: State, plan: Plan, chances: Chances) -> None:
 
 
 @njit
-def _draft_time_s(tables: StepTables, plan: Plan) -> float:
+def draft_time_s(tables: StepTables, plan: Plan) -> float:
     """Seconds of the draft model's passes before a step: one that catches up, then one for each further proposal."""
     tokens, samples, deepest = 0, 0, 0
     context = pairs = 0.0
@@ -151,7 +151,7 @@ def run_speculative(
         if now_s >= until_s:
             status = PAUSED
             break
-        _propose(state, chances)
+        propose(state, chances)
         schedule(state, plan)
         size = plan.counts[PLAN_SIZE]
         if size == 0:
@@ -167,8 +167,8 @@ def run_speculative(
             samples += plan.num_drafts[row]
         step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
         if chances.most[1] > 0:
-            step_s += _draft_time_s(draft_tables, plan)
-        _accept(state, plan, chances)
+            step_s += draft_time_s(draft_tables, plan)
+        accept(state, plan, chances)
         now_s += step_s
         clock[1] += step_s
         cursor[STEPS] += 1

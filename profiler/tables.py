@@ -23,7 +23,7 @@ from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
-from .roofline import RELATIVE_ERROR, roofline_bounds, roofline_tables
+from .roofline import LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_bounds, roofline_tables
 from .step_fit import StepFit, fit_steps
 from .step_time import WORK_GRID, StepTables
 
@@ -46,12 +46,14 @@ class ModeledStep:
     measured        False: from a data sheet, not measured
     relative_error  half width of the 90 % interval of a step's time, as a share of it
     not_modeled    what the times leave out or assume, for people
+    host_step_s    of every step's time: what the host takes between and around its operators, however large it is
     """
 
     tables: StepTables
     measured: bool
     relative_error: float
     not_modeled: tuple[str, ...]
+    host_step_s: float = 0.0
 
 
 def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
@@ -110,7 +112,9 @@ def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool)
         left_out.append("enforce_eager: what launching the operators one by one costs the host")
     else:
         left_out.append("CUDA graphs: their memory; steps with prompts are padded like decode steps of as many tokens")
-    return ModeledStep(_padded(roofline_tables(source, shape, pool), pool), False, RELATIVE_ERROR, tuple(left_out))
+    tables = _padded(roofline_tables(source, shape, pool), pool)
+    host_step_s = shape.num_layers * LAYER_OVERHEAD_S
+    return ModeledStep(tables, False, RELATIVE_ERROR, tuple(left_out), host_step_s)
 
 
 def _padded(tables: StepTables, pool: Pool) -> StepTables:
@@ -243,7 +247,21 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
         notes.append(f"{beside} replicas on one machine: taken as {configuration.replicas}, so too slow")
     if pool.replicas > configuration.replicas:
         notes.append(f"replicas beyond {configuration.replicas}: on further machines like the measured one")
-    return ModeledStep(tables, True, error, tuple(dict.fromkeys(notes)))
+    host_step_s = _host_step_s(shape, configuration, tables, float(bound.tokens_s[1]))
+    return ModeledStep(tables, True, error, tuple(dict.fromkeys(notes)), host_step_s)
+
+
+def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTables, bound_s: float) -> float:
+    """Of a step of one token: what its linear layers, measured by themselves, do not explain.
+
+    Where they were not (experts, an imported profile) what the machine's peaks do not explain, which is more.
+    """
+    tile = configuration.tiles.lookup("linear", configuration.weight_dtype, 1)
+    curve = _linear_curve(shape, configuration, tile, head=False)
+    linear_s = (
+        bound_s if curve is None or shape.experts else max(bound_s, float(_interpolated(curve, np.array([1]))[0]))
+    )
+    return max(0.0, float(tables.tokens_s[1]) - linear_s)
 
 
 @lru_cache(maxsize=256)

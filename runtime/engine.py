@@ -120,6 +120,7 @@ class Engine:
         check_memory(self.shape, self.pool, replicas=1, ranks=ranks)
         self.kept_logits: list[KeptLogits] = []
         self._keep_logits = keep_logits
+        self.log_rows = False
         self._others: OtherRanks | RanksOfOthers | None = None
         self._failed: RankFailed | None = None
         peers = None
@@ -325,9 +326,16 @@ class Engine:
         decode_context, prefill_pairs = calls.work()
         num_tokens = int(plan.counts[PLAN_TOKENS])
         self.last_step = StepRecord(
-            num_tokens, rows, len(slots), decode_context, prefill_pairs, seconds, flight.started_s
+            num_tokens, rows, len(slots), decode_context, prefill_pairs, seconds, flight.started_s, *self._rows_of(plan)
         )
         return outputs
+
+    def _rows_of(self, plan: Plan) -> tuple[tuple[int, ...], ...]:
+        if not self.log_rows:
+            return ()
+        rows = int(plan.counts[PLAN_SIZE])
+        of_rows = (self._state.request_id[plan.slot[:rows]], plan.start[:rows], plan.num_tokens[:rows])
+        return tuple(tuple(each.tolist()) for each in of_rows)
 
     def _outputs(
         self, flight: _Flight, plan: Plan, tokens: list[int], logprobs: list[TokenLogprobs | None], ended: set[int]

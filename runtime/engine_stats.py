@@ -51,6 +51,8 @@ class StepRecord:
     prefill_pairs   query-key pairs of the other rows
     seconds         of the whole step: planning, computing, sampling, committing
     started_s       on the clock of time.perf_counter
+    requests, starts, tokens  of each row: the request's number, tokens of it that were computed before, and tokens that
+                    this step computed; empty where nobody asked (Engine.log_rows)
     """
 
     num_tokens: int
@@ -60,3 +62,6 @@ class StepRecord:
     prefill_pairs: float
     seconds: float
     started_s: float
+    requests: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()

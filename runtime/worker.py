@@ -80,11 +80,13 @@ class AnyEngine(Protocol):
 
     last_step      of the last step that computed something
     last_admitted  ids of the requests that this step admitted
+    log_rows       whether last_step shall say which requests were in it
     capture_s      seconds that capturing decode steps as CUDA graphs took
     """
 
     last_step: StepRecord | None
     last_admitted: list[int]
+    log_rows: bool
 
     @property
     def capture_s(self) -> float: ...
@@ -185,6 +187,7 @@ def main() -> None:
             os.environ[VISIBLE] = visible
         engine = load_engine(deployment, Path(model_dir))
         log = StepLog(Path(step_log), replica) if step_log else None
+        engine.log_rows = log is not None
         gc.collect()
         gc.freeze()  # a full collection in the middle of a step would walk all of torch
         try:

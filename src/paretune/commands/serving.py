@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
 
 from ..output import Speaker, speaks, table
 from .machine import EXISTING, OUTPUT
-from .numbers import POSITIVE
-from .studies import goodput_of, milliseconds, summary_table
+from .numbers import NOT_NEGATIVE, POSITIVE
+from .run_words import milliseconds, protocol_options, samples_text, worst_text
+from .studies import goodput_of, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5
@@ -94,6 +96,16 @@ def warn_of(errors: Sequence[str], speaker: Speaker) -> None:
         speaker.warn(f"and {len(errors) - 10} more requests failed")
 
 
+record_option = click.option(
+    "--record", type=click.Path(file_okay=False), help="Keep the run in this folder, for `explain --analyze`."
+)
+
+
+def _check_record(record: str | None, ramp_s: float, length_jitter: float) -> None:
+    if record is not None and (ramp_s or length_jitter):
+        raise click.UsageError("--record keeps a run of the log as it is: leave out --ramp and --length-jitter")
+
+
 @click.command()
 @click.argument("log", type=LOG)
 @click.option("--url", required=True, help="Of an OpenAI-compatible server.")
@@ -102,9 +114,22 @@ def warn_of(errors: Sequence[str], speaker: Speaker) -> None:
 @click.option("-k", type=click.IntRange(min=1), default=30, show_default=True, help="Of TTF-k.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts' tokens.")
 @click.option("--timeout", type=POSITIVE, default=600.0, show_default=True, help="Seconds for one request.")
+@record_option
+@protocol_options
 @speaks
 def replay(
-    speaker: Speaker, log: str, url: str, model: str | None, rate: float, k: int, seed: int, timeout: float
+    speaker: Speaker,
+    log: str,
+    url: str,
+    model: str | None,
+    rate: float,
+    k: int,
+    seed: int,
+    timeout: float,
+    record: str | None,
+    warm_up_s: float,
+    ramp_s: float,
+    length_jitter: float,
 ) -> None:
     """Send a request log's requests to a running server at their recorded times, and measure.
 
@@ -113,11 +138,17 @@ def replay(
     \b
     Example: paretune replay log.parquet --url http://127.0.0.1:8000
     """
+    from ..profiler.analyze import save_run
     from ..profiler.replay import replay as run
     from ..traces import read
+    from ..traces.confidence import estimates, plain
     from ..traces.metrics import summarize
+    from ..traces.run_protocol import RunProtocol
+    from ..traces.worst_window import worst_windows
 
-    trace = read(log)
+    _check_record(record, ramp_s, length_jitter)
+    protocol = RunProtocol(warm_up_s, ramp_s, length_jitter, seed)
+    trace = protocol.applied(read(log))
     with speaker.progress("replaying") as report:
         result = run(
             trace,
@@ -131,10 +162,20 @@ def replay(
             progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
         )
     warn_of(result.errors, speaker)
-    summary = summarize(result.times)
-    text = f"{summary_table(summary, goodput_of(result.times, trace))}\n{schedule_kept(result.schedule_error_s)}"
+    if record is not None:
+        save_run(record, trace, result, rate)
+    counted = protocol.counted(result.times)
+    summary = summarize(result.times, counted)
+    samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
+    text = (
+        f"{summary_table(summary, goodput_of(result.times, trace))}\n{samples_text(samples)}\n{worst_text(worst)}\n"
+        f"{protocol.words(result.times)}\n{schedule_kept(result.schedule_error_s)}"
+    )
     data = {
         "summary": summary.to_dict(),
+        "samples": plain(samples),
+        "worst_window": worst,
+        "protocol": vars(protocol),
         "goodput_per_s": goodput_of(result.times, trace),
         "schedule_error_s": result.schedule_error_s,
         "errors": result.errors,
@@ -151,8 +192,18 @@ def replay(
 @click.argument("log", type=LOG)
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets.")
 @click.option("-o", "--output", type=OUTPUT, default="out/verification.json", show_default=True, help="For `report`.")
+@record_option
+@click.option("--warm-up", "warm_up_s", type=NOT_NEGATIVE, default=0.0, help="First seconds, not counted.")
 @speaks
-def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], output: str) -> None:
+def verify(
+    speaker: Speaker,
+    spec: str,
+    log: str,
+    slos: tuple[str, ...],
+    output: str,
+    record: str | None,
+    warm_up_s: float,
+) -> None:
     """Start a spec's server, replay the log against it, and hold what was predicted against what was measured.
 
     Exits with 5 when a target is missed.
@@ -162,9 +213,11 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], output:
     """
     from ..optimizer.verify import asked_of
     from ..optimizer.verify import verify as compare
+    from ..profiler.analyze import STEPS_FILE, save_run
     from ..profiler.live import measure_live
     from ..runtime.spec import load_deployment
     from ..traces import Target, read
+    from ..traces.run_protocol import RunProtocol, counted_part
 
     deployment = load_deployment(spec)
     trace = read(log)
@@ -178,10 +231,15 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], output:
             trace,
             k=k,
             rate=rate,
+            step_log=None if record is None else _fresh(Path(record) / STEPS_FILE),
             progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
         )
     warn_of(result.errors, speaker)
-    found = compare(deployment, trace, result.times, targets=targets, schedule_error_s=result.schedule_error_s)
+    if record is not None:
+        save_run(record, trace, result, rate)
+    protocol = RunProtocol(warm_up_s)
+    replayed, times = counted_part(protocol, trace, result.times)
+    found = compare(deployment, replayed, times, targets=targets, schedule_error_s=result.schedule_error_s)
     found.save(output)
     if found.same_trace is False:
         speaker.warn(f"{log} is not the trace that {spec} was tuned on: its predictions speak of another workload")
@@ -204,10 +262,20 @@ def verify(speaker: Speaker, spec: str, log: str, slos: tuple[str, ...], output:
         lines.append(f"{inside} of {len(rows)} measured values lie inside their interval")
     lines += [f"{'met' if met else 'MISSED'}: {target}" for target, met in found.met.items()]
     lines.append(f"{found.summary.finished:,} of {found.summary.requests:,} requests finished")
+    lines += [samples_text(found.samples), worst_text(found.worst), protocol.words(result.times)]
     lines.append(schedule_kept(found.schedule_error_s))
     exit_code = 0 if found.passed else VERIFICATION_FAILED
-    speaker.result({"verification": found, "passed": found.passed}, "\n".join(lines), exit_code)
+    speaker.result(
+        {"verification": found, "protocol": vars(protocol), "passed": found.passed}, "\n".join(lines), exit_code
+    )
     sys.exit(exit_code)
+
+
+def _fresh(path: Path) -> Path:
+    """A step log of this run alone: servers append to what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return path
 
 
 COMMANDS = (serve, replay, verify)

@@ -15,6 +15,7 @@ from ..default_paths import LEDGER, PROFILE
 from ..output import Speaker, speaks, table
 from .machine import EXISTING, MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
+from .run_words import milliseconds, protocol_options, room_text, samples_text, worst_text
 from .traces import LOG
 
 if TYPE_CHECKING:
@@ -43,11 +44,6 @@ compare_prices_option = click.option(
 accelerator_option = click.option(
     "--accelerator", default="cpu", show_default=True, help="Name in the catalog; 'cpu' is this machine."
 )
-
-
-def milliseconds(value_s: float) -> str:
-    """As tables print a latency."""
-    return "-" if value_s != value_s else f"{value_s * 1e3:,.1f}"
 
 
 def goodput_of(times: RequestTimes, trace: Trace) -> float | None:
@@ -81,6 +77,10 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @prices_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
+@click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
+@click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
+@click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
+@protocol_options
 @speaks
 def simulate(
     speaker: Speaker,
@@ -91,6 +91,12 @@ def simulate(
     prices_path: str | None,
     rate: float,
     k: int | None,
+    slos: tuple[str, ...],
+    survive: int,
+    ask_head_room: bool,
+    warm_up_s: float,
+    ramp_s: float,
+    length_jitter: float,
 ) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
@@ -98,17 +104,22 @@ def simulate(
     Example: paretune simulate log.parquet --spec out/spec.yaml
     """
     from ..optimizer.bill import run_cost
-    from ..optimizer.capacity import k_of
+    from ..optimizer.capacity import check_governed, k_of
+    from ..optimizer.head_room import head_room, survivors
     from ..optimizer.sources import Sources
     from ..profiler.hardware import as_cataloged
     from ..profiler.simulator import simulate as run
     from ..reports.bill import run_words
     from ..runtime.spec import load_deployment
-    from ..traces import read
+    from ..traces import Target, read
+    from ..traces.confidence import estimates, plain
     from ..traces.metrics import summarize, violations
+    from ..traces.run_protocol import RunProtocol
+    from ..traces.worst_window import worst_windows
 
     deployment = as_cataloged(load_deployment(spec_path))
-    trace = read(log)
+    protocol = RunProtocol(warm_up_s, ramp_s, length_jitter)
+    trace = protocol.applied(read(log))
     pool = deployment.pool
     sources = Sources.of(
         deployment.model,
@@ -118,17 +129,24 @@ def simulate(
         calibration_path=calibration_path,
     )
     modeled = sources.step_model(pool)
-    k = k or k_of(target.metric for target in trace.targets)
+    targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
+    check_governed(trace, targets)
+    if (survive or ask_head_room) and not targets:
+        raise click.UsageError("--survive and --head-room ask whether targets hold: give --slo")
+    k = k or k_of(target.metric for target in targets)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
-    summary = summarize(result.times)
+    counted = protocol.counted(result.times)
+    summary = summarize(result.times, counted)
     label = "" if modeled.measured else f"\n{NOT_MEASURED}"
     not_modeled = modeled.not_modeled
     if deployment.engine != "paretune":
         ran = {"paretune": "paretune's own", "vllm_v1": "paretune's, by the rules of vLLM's V1,"}
         other = f"the scheduler of {deployment.engine}: {ran[deployment.scheduler_policy]} ran in its place"
         not_modeled, label = (other, *not_modeled), f"{label}\nnot modeled: {other}"
+    samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
     text = (
         f"{summary_table(summary, goodput_of(result.times, trace))}\n"
+        f"{samples_text(samples)}\n{worst_text(worst)}\n{protocol.words(result.times)}\n"
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
         f"step times +-{modeled.relative_error:.0%}{label}"
     )
@@ -139,9 +157,22 @@ def simulate(
     text = "\n".join([text, *run_words(cost)])
     for target, value in violations(result.times, trace):
         text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
+    lost = survivors(trace, deployment, sources.step_model, targets, lost=survive, k=k, rate=rate) if survive else None
+    room = None
+    if lost is not None:
+        text += f"\n{lost.words}"
+        not_modeled = (*not_modeled, *lost.not_modeled)
+    if ask_head_room:
+        room = head_room(trace, deployment, modeled, targets, k=k)
+        text += f"\n{room_text(room)}"
     data = {
         "summary": summary.to_dict(),
         "goodput_per_s": goodput_of(result.times, trace),
+        "samples": plain(samples),
+        "worst_window": worst,
+        "protocol": vars(protocol),
+        "survive": lost,
+        "head_room": room,
         "steps": result.steps,
         "preemptions": result.preemptions,
         "rejected": result.rejected,

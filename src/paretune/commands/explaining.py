@@ -1,0 +1,207 @@
+"""`paretune explain`: where the time of a metric goes, and what would relieve it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..output import Speaker, speaks, table
+from .machine import EXISTING, OUTPUT
+from .numbers import POSITIVE
+from .run_words import milliseconds
+from .studies import NOT_MEASURED, profile_option
+from .traces import LOG
+
+if TYPE_CHECKING:
+    from ..optimizer.knobs import Effect
+    from ..profiler.analyze import Analyzed
+    from ..profiler.explain import Explained, Explanation
+
+FOLDER = click.Path(exists=True, file_okay=False)
+# parts below this share of a metric stand in --json alone
+_LEAST_SHARE = 0.005
+
+
+@click.command()
+@click.argument("spec", type=EXISTING)
+@click.argument("log", metavar="TRACE", type=LOG)
+@profile_option
+@click.option("--metric", "metrics", multiple=True, help="Such as ttft:p95; default: the log's targets, else p95s.")
+@click.option("--rate", type=POSITIVE, help="Arrivals that many times as fast; default: 1, or that of --analyze.")
+@click.option("--analyze", "run_folder", type=FOLDER, help="A recorded run: `verify --record`, or `replay --record`.")
+@click.option("--knobs/--no-knobs", default=True, show_default=True, help="Simulate changes of the spec.")
+@click.option("--step-log", type=OUTPUT, help="Write every simulated step here, one JSON line each.")
+@speaks
+def explain(
+    speaker: Speaker,
+    spec: str,
+    log: str,
+    profile_path: str,
+    metrics: tuple[str, ...],
+    rate: float | None,
+    run_folder: str | None,
+    knobs: bool,
+    step_log: str | None,
+) -> None:
+    """Say where the time of a metric goes, what bounds the steps, and which change of the spec would help.
+
+    \b
+    Example: paretune explain out/spec.yaml log.parquet --metric ttft:p95
+    """
+    from ..optimizer.capacity import k_of
+    from ..optimizer.knobs import relieving
+    from ..optimizer.sources import Sources
+    from ..profiler.analyze import RecordedRun, analyze
+    from ..profiler.explain import default_asked, parse_asked
+    from ..profiler.explain import explain as run
+    from ..profiler.hardware import as_cataloged
+    from ..profiler.step_limits import LABELS_ARE_INFERRED, draft_limit_tables, limit_tables
+    from ..runtime.spec import load_deployment
+    from ..traces import read
+    from ..traces.whole_file import write_whole
+
+    deployment = as_cataloged(load_deployment(spec))
+    trace = read(log)
+    pool = deployment.pool
+    recorded = None if run_folder is None else RecordedRun.load(run_folder, trace)
+    asked = tuple(parse_asked(text) for text in metrics)
+    k = k_of(metric for metric, _ in asked or [(target.metric, 0.0) for target in trace.targets])
+    if recorded is not None:
+        k, rate = recorded.times.k if not asked else k, rate or recorded.rate
+    rate = rate or 1.0
+    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    modeled = sources.step_model(pool)
+    source = sources.profile or sources.device
+    assert source is not None, "one of the two is always given"
+    limits, draft_limits = limit_tables(source, sources.shape, pool, modeled), draft_limit_tables(source, pool, modeled)
+    with speaker.progress("explaining") as report:
+        found, steps = run(
+            trace, pool, modeled, limits, asked or default_asked(trace, k), draft_limits=draft_limits,
+            policy=deployment.scheduler_policy, k=k, rate=rate,
+        )  # fmt: skip
+        report(0.5, "simulating changes")
+        effects = {}
+        if knobs:
+            effects = {
+                _name(each): relieving(each, trace, deployment, sources.step_model, k=k, rate=rate)
+                for each in found.metrics
+            }
+    analyzed = None
+    if recorded is not None:
+        analyzed = analyze(recorded, trace, modeled.tables, found)
+    if step_log is not None:
+        write_whole(step_log, "".join(json.dumps(row) + "\n" for row in steps.rows()))
+    not_modeled = (*modeled.not_modeled, LABELS_ARE_INFERRED)
+    lines = [_metric_text(each, effects.get(_name(each), ()), analyzed) for each in found.metrics]
+    lines.append(_steps_text(found))
+    if analyzed is not None:
+        lines.append(_analyzed_text(analyzed))
+    if not modeled.measured:
+        lines.append(NOT_MEASURED)
+    lines.append("\n".join(f"not modeled: {each}" for each in not_modeled))
+    speaker.result(_data(found, effects, analyzed, not_modeled, rate), "\n\n".join(lines))
+
+
+def _name(each: Explained) -> str:
+    return f"{each.metric}:p{each.percentile:g}"
+
+
+def _metric_text(each: Explained, effects: tuple[Effect, ...], analyzed: Analyzed | None) -> str:
+    from ..optimizer.knobs import best
+    from ..profiler.explain import WORDS
+
+    if not each.parts:
+        return f"{each.metric} p{each.percentile:g}: defined for no request"
+    rows = [
+        [WORDS[part.name], milliseconds(part.seconds), f"{part.seconds / each.value:.0%}", part.bound]
+        for part in each.parts
+        if part.seconds >= _LEAST_SHARE * each.value
+    ]
+    bound = max(each.by_resource, key=lambda resource: each.by_resource[resource])
+    rows.append(["all of it", milliseconds(each.value), "100%", bound])
+    around = f"{each.neighbors:,} {'gaps' if each.metric == 'itl' else 'requests'}"
+    lines = [
+        f"{each.metric} p{each.percentile:g} = {milliseconds(each.value)} ms (by the {around} around it)",
+        table(["milliseconds", "time", "share", "steps bound by"], rows),
+    ]
+    if analyzed is not None and _name(each) in analyzed.values:
+        rows = [
+            [part.name, milliseconds(part.predicted_s), milliseconds(part.measured_s)]
+            for part in analyzed.parts.get(_name(each), ())
+        ]
+        rows.append(["all of it", milliseconds(each.value), milliseconds(analyzed.values[_name(each)])])
+        lines.append(table(["milliseconds", "predicted", "measured"], rows))
+    found = best(effects)
+    if effects and found is None:
+        lines.append("no change that was tried helps")
+    for effect in effects:
+        mark = "-> " if effect is found else "   "
+        if effect.after != effect.after:
+            lines.append(f"{mark}{effect.words}: {effect.note}")
+            continue
+        devices = f", {effect.devices:+d} devices" if effect.devices else ""
+        note = f"; {effect.note}" if effect.note else ""
+        after = f"{milliseconds(effect.after)} ms ({-effect.gain:+.0%}){devices}{note}"
+        lines.append(f"{mark}{effect.words}: {after}")
+    return "\n".join(lines)
+
+
+def _steps_text(found: Explanation) -> str:
+    kinds = [
+        f"{each.steps:,} steps are {each.label}-bound ({each.share:.0%} of the computing time)" for each in found.steps
+    ]
+    rows = [
+        [each.name, f"{each.mean:,.1f}", f"{each.p95:,.0f}", f"{each.limit:,}" if each.limit else "-",
+         f"{each.mean / each.limit:.0%}" if each.limit else "-"]
+        for each in found.occupancy
+    ]  # fmt: skip
+    occupancy = table(["while steps run", "mean", "p95", "limit", "full"], rows)
+    return "\n".join([*kinds, occupancy, f"busy {found.busy_share:.0%} of the time, "
+                      f"{found.result.preemptions:,} preemptions"])  # fmt: skip
+
+
+def _analyzed_text(analyzed: Analyzed) -> str:
+    rows = []
+    for each in analyzed.steps:
+        both = [milliseconds(each.predicted_s), milliseconds(each.measured_s)]
+        rows.append([each.name, f"{each.steps:,}", *both, f"{each.error:+.1%}"])
+    steps = table(["measured steps, ms all together", "steps", "predicted", "measured", "error"], rows)
+    return "\n".join([steps, *analyzed.notes])
+
+
+def _data(
+    found: Explanation,
+    effects: dict[str, tuple[Effect, ...]],
+    analyzed: Analyzed | None,
+    not_modeled: tuple[str, ...],
+    rate: float,
+) -> dict[str, Any]:
+    from ..optimizer.knobs import best
+
+    metrics = {}
+    for each in found.metrics:
+        tried = effects.get(_name(each), ())
+        chosen = best(tried)
+        metrics[_name(each)] = {
+            "value": each.value,
+            "parts": {part.name: {"seconds": part.seconds, "by_resource": part.by_resource} for part in each.parts},
+            "neighbors": each.neighbors,
+            "scale": each.scale,
+            "knobs": [{**vars(effect), "gain": effect.gain} for effect in tried],
+            "best_knob": None if chosen is None else chosen.change,
+        }
+    return {
+        "rate": rate,
+        "metrics": metrics,
+        "steps": found.steps,
+        "occupancy": found.occupancy,
+        "busy_share": found.busy_share,
+        "preemptions": found.result.preemptions,
+        "analyzed": analyzed,
+        "not_modeled": not_modeled,
+    }
+
+
+COMMANDS = (explain,)

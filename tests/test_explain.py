@@ -1,0 +1,212 @@
+"""Explain: the parts of every request add up to its metrics, and they say what the tables and the queue say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paretune.profiler.explain import StepLog, explain, request_parts
+from paretune.profiler.hardware import accelerator
+from paretune.profiler.simulator import simulate
+from paretune.profiler.step_limits import BANDWIDTH, COMPUTE, HOST, LINKS, LimitTables, limit_tables
+from paretune.profiler.step_parts import PARTS
+from paretune.profiler.step_record import Gaps, Recorder
+from paretune.profiler.step_time import StepTables, composed_time_s
+from paretune.profiler.tables import ModeledStep, step_tables
+from paretune.runtime.spec import Pool
+from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, Metric
+from paretune.traces.trace import Trace
+
+from .profiler_examples import SMALL, profile
+from .test_profiler_operators import LLAMA_8B
+from .test_simulator import pool, tables, trace
+
+METRICS = (TTFT, Metric("ttf", 30), TPOT, E2E)
+REQUEST_S = (0.01, 0.002)
+
+
+def limits_of(whole: StepTables) -> LimitTables:
+    """A made-up division: 5 ms of a step are the host's, prompts compute, decodes read."""
+    count = len(whole.tokens_s)
+    tokens_s = np.zeros((4, count))
+    tokens_s[HOST] = np.minimum(5e-3, whole.tokens_s)
+    computing = np.arange(count) / count
+    tokens_s[COMPUTE] = (whole.tokens_s - tokens_s[HOST]) * computing
+    tokens_s[BANDWIDTH] = (whole.tokens_s - tokens_s[HOST]) * (1 - computing)
+
+    def divided(table: np.ndarray[Any, Any], *shares: float) -> np.ndarray[Any, Any]:
+        return np.array(shares)[:, None] * table
+
+    return LimitTables(
+        tokens_s,
+        divided(whole.rows_s, 0, 0, 0, 1),
+        divided(whole.samples_s, 0.2, 0.7, 0.1, 0),
+        divided(whole.decode_attention_s, 0, 1, 0, 0),
+        divided(whole.prefill_attention_s, 1, 0, 0, 0),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.sampled_from([0.5, 4.0, 20.0]),
+    blocks=st.sampled_from([32, 40, 200]),
+    replicas=st.sampled_from([1, 2]),
+    chunked=st.booleans(),
+    router=st.sampled_from(["round_robin", "least_outstanding_tokens"]),
+)
+def test_the_parts_of_every_request_add_up_to_its_metrics(
+    seed: int, rate: float, blocks: int, replicas: int, chunked: bool, router: str
+) -> None:
+    limits = pool(
+        num_kv_blocks=blocks, replicas=replicas, router=router, enable_chunked_prefill=chunked,
+        max_num_batched_tokens=128 if chunked else 512,
+    )  # fmt: skip
+    check_parts(trace(60, rate * replicas, seed), limits)
+
+
+def test_the_parts_add_up_where_steps_of_a_pipeline_overlap() -> None:
+    limits = pool(pipeline_parallel_size=3, num_kv_blocks=48)
+    for seed in range(5):
+        check_parts(trace(80, 6.0, seed), limits)
+
+
+def check_parts(requests: Trace, limits: Pool) -> None:
+    whole = tables(limits, request_s=REQUEST_S)
+    recorder = Recorder(limits_of(whole), gaps=Gaps(0.0, np.inf))
+    seen = simulate(requests, limits, whole, recorder=recorder)
+    plain = simulate(requests, limits, whole, jump=False)
+    record = recorder.record
+    assert record is not None
+    assert seen.steps == plain.steps == len(StepLog.of(record))
+    for metric in METRICS:
+        # the fast loop knows nothing of parts
+        values = plain.times.values(metric)
+        parts = request_parts(metric, seen.times, record, REQUEST_S[1])
+        np.testing.assert_allclose(parts.sum(axis=(1, 2)), values, rtol=1e-9, atol=1e-12)
+        assert np.nanmin(parts) > -1e-9
+    gaps = record.gaps[: record.counts[1]]
+    assert len(gaps) == int(np.maximum(0, plain.times.output_tokens - 1).sum())
+    several = np.where(plain.times.output_tokens > 1, plain.times.end_s - plain.times.first_token_s, 0.0)
+    assert gaps.sum() == pytest.approx(several.sum())
+    assert record.band_parts.sum() == pytest.approx(gaps.sum())
+
+
+def explained(requests: Trace, limits: Pool, *asked: tuple[Metric, float], **options: Any) -> Any:
+    whole = tables(limits, request_s=REQUEST_S)
+    modeled = ModeledStep(whole, True, 0.1, ())
+    return explain(requests, limits, modeled, limits_of(whole), asked, **options)[0]
+
+
+def test_one_request_alone_is_its_way_its_prompt_and_its_decodes() -> None:
+    limits = pool()
+    whole = tables(limits, request_s=REQUEST_S)
+    found = explained(Trace([1.0], [200], [3]), limits, (TTFT, 50.0), (E2E, 50.0), (TPOT, 50.0))
+    first = composed_time_s(whole, 128, 1, 0, 0.0, 128 * 129 / 2)
+    rest = composed_time_s(whole, 72, 1, 1, 0.0, 72 * 128 + 72 * 73 / 2)
+    decodes = [composed_time_s(whole, 1, 1, 1, context, 0.0) for context in (201.0, 202.0)]
+    ttft, e2e, tpot = ({part.name: part.seconds for part in each.parts} for each in found.metrics)
+    assert ttft == pytest.approx({"to_scheduler": 0.01, "prefill": first + rest, "to_client": 0.002})
+    assert e2e == pytest.approx({**ttft, "decode": sum(decodes)})
+    assert tpot == pytest.approx({"decode": sum(decodes) / 2})
+
+
+def test_two_at_once_pay_for_each_other_what_their_steps_take_longer() -> None:
+    limits = pool(max_num_batched_tokens=64)
+    whole = tables(limits, request_s=REQUEST_S)
+    found = explained(Trace([0.0, 0.0], [20, 30], [1, 1]), limits, (TTFT, 1.0))
+    both = composed_time_s(whole, 50, 2, 2, 0.0, 20 * 21 / 2 + 30 * 31 / 2)
+    alone = (composed_time_s(whole, 20, 1, 1, 0.0, 210.0) + composed_time_s(whole, 30, 1, 1, 0.0, 465.0)) / 2
+    parts = {part.name: part.seconds for part in found.metrics[0].parts}
+    assert parts["prefill"] == pytest.approx(alone)
+    assert parts["others_prefill"] == pytest.approx(both - alone)
+
+
+def test_a_prompt_that_arrives_holds_up_those_that_decode() -> None:
+    limits = pool(max_num_batched_tokens=512)
+    whole = tables(limits)
+    found = explained(Trace([0.0, 0.05], [4, 500], [40, 1]), limits, (ITL, 99.9))
+    parts = {part.name: part.seconds for part in found.metrics[0].parts}
+    assert max(parts, key=lambda name: parts[name]) == "others_prefill"
+    assert found.metrics[0].value == pytest.approx(sum(parts.values()))
+    assert parts["others_prefill"] > 0.5 * composed_time_s(whole, 500, 1, 1, 0.0, 500 * 501 / 2) / 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate", "reason"),
+    [
+        ({"max_num_seqs": 2, "num_kv_blocks": 500}, 20.0, "queue_seats"),
+        ({"max_num_seqs": 32, "num_kv_blocks": 34}, 20.0, "queue_blocks"),
+        ({"max_num_seqs": 64, "num_kv_blocks": 5000, "max_num_batched_tokens": 64}, 500.0, "queue_tokens"),
+    ],
+)
+def test_a_saturated_server_is_bound_by_its_queue_and_the_queue_by_what_is_short(
+    changes: dict[str, Any], rate: float, reason: str
+) -> None:
+    limits = pool(**changes)
+    answers = 2 if reason == "queue_tokens" else 100
+    n = 60 if reason == "queue_tokens" else 200
+    rng = np.random.default_rng(3)
+    requests = Trace(np.cumsum(rng.exponential(1 / rate, n)), rng.integers(100, 250, n), np.full(n, answers))
+    found = explained(requests, limits, (TTFT, 95.0)).metrics[0]
+    assert found.parts[0].name == reason
+    assert found.seconds(*(name for name in PARTS if name.startswith("queue"))) > 0.5 * found.value
+
+
+def test_an_idle_server_has_no_queue() -> None:
+    limits = pool()
+    requests = Trace(np.arange(20) * 10.0, np.full(20, 50), np.full(20, 5))
+    found = explained(requests, limits, (TTFT, 95.0)).metrics[0]
+    assert {part.name for part in found.parts} == {"to_scheduler", "prefill", "to_client"}
+
+
+def test_preemption_is_seen_as_waiting_and_as_computing_again() -> None:
+    limits = pool(num_kv_blocks=34, enable_prefix_caching=False)
+    found = explained(trace(60, 20.0, 1), limits, (E2E, 95.0))
+    assert found.result.preemptions > 0
+    assert found.metrics[0].seconds("preempted") > 0
+    assert found.metrics[0].seconds("recompute") > 0
+
+
+def test_a_percentile_is_explained_to_the_last_bit_by_those_around_it() -> None:
+    limits = pool(num_kv_blocks=64)
+    asked = [(metric, p) for metric in METRICS for p in (50.0, 90.0, 95.0, 99.0)]
+    found = explained(trace(200, 10.0, 5), limits, *asked)
+    assert len(found.metrics) == len(asked)
+    for (metric, p), each in zip(asked, found.metrics):
+        assert each.value == pytest.approx(float(np.nanpercentile(found.result.times.values(metric), p)))
+        assert sum(part.seconds for part in each.parts) == pytest.approx(each.value)
+        assert sum(each.by_resource.values()) == pytest.approx(each.value)
+        assert 0.5 < each.scale < 2.0
+
+
+def test_occupancy_is_weighted_by_time() -> None:
+    limits = pool()
+    found = explained(Trace([0.0, 0.0], [10, 10], [50, 50]), limits, (E2E, 50.0))
+    occupancy = {each.name: each for each in found.occupancy}
+    assert occupancy["requests in a step"].mean == pytest.approx(2.0)
+    assert occupancy["KV blocks in use"].limit == 64
+    assert 2 <= occupancy["KV blocks in use"].mean <= 8
+    assert found.busy_share == pytest.approx(1.0, rel=0.05)
+
+
+def test_the_resources_of_a_table_add_up_to_it_measured_or_not() -> None:
+    on_gpu = Pool(accelerator="H100", tensor_parallel_size=2, num_kv_blocks=1000, max_num_batched_tokens=4096)
+    on_cpu = Pool(max_num_seqs=16, max_num_batched_tokens=512)
+    for source, shape, limits in ((accelerator("H100"), LLAMA_8B, on_gpu), (profile(), SMALL, on_cpu)):
+        modeled = step_tables(source, shape, limits)
+        divided = limit_tables(source, shape, limits, modeled)
+        for name in LimitTables._fields:
+            table = getattr(divided, name)
+            assert table.min() >= 0.0
+            np.testing.assert_allclose(table.sum(axis=0), getattr(modeled.tables, name), rtol=1e-12)
+    modeled = step_tables(accelerator("H100"), LLAMA_8B, on_gpu)
+    tokens_s = limit_tables(accelerator("H100"), LLAMA_8B, on_gpu, modeled).tokens_s
+    # one token reads all weights; 4,096 tokens are far beyond the ridge (about 295 tokens on an H100 in bf16)
+    assert np.argmax(tokens_s[:, 1]) == BANDWIDTH
+    assert np.argmax(tokens_s[:, 4096]) == COMPUTE
+    assert (tokens_s[LINKS, 1:] > 0).all()
