@@ -167,15 +167,18 @@ def explain(
     return Explanation(tuple(found), steps.kinds(), steps.occupancy(pool), busy, result), steps
 
 
+def _no_limits(tables: StepTables) -> LimitTables:
+    """Of as many points as the tables, all zeros: for who does not ask what bounds a step."""
+    parts = {name: np.zeros((len(RESOURCES), len(getattr(tables, name)))) for name in LimitTables._fields[:-1]}
+    return LimitTables(**parts, prompt_pairs=tables.prompt_pairs)
+
+
 def token_gaps(
     trace: Trace, pool: Pool, tables: StepTables, *, policy: str = "paretune", k: int = 30, rate: float = 1.0
 ) -> Floats:
     """Time between two tokens, of all requests together, simulated step by step; seconds."""
-    nothing = LimitTables(*(np.zeros((len(RESOURCES), len(getattr(tables, name)))) for name in LimitTables._fields))
-    draft = tables.draft
-    drafts = None
-    if draft is not None:
-        drafts = LimitTables(*(np.zeros((len(RESOURCES), len(getattr(draft, name)))) for name in LimitTables._fields))
+    nothing = _no_limits(tables)
+    drafts = None if tables.draft is None else _no_limits(tables.draft)
     recorder = Recorder(nothing, drafts, Gaps(0.0, -1.0))
     simulate(trace, pool, tables, policy=policy, k=k, rate=rate, recorder=recorder)
     assert recorder.record is not None
