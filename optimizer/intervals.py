@@ -27,24 +27,25 @@ def sampled(
     found: dict[str, tuple[float, Band]] = {}
     for metric in (TTFT, Metric("ttf", times.k), TPOT, E2E):
         values = times.values(metric)
-        block = _blocks(times, values, 95.0)
-        bands = block_bootstrap(values, block, PERCENTILES, rng)
+        alike = _alike(values, 95.0)
+        bands = block_bootstrap(values, time_blocks(times, alike), PERCENTILES, rng, alike)
         for p, value, band in zip(PERCENTILES, percentiles(values, PERCENTILES), bands):
             found[key_of(metric, p)] = value, band
     for target in targets:
         rows = governed_rows(trace, target)
         values = np.where(times.finished, times.values(target.metric), np.inf)
-        block = _blocks(times, values, target.percentile)[rows]
+        alike = _alike(values[rows], target.percentile)
+        block = time_blocks(times, alike)[rows]
         values = values[rows]
-        band = block_bootstrap(values, block, (target.percentile,), rng)[0]
+        band = block_bootstrap(values, block, (target.percentile,), rng, alike)[0]
         found[str(target)] = percentiles(values, (target.percentile,))[0], band
     return found
 
 
-def _blocks(times: RequestTimes, values: NDArray[np.float64], p: float) -> NDArray[np.int64]:
-    """Blocks as long as this metric asks for."""
+def _alike(values: NDArray[np.float64], p: float) -> float:
+    """How many neighbors are alike in what lies beyond a percentile."""
     known = values[~np.isnan(values)]
-    return time_blocks(times, alike_neighbors(known > percentile(known, p)))
+    return alike_neighbors(known > percentile(known, p))
 
 
 def target_values(times: RequestTimes, trace: Trace, targets: Sequence[Target]) -> dict[str, float]:

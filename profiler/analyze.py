@@ -282,7 +282,7 @@ class _Measured:
         return tuple(
             Compared(name, each.seconds(*parts), float(seconds) * scale)
             for (name, parts), seconds in zip(GROUPS.items(), mean)
-            if each.seconds(*parts) > 0 or seconds > 0
+            if each.seconds(*parts) != 0 or seconds != 0
         )
 
 

@@ -39,7 +39,7 @@ def log_ar1(n: int, phi: float, rng: np.random.Generator) -> NDArray[np.float64]
 
 # with a dozen independent values beyond the percentile an interval is a little short: its upper end rests on few
 @pytest.mark.parametrize(
-    ("phi", "p", "least"), [(0.0, 95.0, 0.84), (0.8, 50.0, 0.84), (0.8, 90.0, 0.84), (0.9, 95.0, 0.76)]
+    ("phi", "p", "least"), [(0.0, 95.0, 0.83), (0.8, 50.0, 0.83), (0.8, 90.0, 0.83), (0.9, 95.0, 0.76)]
 )
 def test_intervals_cover_the_truth_about_as_often_as_they_say(phi: float, p: float, least: float) -> None:
     truth = math.exp(NormalDist().inv_cdf(p / 100))

@@ -27,7 +27,7 @@ RESAMPLES = 200
 # least, and how many times as long as neighbors stay alike.
 BLOCKS = 40
 LEAST_PER_BLOCK = 10
-BLOCK_PER_CORRELATION = 4
+BLOCK_PER_CORRELATION = 6
 
 # With fewer blocks a bootstrap sees too few different draws for an interval of CONFIDENCE.
 LEAST_BLOCKS = 8
@@ -108,17 +108,22 @@ def _per_block(alike: float) -> float:
 
 
 def block_bootstrap(
-    values: NDArray[np.float64], block: NDArray[np.int64], ps: Sequence[float], rng: np.random.Generator
+    values: NDArray[np.float64],
+    block: NDArray[np.int64],
+    ps: Sequence[float],
+    rng: np.random.Generator,
+    alike: float = 1.0,
 ) -> list[Band]:
     """90 % interval of each percentile when whole blocks of requests are drawn with replacement.
 
-    With few blocks their spread is itself uncertain: the interval is stretched by Student's t over the normal quantile
-    and by the bootstrap's lack of spread, sqrt(m / (m - 1)) of m blocks.
+    With few blocks their spread is itself uncertain, and neighbors on both sides of a cut count as independent; the
+    interval is stretched by what theory says of both (`_stretch`).
 
     Args:
         values: (n,) seconds; NaN is left out, infinity is a value.
         block: (n,) block of each request, 0 <= block.
         ps: percentiles.
+        alike: neighbors that are alike (`alike_neighbors`).
     Returns: (low, high) for each of ps; NaN where no value is left.
     """
     known = ~np.isnan(values)
@@ -144,17 +149,23 @@ def block_bootstrap(
     for value, column in zip(percentiles(values, ps), drawn.T):
         low, high = percentiles(column, (tail, 100 - tail))
         if math.isfinite(low) and math.isfinite(high) and len(present) > 1:
-            stretch = _stretch(len(present))
+            stretch = _stretch(len(present), len(values) / len(present), alike)
             low, high = max(min(values[0], low), value - stretch * (value - low)), value + stretch * (high - value)
         found.append((float(low), float(high)))
     return found
 
 
-def _stretch(blocks: int) -> float:
-    """Student's t over the normal quantile (Abramowitz and Stegun, 26.7.5), times sqrt(m / (m - 1))."""
+def _stretch(blocks: int, length: float, alike: float) -> float:
+    """How much wider an interval is than the spread of draws of so many blocks of so many requests.
+
+    Student's t over the normal quantile (Abramowitz and Stegun, 26.7.5); sqrt(m / (m - 1)) of m blocks; and what the
+    cuts lose: blocks of length l have 1 - (a - 1 / a) / (2 l) of the variance where correlation falls geometrically
+    and sums up to a, `alike` (Künsch 1989, section 3.3, of such a process).
+    """
     z, freedom = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2), blocks - 1
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return t / z * math.sqrt(blocks / freedom)
+    lost = min(0.5, (alike - 1 / alike) / (2 * length))
+    return t / z * math.sqrt(blocks / freedom / (1 - lost))
 
 
 def estimate(times: RequestTimes, metric: Metric, p: float, rows: Mask | None = None) -> Estimate:
@@ -173,7 +184,7 @@ def estimate(times: RequestTimes, metric: Metric, p: float, rows: Mask | None = 
     if n == 0:
         return Estimate(str(metric), p, value, math.nan, math.nan, 0, 0.0, math.inf, duration_s, "no request has one")
     alike = alike_neighbors(values[known] > value)
-    low, high = block_bootstrap(values, time_blocks(times, alike), (p,), np.random.default_rng(_SEED))[0]
+    low, high = block_bootstrap(values, time_blocks(times, alike), (p,), np.random.default_rng(_SEED), alike)[0]
     independent = n / alike
     reach = max(high / value - 1, 1 - low / value) if 0 < value < math.inf else 0.0
     beyond = independent * (1 - p / 100)
