@@ -7,7 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..profiler.hardware import Accelerator, Price, PriceBook, accelerator
+from ..profiler.engine_tables import engine_step
+from ..profiler.hardware import Accelerator, BadHardware, Price, PriceBook, accelerator
+from ..profiler.importers.llmservingsim import find_profile, read_profile
 from ..profiler.profile import BadProfile, Profile
 from ..profiler.roofline import kv_blocks
 from ..profiler.tables import ModeledStep, step_tables
@@ -35,7 +37,8 @@ _ADAPTERS_LEAVE_OUT = (
 class Sources:
     """Step times and prices for one model.
 
-    measured from `profile` where the accelerator is "cpu", from the data sheet of `device` else.
+    measured from `profile` where the accelerator is "cpu", from an engine's `layer_times` on `device` where they are
+    given, from the data sheet of `device` else.
     """
 
     model: str
@@ -43,6 +46,7 @@ class Sources:
     prices: PriceBook
     profile: Profile | None = None
     device: Accelerator | None = None
+    layer_times: Path | None = None
 
     @classmethod
     def of(
@@ -53,12 +57,21 @@ class Sources:
         profile_path: str | os.PathLike[str] | None = None,
         prices_path: str | os.PathLike[str] | None = None,
         any_machine: bool = False,
+        layer_times: str | os.PathLike[str] | None = None,
     ) -> Sources:
-        """Read them. Raises: BadModel, BadProfile (none for "cpu", too), BadHardware (exit code 2), OSError."""
+        """Read them.
+
+        Args:
+            layer_times: folder of one profile of the model's layers, as LLMServingSim writes it, on that accelerator.
+        Raises: BadModel, BadProfile (none for "cpu", too), BadHardware, BadTable (exit code 2), OSError.
+        """
         shape = ModelShape.load(resolve_model(model))
         prices = PriceBook.load(prices_path)
         if accelerator_name != CPU:
-            return cls(model, shape, prices, device=accelerator(accelerator_name))
+            folder = None if layer_times is None else find_profile(Path(layer_times))
+            return cls(model, shape, prices, device=accelerator(accelerator_name), layer_times=folder)
+        if layer_times is not None:
+            raise BadHardware("layer times", CPU, "an accelerator of the catalog", "name it in the spec's pool")
         if profile_path is None:
             raise BadProfile("profile", "none", "a profile of this machine", "`paretune profile run`")
         profile = Profile.load(profile_path, any_machine=any_machine)
@@ -69,7 +82,10 @@ class Sources:
         """Step times of one replica of a pool. Raises: BadProfile, BadHardware."""
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
-        found = step_tables(source, self.shape, pool)
+        if self.layer_times is not None:
+            found = engine_step(read_profile(self.layer_times, self.shape, pool.tensor_parallel_size), self.shape, pool)
+        else:
+            found = step_tables(source, self.shape, pool)
         left_out = [*found.not_modeled, *_SIMULATOR_LEAVES_OUT]
         if pool.max_queued_requests:
             left_out.append("max_queued_requests: requests that the server would refuse wait in the simulator")

@@ -73,8 +73,15 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @profile_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
+@click.option(
+    "--layer-times",
+    type=click.Path(exists=True, file_okay=False),
+    help="Layer times of vLLM on the spec's accelerator (a folder of LLMServingSim's profiler) for its data sheet.",
+)
 @speaks
-def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None) -> None:
+def simulate(
+    speaker: Speaker, log: str, spec_path: str, profile_path: str, rate: float, k: int | None, layer_times: str | None
+) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
     \b
@@ -91,7 +98,9 @@ def simulate(speaker: Speaker, log: str, spec_path: str, profile_path: str, rate
     deployment = as_cataloged(load_deployment(spec_path))
     trace = read(log)
     pool = deployment.pool
-    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    sources = Sources.of(
+        deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path, layer_times=layer_times
+    )
     modeled = sources.step_model(pool)
     k = k or k_of(target.metric for target in trace.targets)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
