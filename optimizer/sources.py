@@ -7,7 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..profiler.hardware import Accelerator, accelerator
+from ..profiler.engine_tables import engine_step
+from ..profiler.hardware import Accelerator, BadHardware, accelerator
+from ..profiler.importers.llmservingsim import find_profile, read_profile
 from ..profiler.prices import Price, PriceBook
 from ..profiler.profile import BadProfile, Profile
 from ..profiler.recalibration import Calibration
@@ -37,8 +39,8 @@ _ADAPTERS_LEAVE_OUT = (
 class Sources:
     """Step times and prices for one model.
 
-    measured from `profile` where the accelerator is "cpu", from the data sheet of `device` else; either as the user's
-    own server corrects it, where a calibration is given.
+    measured from `profile` where the accelerator is "cpu", from an engine's `layer_times` on `device` where they are
+    given, from the data sheet of `device` else; each as the user's own server corrects it where a calibration is given.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Sources:
     profile: Profile | None = None
     device: Accelerator | None = None
     calibration: Calibration | None = None
+    layer_times: Path | None = None
 
     @classmethod
     def of(
@@ -58,13 +61,29 @@ class Sources:
         prices_path: str | os.PathLike[str] | None = None,
         any_machine: bool = False,
         calibration_path: str | os.PathLike[str] | None = None,
+        layer_times: str | os.PathLike[str] | None = None,
     ) -> Sources:
-        """Read them. Raises: BadModel, BadProfile (none for "cpu", too), BadHardware (exit code 2), OSError."""
+        """Read them.
+
+        Args:
+            layer_times: folder of one profile of the model's layers, as LLMServingSim writes it, on that accelerator.
+        Raises: BadModel, BadProfile (none for "cpu", too), BadHardware, BadTable (exit code 2), OSError.
+        """
         shape = ModelShape.load(resolve_model(model))
         prices = PriceBook.load(prices_path)
         calibration = None if calibration_path is None else Calibration.load(calibration_path)
         if accelerator_name != CPU:
-            return cls(model, shape, prices, device=accelerator(accelerator_name), calibration=calibration)
+            folder = None if layer_times is None else find_profile(Path(layer_times))
+            return cls(
+                model,
+                shape,
+                prices,
+                device=accelerator(accelerator_name),
+                layer_times=folder,
+                calibration=calibration,
+            )
+        if layer_times is not None:
+            raise BadHardware("layer times", CPU, "an accelerator of the catalog", "name it in the spec's pool")
         if profile_path is None:
             raise BadProfile("profile", "none", "a profile of this machine", "`paretune profile run`")
         profile = Profile.load(profile_path, any_machine=any_machine)
@@ -75,7 +94,10 @@ class Sources:
         """Step times of one replica of a pool. Raises: BadProfile, BadHardware."""
         source = self.profile or self.device
         assert source is not None, "one of the two is always given"
-        found = step_tables(source, self.shape, pool)
+        if self.layer_times is not None:
+            found = engine_step(read_profile(self.layer_times, self.shape, pool.tensor_parallel_size), self.shape, pool)
+        else:
+            found = step_tables(source, self.shape, pool)
         if self.calibration is not None:
             bounds = step_bounds(source, self.shape, pool)
             found = self.calibration.applied(found, bounds, pool, self.uncalibrated_digest)
@@ -97,6 +119,8 @@ class Sources:
         if self.profile is not None:
             return f"profile of {self.profile.name}"
         assert self.device is not None
+        if self.layer_times is not None:
+            return f"layer times of {self.layer_times.name} on {self.device.name}"
         return f"data sheet of {self.device.name} ({self.device.as_of})"
 
     @property
@@ -119,10 +143,14 @@ class Sources:
 
     @property
     def uncalibrated_digest(self) -> str:
-        """The profile's own, or one of the data sheet's figures."""
+        """The profile's own, or one of the data sheet's figures and the layer times beside them."""
         if self.profile is not None:
             return self.profile.digest()
-        return hashlib.sha256(repr(self.device).encode()).hexdigest()[:16]
+        found = hashlib.sha256(repr(self.device).encode())
+        for path in sorted(self.layer_times.rglob("*")) if self.layer_times is not None else ():
+            if path.is_file():
+                found.update(path.read_bytes())
+        return found.hexdigest()[:16]
 
     @property
     def prices_digest(self) -> str:

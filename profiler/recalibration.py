@@ -26,6 +26,7 @@ from ..traces.jsonl_formats import read_openai
 from ..traces.metrics import TPOT, TTFT, RequestTimes
 from ..traces.trace import Trace
 from ..traces.whole_file import write_whole
+from .batch_time import scaled_batch
 from .calibration import LoggedStep, read_step_log
 from .profile import BadProfile, now
 from .simulator import simulate
@@ -154,9 +155,11 @@ def sharding_of(pool: Pool) -> str:
 def _with_factors(tables: StepTables, factors: dict[str, float], step_s: float) -> StepTables:
     found = tables._replace(**{part: getattr(tables, part) * factors[part] for part in PARTS})
     found.tokens_s[1:] += step_s
-    if tables.draft is None:
-        return found
-    return found._replace(draft=scaled(tables.draft, factors["tokens_s"]))
+    # what is known by the whole batch, or of another model, is not told apart by parts
+    return found._replace(
+        draft=None if tables.draft is None else scaled(tables.draft, factors["tokens_s"]),
+        batch=None if tables.batch is None else scaled_batch(tables.batch, factors["tokens_s"]),
+    )
 
 
 @dataclass(frozen=True)

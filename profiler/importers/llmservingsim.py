@@ -105,15 +105,16 @@ class EngineProfile:
         return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def find_profile(folder: Path, model: str) -> Path:
-    """The folder of a model's profile (that of meta.yaml) in or below a folder.
+def find_profile(folder: Path, model: str | None = None) -> Path:
+    """The folder of a model's profile (that of meta.yaml), or of the only one, in or below a folder.
 
     Raises: BadTable: none, or several.
     """
-    found = [path.parent for path in sorted(folder.rglob("meta.yaml")) if _meta(path)["model"] == model]
+    found = [path.parent for path in sorted(folder.rglob("meta.yaml")) if model in (None, _meta(path)["model"])]
     if len(found) != 1:
         names = ", ".join(str(path) for path in found) or "none"
-        raise BadTable(str(folder), f"{len(found)} profiles of {model}: {names}", "one", "name the model's own folder")
+        said = f"{len(found)} profiles{f' of {model}' if model else ''}: {names}"
+        raise BadTable(str(folder), said, "one", "name the model's own folder")
     return found[0]
 
 
@@ -129,6 +130,7 @@ def read_profile(folder: Path, shape: ModelShape, tensor_parallel_size: int = 1)
     Raises: BadTable: a file or column is missing, or the shape has layers that were not measured.
     """
     meta = _meta(folder / "meta.yaml")
+    _check_shape(folder, meta, shape)
     try:
         device: Accelerator | None = accelerator(str(meta["hardware"]))
     except BadHardware:
@@ -156,6 +158,16 @@ def read_profile(folder: Path, shape: ModelShape, tensor_parallel_size: int = 1)
         skew=reader.skew(decode),
         findings=tuple(reader.findings),
     )
+
+
+def _check_shape(folder: Path, meta: Mapping[str, Any], shape: ModelShape) -> None:
+    """Raises: BadTable: the sizes in meta.yaml, those of a rank of the most that were profiled, are another model's."""
+    sizes = (meta.get("engine_effective") or {}).get("hf_overrides") or {}
+    ranks = max(meta.get("tp_degrees") or [1])
+    for size, mine in (("num_attention_heads", shape.num_heads), ("vocab_size", shape.vocab_size)):
+        if size in sizes and not 0 <= sizes[size] * ranks - mine < ranks:
+            todo = "name the profile of this model"
+            raise BadTable(f"{folder}: {size} of {meta['model']}", sizes[size] * ranks, str(mine), todo)
 
 
 def _meta(path: Path) -> dict[str, Any]:

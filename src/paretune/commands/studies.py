@@ -77,6 +77,11 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @prices_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
+@click.option(
+    "--layer-times",
+    type=click.Path(exists=True, file_okay=False),
+    help="Layer times of vLLM on the spec's accelerator (a folder of LLMServingSim's profiler) for its data sheet.",
+)
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
 @click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
 @click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
@@ -88,6 +93,7 @@ def simulate(
     spec_path: str,
     profile_path: str,
     calibration_path: str | None,
+    layer_times: str | None,
     prices_path: str | None,
     rate: float,
     k: int | None,
@@ -127,6 +133,7 @@ def simulate(
         profile_path=profile_path,
         prices_path=prices_path,
         calibration_path=calibration_path,
+        layer_times=layer_times,
     )
     modeled = sources.step_model(pool)
     targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
