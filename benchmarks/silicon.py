@@ -228,7 +228,7 @@ def main() -> None:
     of = features(points)
     bars = [
         Bar("tables_alone_tpot_median_error", float(np.median(off(residual["TPOT"]))), 0.10, False),
-        Bar("tables_alone_kendall_tau", tau, 0.9),
+        Bar("tables_alone_kendall_tau", tau if pairs else None, 0.9),
         Bar("tables_alone_ttft_median_error", float(np.median(off(residual["TTFT"]))), 0.30, False),
     ]
     columns = {f"alone {m}": off(residual[m]) for m in ("TPOT", "TTFT")}
@@ -287,6 +287,8 @@ def main() -> None:
     limit, _ = kendall(points, measured["TPOT"], without_bias)
     print(f"  with the median error of each (GPU, engine, model, precision, TP) taken off: tau {limit:.3f}")
     print("coverage of 90 % bands:", {k: round(v, 3) for k, v in covered.items()})
+    spread = {m: float(np.quantile(np.abs(error), COVERAGE)) for m, error in residual.items()}
+    print("tables alone, 90 % of errors in logarithms below:", {m: round(v, 3) for m, v in spread.items()})
     print("median half width, logarithms:", {k: round(v, 3) for k, v in widths.items()})
     findings = [f for m in scorer.models.values() for t in (m.tables, *m.beside) for f in t.findings]
     print("rows refused or flagged:", *(f"\n  {finding}" for finding in by_file(list(dict.fromkeys(findings)))))

@@ -19,6 +19,8 @@ from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
 from .hardware import Accelerator, BadHardware
+from .operator_source import RELATIVE_ERROR as OPERATOR_ERROR
+from .operator_source import OperatorSource, operator_step_tables
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
 from .roofline import RELATIVE_ERROR, roofline_tables
@@ -26,6 +28,7 @@ from .step_fit import StepFit, fit_steps
 from .step_time import WORK_GRID, StepTables
 
 Floats = NDArray[np.float64]
+Source = Profile | Accelerator | OperatorSource
 
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
@@ -50,14 +53,14 @@ class ModeledStep:
     not_modeled: tuple[str, ...]
 
 
-def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     """Step times of a pool.
 
     Args:
-        source: a profile for accelerator "cpu"; any accelerator of the catalog else.
+        source: a profile for accelerator "cpu"; any accelerator of the catalog else, or operators measured on it.
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
         accelerator is another than the pool's, lacks a peak rate, or does not hold the model, or experts are to be
-        divided among more ranks than there are.
+        divided among more ranks than there are; BadTable: an operator was not measured.
     """
     found = _without_draft(source, shape, pool)
     draft = draft_shape(pool)
@@ -69,13 +72,13 @@ def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     return found
 
 
-def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+def _without_draft(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"
             raise BadHardware("pool.accelerator", pool.accelerator, f"{CPU!r}, which the profile measured", todo)
         return _measured(source, shape, pool)
-    if pool.accelerator != source.name:
+    if isinstance(source, Accelerator) and pool.accelerator != source.name:
         raise BadHardware("pool.accelerator", pool.accelerator, source.name, "give the accelerator of the pool")
     for field in ("pipeline_parallel_size", "context_parallel_size"):
         if getattr(pool, field) > 1:
@@ -86,6 +89,9 @@ def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool)
         if pool.tensor_parallel_size > most:
             allowed = f"tensor_parallel_size of at most {most}, the model's experts" if most else "false: it has none"
             raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
+    if isinstance(source, OperatorSource):
+        tables = operator_step_tables(source, shape, pool)
+        return ModeledStep(tables, False, OPERATOR_ERROR, source.not_modeled)
     left_out = [
         *_left_out_of_experts(shape, pool),
         f"step times are roofline estimates from the data sheet of {source.name} ({source.as_of}), not measured",
@@ -123,7 +129,7 @@ def _left_out_of_experts(shape: ModelShape, pool: Pool) -> tuple[str, ...]:
 
 
 def _draft_tables(
-    source: Profile | Accelerator, shape: ModelShape, draft: ModelShape, pool: Pool, tables: StepTables
+    source: Source, shape: ModelShape, draft: ModelShape, pool: Pool, tables: StepTables
 ) -> tuple[StepTables, tuple[str, ...]]:
     """Of a draft model's passes: from the data sheet like the model's own; on a measured machine the model's times in
     proportion to the bounds of both, because a profile measures one model."""
@@ -131,6 +137,8 @@ def _draft_tables(
     catching_up = "a draft model's catching up by one token, where a whole draft was kept"
     if isinstance(source, Accelerator):
         return roofline_tables(source, draft, alone), (catching_up,)
+    if isinstance(source, OperatorSource):
+        return operator_step_tables(source, draft, alone), (catching_up,)
     peaks = source.peaks_of(pool.num_threads)
     mine, its = (bound_tables(each, pool, peaks) for each in (shape, draft))
 
