@@ -27,7 +27,7 @@ from silicon_points import Point, read_points
 
 from bars import Bar, finish, needed_data
 from paretune.profiler.closed_loop import Host
-from paretune.profiler.importers import by_file, installed_folder, read_tables
+from paretune.profiler.importers import UNDERSTOOD, by_file, installed_folder, read_tables
 from paretune.profiler.operator_tables import BadTable
 from paretune.profiler.residuals import Alike, Features, conformal_quantile, learn, left_out_scores
 from paretune.profiler.serving_point import PUBLISHED_HOST, ServingModel
@@ -199,10 +199,11 @@ def main() -> None:
     known: dict[tuple[str, str], set[str]] = {}
     for system, engine in sorted({(p.system, p.engine) for p in points}):
         try:
-            versions = scorer.model(system, engine).tables.versions
+            found = scorer.model(system, engine).tables.versions
         except BadTable as error:
             print(f"  {system} {engine}: {error}")
             continue
+        versions = {stem: found[stem] for stem in UNDERSTOOD if stem in found}
         known[system, engine] = set(versions.values())
         own = Counter(p.version or "not stated" for p in points if (p.system, p.engine) == (system, engine))
         print(f"  {system} {engine}: {dict(own)} | {', '.join(f'{s} {v}' for s, v in versions.items())}")
