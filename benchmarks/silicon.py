@@ -27,7 +27,7 @@ from silicon_points import Point, read_points
 
 from bars import Bar, finish, needed_data
 from paretune.profiler.closed_loop import Host
-from paretune.profiler.importers import by_file, installed_folder, read_tables
+from paretune.profiler.importers import UNDERSTOOD, by_file, installed_folder, read_tables
 from paretune.profiler.operator_tables import BadTable
 from paretune.profiler.residuals import Alike, Features, conformal_quantile, learn, left_out_scores
 from paretune.profiler.serving_point import PUBLISHED_HOST, ServingModel
@@ -199,10 +199,11 @@ def main() -> None:
     known: dict[tuple[str, str], set[str]] = {}
     for system, engine in sorted({(p.system, p.engine) for p in points}):
         try:
-            versions = scorer.model(system, engine).tables.versions
+            found = scorer.model(system, engine).tables.versions
         except BadTable as error:
             print(f"  {system} {engine}: {error}")
             continue
+        versions = {stem: found[stem] for stem in UNDERSTOOD if stem in found}
         known[system, engine] = set(versions.values())
         own = Counter(p.version or "not stated" for p in points if (p.system, p.engine) == (system, engine))
         print(f"  {system} {engine}: {dict(own)} | {', '.join(f'{s} {v}' for s, v in versions.items())}")
@@ -228,7 +229,7 @@ def main() -> None:
     of = features(points)
     bars = [
         Bar("tables_alone_tpot_median_error", float(np.median(off(residual["TPOT"]))), 0.10, False),
-        Bar("tables_alone_kendall_tau", tau, 0.9),
+        Bar("tables_alone_kendall_tau", tau if pairs else None, 0.9),
         Bar("tables_alone_ttft_median_error", float(np.median(off(residual["TTFT"]))), 0.30, False),
     ]
     columns = {f"alone {m}": off(residual[m]) for m in ("TPOT", "TTFT")}
@@ -287,6 +288,8 @@ def main() -> None:
     limit, _ = kendall(points, measured["TPOT"], without_bias)
     print(f"  with the median error of each (GPU, engine, model, precision, TP) taken off: tau {limit:.3f}")
     print("coverage of 90 % bands:", {k: round(v, 3) for k, v in covered.items()})
+    spread = {m: float(np.quantile(np.abs(error), COVERAGE)) for m, error in residual.items()}
+    print("tables alone, 90 % of errors in logarithms below:", {m: round(v, 3) for m, v in spread.items()})
     print("median half width, logarithms:", {k: round(v, 3) for k, v in widths.items()})
     findings = [f for m in scorer.models.values() for t in (m.tables, *m.beside) for f in t.findings]
     print("rows refused or flagged:", *(f"\n  {finding}" for finding in by_file(list(dict.fromkeys(findings)))))

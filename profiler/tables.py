@@ -21,6 +21,8 @@ from ..runtime.spec import CPU, Pool
 from .batch_time import scaled_batch
 from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
+from .operator_source import RELATIVE_ERROR as OPERATOR_ERROR
+from .operator_source import OperatorSource, operator_step_tables
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import Configuration, Peaks, Profile, Serving, StepPoint
 from .roofline import LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_bounds, roofline_tables
@@ -28,6 +30,7 @@ from .step_fit import StepFit, fit_steps
 from .step_time import WORK_GRID, StepTables
 
 Floats = NDArray[np.float64]
+Source = Profile | Accelerator | OperatorSource
 
 _NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch")
 _SPECULATION_LEAVES_OUT = (
@@ -56,14 +59,14 @@ class ModeledStep:
     host_step_s: float = 0.0
 
 
-def step_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     """Step times of a pool.
 
     Args:
-        source: a profile for accelerator "cpu"; any accelerator of the catalog else.
+        source: a profile for accelerator "cpu"; any accelerator of the catalog else, or operators measured on it.
     Raises: BadProfile: the profile has another model's shape or lacks the pool's configuration; BadHardware: the
         accelerator is another than the pool's, lacks a peak rate, or does not hold the model, or experts are to be
-        divided among more ranks than there are.
+        divided among more ranks than there are; BadTable: an operator was not measured.
     """
     found = _without_draft(source, shape, pool)
     draft = draft_shape(pool)
@@ -82,13 +85,13 @@ def step_bounds(source: Profile | Accelerator, shape: ModelShape, pool: Pool) ->
     return roofline_bounds(source, shape, pool)
 
 
-def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+def _without_draft(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     if isinstance(source, Profile):
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"
             raise BadHardware("pool.accelerator", pool.accelerator, f"{CPU!r}, which the profile measured", todo)
         return _measured(source, shape, pool)
-    if pool.accelerator != source.name:
+    if isinstance(source, Accelerator) and pool.accelerator != source.name:
         raise BadHardware("pool.accelerator", pool.accelerator, source.name, "give the accelerator of the pool")
     for field in ("pipeline_parallel_size", "context_parallel_size"):
         if getattr(pool, field) > 1:
@@ -99,6 +102,9 @@ def _without_draft(source: Profile | Accelerator, shape: ModelShape, pool: Pool)
         if pool.tensor_parallel_size > most:
             allowed = f"tensor_parallel_size of at most {most}, the model's experts" if most else "false: it has none"
             raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
+    if isinstance(source, OperatorSource):
+        tables = operator_step_tables(source, shape, pool)
+        return ModeledStep(tables, False, OPERATOR_ERROR, source.not_modeled)
     left_out = [
         *_left_out_of_experts(shape, pool),
         *_left_out_of_attention(shape),
@@ -155,7 +161,7 @@ def _left_out_of_attention(shape: ModelShape) -> tuple[str, ...]:
 
 
 def _draft_tables(
-    source: Profile | Accelerator, shape: ModelShape, draft: ModelShape, pool: Pool, tables: StepTables
+    source: Source, shape: ModelShape, draft: ModelShape, pool: Pool, tables: StepTables
 ) -> tuple[StepTables, tuple[str, ...]]:
     """Of a draft model's passes: from the data sheet like the model's own; on a measured machine the model's times in
     proportion to the bounds of both, because a profile measures one model."""
@@ -163,6 +169,8 @@ def _draft_tables(
     catching_up = "a draft model's catching up by one token, where a whole draft was kept"
     if isinstance(source, Accelerator):
         return roofline_tables(source, draft, alone), (catching_up,)
+    if isinstance(source, OperatorSource):
+        return operator_step_tables(source, draft, alone), (catching_up,)
     peaks = source.peaks_of(pool.num_threads)
     mine, its = (bound_tables(each, pool, peaks) for each in (shape, draft))
 

@@ -12,6 +12,8 @@ from paretune.profiler.importers import OperatorTables, read_tables
 from paretune.profiler.importers.aiconfigurator import installed_folder
 from paretune.profiler.operator_tables import BadTable
 
+from .cli_examples import paretune
+
 
 def written(folder: Path, family: str, version: str, stem: str, rows: list[dict[str, object]]) -> None:
     path = folder / "h100_sxm" / family / "trtllm" / version
@@ -99,3 +101,18 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(BadTable, match="operator-tables"):
         installed_folder()
+
+
+def test_the_command_lists_what_it_refused_and_writes_the_rest(tmp_path: Path) -> None:
+    fast = {"gemm_dtype": "bfloat16", "kernel_source": "usual", "m": 2, "n": 4096, "k": 4096, "latency": 0.009}
+    written(tmp_path, "gemm", "1.0", "gemm_perf", [*gemm_rows(), fast])
+    written(tmp_path, "comm", "1.0", "moe_a2a_perf", [{"latency": 1.0}])
+    output = tmp_path / "rows.parquet"
+    ended = paretune("profile", "import", str(tmp_path), "--system", "H100", "--engine", "trtllm", "-o", str(output))
+    assert ended.exit_code == 0
+    assert "refused 1 of 5 rows" in ended.stdout
+    assert "not read: moe_a2a_perf" in ended.stdout
+    rows = pd.read_parquet(output)
+    assert len(rows) == 4
+    assert (rows["seconds"] >= rows["bound_s"]).all()
+    assert paretune("profile", "import", str(tmp_path), "--system", "TPU", "--engine", "trtllm").exit_code == 2
