@@ -172,7 +172,8 @@ class Kind:
 def kind_of(config: Mapping[str, Any], layer: int) -> Kind:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // heads
-    family, window = config["model_type"], config.get("sliding_window")
+    family = config["model_type"]
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     full = config["layer_types"][layer] == "full_attention" if "layer_types" in config else window is None
     if family == "gemma4_text":
         if not full:
