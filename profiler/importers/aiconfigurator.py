@@ -8,10 +8,11 @@ several kernels there, the kernel with the most rows of the file counts, then th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,17 @@ from .checks import Finding, drops, faster_than_physics
 Floats = NDArray[np.float64]
 
 PACKAGE = "aiconfigurator_core"
+UNDERSTOOD = (
+    "gemm_perf",
+    "context_attention_perf",
+    "generation_attention_perf",
+    "custom_allreduce_perf",
+    "moe_perf",
+    "context_mla_perf",
+    "generation_mla_perf",
+    "mla_bmm_perf",
+)
+"""The files that are read; those of NCCL, of modules as a whole and of wide expert parallelism are not."""
 ENGINES = ("trtllm", "vllm", "sglang")
 _ACCELERATORS = {
     "a100_sxm": "A100",
@@ -34,7 +46,6 @@ _ACCELERATORS = {
     "l40s": "L40S",
     "rtx_pro_6000_server": "RTX PRO 6000",
 }
-_LINKS_MEASURED = 8  # ranks: of more, tables hold nothing
 
 
 def installed_folder() -> Path:
@@ -76,13 +87,13 @@ def read_tables(
         family, of_engine, of_version = path.parts[-4:-1]
         if families is not None and family not in families:
             continue
-        whose = of_engine == engine and (version is None or of_version == version) or of_engine == "nccl"
+        whose = (of_engine == engine and (version is None or of_version == version)) or of_engine == "nccl"
         if whose and (path.stem not in files or _newer(of_version, files[path.stem][1])):
             files[path.stem] = (path, of_version)
     if not any(path.parts[-3] == engine for path, _ in files.values()):
         have = sorted({"/".join(p.parts[-3:-1]) for p in (folder / found).glob("*/*/*/*.parquet")})
         raise BadTable(f"{folder / found}", f"{engine} {version or ''}", ", ".join(have), "name one of these")
-    return OperatorTables(accelerator(known[found]), found, engine, {stem: at for stem, at in files.items()})
+    return OperatorTables(accelerator(known[found]), found, engine, dict(files))
 
 
 def _newer(left: str, right: str) -> bool:
@@ -108,6 +119,9 @@ class OperatorTables:
     findings: list[Finding] = field(default_factory=list)
     _tables: dict[tuple[object, ...], OperatorTable] = field(default_factory=dict)
     _frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    _rows: dict[tuple[str, tuple[str, ...]], Mapping[tuple[object, ...], NDArray[np.intp]]] = field(
+        default_factory=dict
+    )
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -198,6 +212,32 @@ class OperatorTables:
         """The different values of a column of a file, sorted."""
         return tuple(sorted(self._frame(stem)[column].unique().tolist(), key=str))
 
+    def every(self) -> Iterator[OperatorTable]:
+        """Every table of the files that are understood, each checked; a precision without a known width is skipped."""
+        for (dtype,) in self._combinations("gemm_perf", "gemm_dtype"):
+            if dtype in bounds.WEIGHT_BYTES:
+                yield self.gemm(dtype)
+        for prefill, stem in ((True, "context_attention_perf"), (False, "generation_attention_perf")):
+            keys = ("heads_per_kv_head", "head_dim", "attn_dtype", "kv_cache_dtype", "window_size")
+            for group, dim, dtype, kv_dtype, window in self._combinations(stem, *keys):
+                yield self.attention(prefill, group, dim, dtype, kv_dtype, window)
+        for (ranks,) in self._combinations("custom_allreduce_perf", "num_gpus"):
+            for graph in (True, False) if "backend" in self._frame("custom_allreduce_perf") else (True,):
+                yield self.all_reduce(ranks, graph)
+        sizes = ("hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size", "distribution")
+        for dtype, *shape in self._combinations("moe_perf", "moe_dtype", *sizes):
+            if dtype in bounds.WEIGHT_BYTES:
+                yield self.moe(dtype, *shape)
+        for prefill, stem in ((True, "context_mla_perf"), (False, "generation_mla_perf")):
+            for (kv_dtype,) in self._combinations(stem, "kv_cache_dtype"):
+                yield self.mla(prefill, kv_dtype)
+        for name, dtype in self._combinations("mla_bmm_perf", "op_name", "bmm_dtype"):
+            yield self.mla_bmm(name, dtype)
+
+    def _combinations(self, stem: str, *columns: str) -> Iterator[tuple[Any, ...]]:
+        if stem in self.files:
+            yield from self._frame(stem)[list(columns)].drop_duplicates().itertuples(index=False, name=None)
+
     def _frame(self, stem: str) -> pd.DataFrame:
         if stem not in self._frames:
             if stem not in self.files:
@@ -232,19 +272,14 @@ class OperatorTables:
         frame = self._frame(stem)
         path, version = self.files[stem]
         file = "/".join(path.parts[-5:])
-        rows = frame
-        for column, value in keys.items():
-            kept = rows[rows[column] == value]
-            if kept.empty:
-                have = ", ".join(str(v) for v in sorted(rows[column].unique().tolist(), key=str))
-                raise BadTable(f"{file}: {column}", value, have, "choose another precision, shape or engine")
-            rows = kept
-        source = rows["kernel_source"] if "kernel_source" in rows else pd.Series("", index=rows.index)
-        usual = source.map(frame["kernel_source"].value_counts()) if "kernel_source" in rows else source
+        rows = frame.take(self._places(stem, tuple(keys)).get(tuple(keys.values()), []))
+        if rows.empty:
+            self._raise_missing(file, frame, keys)
         columns = list(axes.values())
-        rows = rows.assign(usual=usual).sort_values("usual", ascending=False, kind="stable")
-        best = rows.groupby(columns)["usual"].transform("max")
-        rows = rows[rows["usual"] == best].groupby(columns, as_index=False)["seconds"].median()
+        if "kernel_source" in rows:
+            usual = rows["kernel_source"].map(frame["kernel_source"].value_counts())
+            rows = rows[usual == usual.groupby([rows[c] for c in columns]).transform("max")]
+        rows = rows.groupby(columns)["seconds"].median().reset_index()
         points = rows[columns].to_numpy(np.float64)
         bound_s = bound_of(rows)
         label = f"{stem.removesuffix('_perf')} {', '.join(str(v) for v in keys.values())}"
@@ -267,6 +302,24 @@ class OperatorTables:
         )
         self._tables[name] = table
         return table
+
+    def _places(self, stem: str, columns: tuple[str, ...]) -> Mapping[tuple[object, ...], NDArray[np.intp]]:
+        """Where in a file the rows of each combination of keys are; tables of experts are thousands."""
+        if (stem, columns) not in self._rows:
+            found = self._frame(stem).groupby(list(columns), sort=False).indices
+            self._rows[stem, columns] = {
+                key if isinstance(key, tuple) else (key,): np.asarray(at, np.intp) for key, at in found.items()
+            }
+        return self._rows[stem, columns]
+
+    @staticmethod
+    def _raise_missing(file: str, frame: pd.DataFrame, keys: Mapping[str, object]) -> None:
+        for column, value in keys.items():
+            kept = frame[frame[column] == value]
+            if kept.empty:
+                have = ", ".join(str(v) for v in sorted(frame[column].unique().tolist(), key=str))
+                raise BadTable(f"{file}: {column}", value, have, "choose another precision, shape or engine")
+            frame = kept
 
     def _note(
         self,

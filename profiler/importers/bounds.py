@@ -33,14 +33,15 @@ _ACTIVATION_BYTES = {"fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5, "w4a8_mxfp4_mxf
 
 
 def flops_per_s(accelerator: Accelerator, dtype: str) -> float:
-    """Peak dense rate of the arithmetic behind a dtype of the tables; fp4 is at most twice fp8, where no source has it.
+    """Peak dense rate of the arithmetic behind a dtype of the tables.
 
-    Raises: BadHardware: the accelerator has no such rate.
+    fp4 is at most twice fp8, where no source has it; without fp8 arithmetic weights are expanded to bf16.
+    Raises: BadHardware: the accelerator has no rate at all.
     """
-    arithmetic = _ARITHMETIC.get(dtype, "bf16")
-    if arithmetic == "fp4" and "fp4" not in accelerator.peak_flops_per_s:
-        return 2.0 * accelerator.flops_per_s("fp8")
-    return accelerator.flops_per_s(arithmetic)
+    arithmetic, known = _ARITHMETIC.get(dtype, "bf16"), accelerator.peak_flops_per_s
+    if arithmetic == "fp4" and "fp4" not in known and "fp8" in known:
+        return 2.0 * known["fp8"]
+    return accelerator.flops_per_s(arithmetic if arithmetic in known else "bf16")
 
 
 def gemm(accelerator: Accelerator, dtype: str) -> Bound:
@@ -56,7 +57,9 @@ def gemm(accelerator: Accelerator, dtype: str) -> Bound:
     return bound_s
 
 
-def attention(accelerator: Accelerator, arithmetic: str, kv_dtype: str, prefill: bool, window: int) -> Callable[..., Floats]:
+def attention(
+    accelerator: Accelerator, arithmetic: str, kv_dtype: str, prefill: bool, window: int
+) -> Callable[..., Floats]:
     """f(batch, tokens, heads, kv_heads, head_dim): prefill of prompts of so many tokens each, or one decode step over
     contexts of so many."""
     rate, bandwidth = flops_per_s(accelerator, arithmetic), accelerator.peak_bytes_per_s
@@ -77,8 +80,8 @@ def attention(accelerator: Accelerator, arithmetic: str, kv_dtype: str, prefill:
 
 
 def mla(accelerator: Accelerator, kv_dtype: str, prefill: bool) -> Callable[..., Floats]:
-    """f(batch, tokens, heads) of multi-head latent attention as DeepSeek-V3 has it (arXiv:2412.19437): 512 latent and 64
-    rotary dimensions are cached; prefill computes heads of 192 by 128, decode (absorbed) of 576 by 512."""
+    """f(batch, tokens, heads) of multi-head latent attention as DeepSeek-V3 has it (arXiv:2412.19437): 512 latent and
+    64 rotary dimensions are cached; prefill computes heads of 192 by 128, decode (absorbed) of 576 by 512."""
     rate, bandwidth = flops_per_s(accelerator, "fp8" if kv_dtype == "fp8" else "bfloat16"), accelerator.peak_bytes_per_s
     cached = 1.0 if kv_dtype == "fp8" else 2.0
 
@@ -114,11 +117,16 @@ def all_reduce(accelerator: Accelerator) -> Bound:
     return lambda points: np.asarray(points[:, 0] / link)
 
 
-def moe(accelerator: Accelerator, dtype: str, hidden: int, inter: int, topk: int, experts: int, tp: int, ep: int) -> Bound:
-    """(tokens,): gated MLPs of the chosen experts on the busiest rank, which has at least the mean load and holds
-    experts / ep of them; at least one expert's weights, or as many as the tokens of one rank choose, are read."""
+def moe(
+    accelerator: Accelerator, dtype: str, hidden: int, inter: int, topk: int, experts: int, tp: int, ep: int
+) -> Bound:
+    """(tokens,): MLPs of the chosen experts on the busiest rank, which has at least the mean load.
+
+    It reads at least one expert's weights, or its share of what one token chooses. Two matrices an expert: tables do
+    not say which have a gate too.
+    """
     rate, bandwidth = flops_per_s(accelerator, dtype), accelerator.peak_bytes_per_s
-    size = 3.0 * hidden * (inter / tp)
+    size = 2.0 * hidden * (inter / tp)
 
     def bound_s(points: Floats) -> Floats:
         tokens = points[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,22 @@ class Finding:
     def __str__(self) -> str:
         word = "refused" if self.refused else "flagged"
         return f"{self.file}: {self.table}: {word} {self.rows} of {self.of} rows: {self.reason}; {self.example}"
+
+
+def by_file(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings of the same kind in one file as one, with the first one's example."""
+    groups: dict[tuple[str, bool, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.file, finding.refused, finding.reason), []).append(finding)
+    return [
+        replace(
+            each[0],
+            table=each[0].table if len(each) == 1 else f"{len(each)} tables, first {each[0].table}",
+            rows=sum(finding.rows for finding in each),
+            of=sum(finding.of for finding in each),
+        )
+        for each in groups.values()
+    ]
 
 
 def faster_than_physics(seconds: Floats, bound_s: Floats) -> NDArray[np.bool_]:

@@ -101,6 +101,54 @@ def profile_run(
     speaker.result({"written": output, "digest": found.digest()}, f"wrote {output}\n{_profile_text(found)}")
 
 
+@profile.command("import")
+@click.argument("source")
+@click.option("--system", required=True, help="As the folder calls it (h100_sxm), or the catalog (H100).")
+@click.option("--engine", required=True, help="Whose kernels: trtllm, vllm or sglang.")
+@click.option("--version", help="Of the engine. Default: the newest of each table.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the rows that passed the checks here (Parquet).")
+@speaks
+def profile_import(
+    speaker: Speaker, source: str, system: str, engine: str, version: str | None, output: str | None
+) -> None:
+    """Read other people's measured operator tables, and list the rows that cannot be true.
+
+    SOURCE is a folder with SYSTEM/FAMILY/ENGINE/VERSION/*.parquet as aiconfigurator keeps them, or
+    "aiconfigurator-core" for the installed package. Rows faster than peak FLOP/s or memory bandwidth allow are refused;
+    a larger operator in less than half the time of a smaller one is flagged.
+
+    \b
+    Example: paretune profile import aiconfigurator-core --system H100 --engine vllm
+    """
+    from pathlib import Path
+
+    from ..profiler.importers import UNDERSTOOD, by_file, installed_folder, read_tables, write_tables
+
+    folder = installed_folder() if source == "aiconfigurator-core" else Path(source)
+    tables = read_tables(folder, system, engine, version)
+    with speaker.progress("reading and checking tables"):
+        read = list(tables.every())
+    points: dict[str, int] = {}
+    for each in read:
+        points[each.operator] = points.get(each.operator, 0) + len(each.seconds)
+    rows = [[name, tables.versions[f"{name}_perf"], f"{count:,}"] for name, count in points.items()]
+    lines = [
+        table(["operator", "version", "points"], rows),
+        "",
+        *(str(finding) for finding in by_file(tables.findings)),
+    ]
+    refused = sum(finding.rows for finding in tables.findings if finding.refused)
+    flagged = sum(finding.rows for finding in tables.findings if not finding.refused)
+    lines.append(f"{refused} rows refused, {flagged} flagged")
+    ignored = sorted(set(tables.files) - set(UNDERSTOOD))
+    if ignored:
+        lines.append(f"not read: {', '.join(ignored)}")
+    if output is not None:
+        lines.append(f"wrote {output}: {write_tables(Path(output), read):,} points")
+    found = {"points": points, "findings": tables.findings, "refused": refused, "flagged": flagged}
+    speaker.result({**found, "not_read": ignored, "written": output}, "\n".join(lines))
+
+
 def _profile_text(found: object) -> str:
     from ..profiler.profile import Profile
     from ..profiler.step_fit import fit_steps

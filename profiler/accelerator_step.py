@@ -1,0 +1,154 @@
+"""Step times of an accelerator from measured operator tables: what the GPU does in a step, operator by operator.
+
+Sum of the operators of one rank, each looked up in its table: linear layers by their shapes, attention of prompts and
+of decode rows, all-reduce by size and ranks, experts, elementwise kernels by bandwidth. The host is not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .decoder_layout import DecoderLayout, Gemm
+from .importers import OperatorTables
+from .operator_tables import OperatorTable
+
+Floats = NDArray[np.float64]
+
+# What an elementwise kernel reaches of the memory's peak, and what it takes beside: aiconfigurator's systems/*.yaml,
+# mem_bw_empirical_scaling_factor and mem_empirical_constant_latency (2026-07-25), there called corrections from
+# observation. LLMServingSim's vLLM profile of an RTX PRO 6000 has 2.0 to 4.2 µs for the same kernels on one token.
+ELEMENTWISE_BANDWIDTH_SHARE = 0.8
+ELEMENTWISE_LATENCY_S = 3e-6
+
+# Precisions whose activations an engine quantizes inside the norm or the activation before: fp8 with the scales of the
+# checkpoint (TensorRT-LLM; vLLM's passes fuse_norm_quant and fuse_act_quant). Block scales and nvfp4 have own kernels.
+FUSED_QUANTIZATION: dict[str, tuple[str, ...]] = {"trtllm": ("fp8",), "vllm": ("fp8",), "sglang": ()}
+
+BATCH_GRID: Floats = np.unique(np.round(2.0 ** np.arange(0, 10.25, 0.25)))
+POINTS_PER_OCTAVE = 4
+CONTEXT_GRID: Floats = 2.0 ** (np.arange(17 * POINTS_PER_OCTAVE + 1) / POINTS_PER_OCTAVE)
+TOKEN_GRID: Floats = np.unique(
+    np.concatenate([np.arange(1, 17), np.arange(24, 513, 8), np.round(2.0 ** np.arange(9, 15.1, 0.125))])
+)
+
+
+class GpuStep(NamedTuple):
+    """Seconds of the parts of a step, on grids that the event loop interpolates.
+
+    decode_s            (len(TOKEN_GRID),)  linear layers, experts, elementwise, all-reduce of steps without prompts
+    prefill_s           (len(TOKEN_GRID),)  the same of steps with prompts
+    samples_s           (len(TOKEN_GRID),)  vocabulary projection by rows that sample
+    decode_attention_s  (len(BATCH_GRID), len(CONTEXT_GRID))  by rows and mean context
+    prefill_attention_s (len(BATCH_GRID), len(CONTEXT_GRID))  by prompts and tokens of each, from their start
+    """
+
+    decode_s: Floats
+    prefill_s: Floats
+    samples_s: Floats
+    decode_attention_s: Floats
+    prefill_attention_s: Floats
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Precisions of attention, as aiconfigurator names them: of the arithmetic over prompts, and of the cache."""
+
+    prefill: str
+    kv_cache: str
+
+    @property
+    def kv_bytes(self) -> int:
+        return 1 if self.kv_cache == "fp8" else 2
+
+
+def gpu_step(
+    tables: OperatorTables,
+    layout: DecoderLayout,
+    precision: Precision,
+    routing: str,
+    beside: Sequence[OperatorTables] = (),
+) -> GpuStep:
+    """Parts of a step from the tables of an engine on an accelerator.
+
+    Args:
+        beside: tables of other engines on the same accelerator, for the matrices.
+        routing: how the experts' tables were measured: "balanced", "power_law_1.01", …
+    Raises: BadTable: an operator of the layout was not measured, named with what was.
+    """
+    tokens = TOKEN_GRID
+    common = np.zeros(len(tokens))
+    prefill_only = np.zeros(len(tokens))
+    samples = np.zeros(len(tokens))
+    parts = {"tokens": common, "prefill": prefill_only, "samples": samples}
+    for gemm in layout.gemms:
+        parts[gemm.rows] += gemm.count * _gemm_s(tables, beside, gemm, tokens)
+    common += _elementwise_s(tables, layout.elementwise, tokens)
+    samples += _elementwise_s(tables, layout.sampling, tokens)
+    if layout.all_reduces:
+        reduced = tables.all_reduce(layout.ranks).lookup((tokens * layout.hidden * 2.0)[:, None])
+        common += layout.all_reduces * reduced
+    if layout.sparse:
+        s = layout.sparse
+        experts = tables.moe(
+            s.dtype, s.hidden, s.inter, s.topk, s.experts, s.tensor_parallel, s.expert_parallel, routing
+        )
+        common += s.count * experts.lookup(tokens[:, None])
+    decode_only = np.zeros(len(tokens))
+    a = layout.attention
+    if a.latent:
+        at = np.stack([tokens, np.full(len(tokens), float(a.kv_heads))], axis=1)
+        dtype = "bfloat16"
+        decode_only += a.count * sum(tables.mla_bmm(name, dtype).lookup(at) for name in ("mla_gen_pre", "mla_gen_post"))
+        prefill, decode = tables.mla(True, precision.kv_cache), tables.mla(False, precision.kv_cache)
+    else:
+        group, dim = a.heads_per_kv_head, a.head_dim
+        prefill = tables.attention(True, group, dim, precision.prefill, precision.kv_cache)
+        decode = tables.attention(False, group, dim, "bfloat16", precision.kv_cache)
+    return GpuStep(
+        common + decode_only,
+        common + prefill_only,
+        samples,
+        a.count * _attention_s(decode, a.kv_heads),
+        a.count * _attention_s(prefill, a.kv_heads),
+    )
+
+
+def _gemm_s(tables: OperatorTables, beside: Sequence[OperatorTables], gemm: Gemm, rows: Floats) -> Floats:
+    """The least that any engine's table has: they call the same libraries, and what a table has above the others is its
+    wrapper's (an activation scaled by slow kernels, weights packed in every call).
+
+    Quantized matrices were measured with the kernels that scale and quantize the activation. Where the engine fuses
+    them into the kernel before, their launches fall away, which is how much longer the smallest quantized matrix takes
+    than the smallest bf16 one; the bytes they move stay.
+    """
+    points = np.stack([rows, np.full(len(rows), float(gemm.n)), np.full(len(rows), float(gemm.k))], axis=1)
+    fused = gemm.dtype in FUSED_QUANTIZATION[tables.engine]
+    least = np.full(len(rows), np.inf)
+    for each in (tables, *beside):
+        if each is not tables and gemm.dtype not in each.values("gemm_perf", "gemm_dtype"):
+            continue
+        table = each.gemm(gemm.dtype)
+        launches = float(table.seconds.min() - each.gemm("bfloat16").seconds.min()) if fused else 0.0
+        seconds = np.maximum(table.lookup(points) - max(0.0, launches), table.bound_s(points))
+        least = np.minimum(least, seconds)
+    return least
+
+
+def _elementwise_s(tables: OperatorTables, kernels: Sequence[tuple[float, int]], rows: Floats) -> Floats:
+    """Kernels that read and write so many bytes a row, so many of each."""
+    rate = ELEMENTWISE_BANDWIDTH_SHARE * tables.accelerator.peak_bytes_per_s
+    total = np.zeros(len(rows))
+    for moved, count in kernels:
+        total += count * (ELEMENTWISE_LATENCY_S + rows * moved / rate)
+    return total
+
+
+def _attention_s(table: OperatorTable, kv_heads: int) -> Floats:
+    batch, context = np.meshgrid(BATCH_GRID, CONTEXT_GRID, indexing="ij")
+    points = np.stack([batch.ravel(), context.ravel(), np.full(batch.size, float(kv_heads))], axis=1)
+    return table.lookup(points).reshape(batch.shape)

@@ -1,0 +1,127 @@
+"""What a model of times gets wrong, learned from measured points: corrections with their uncertainty.
+
+The logarithm of measured over predicted is a Gaussian process whose points are alike in groups within groups (the same
+engine; on the same GPU; with the same model; sharded alike; of the same lengths), and smooth in the logarithms of load.
+Rasmussen and Williams, Gaussian Processes for Machine Learning (MIT Press 2006), section 2.2. The bands around it are
+made to cover by residuals of points left out of the fit (conformal: Vovk, Gammerman and Shafer, Algorithmic Learning in
+a Random World, 2005; scaled by the process' own deviation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.object_]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Points as the process sees them.
+
+    groups  (levels, n) labels, from the widest group to the narrowest
+    load    (n, k) logarithms (to base 2) of what varies inside a group
+    """
+
+    groups: Labels
+    load: Floats
+
+    def take(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Features:
+        return Features(self.groups[:, which], self.load[which])
+
+
+@dataclass(frozen=True)
+class Alike:
+    """How much points have in common.
+
+    deviation  (levels,) standard deviation of what a group of each level has in common
+    length     octaves of load over which the narrowest group's residual changes
+    noise      standard deviation of one measurement
+    """
+
+    deviation: tuple[float, ...]
+    length: float
+    noise: float
+
+
+def _covariance(left: Features, right: Features, alike: Alike) -> Floats:
+    distance = ((left.load[:, None, :] - right.load[None, :, :]) ** 2).sum(axis=2)
+    smooth = np.exp(-0.5 * distance / alike.length**2)
+    total = np.zeros(smooth.shape)
+    for level, deviation in enumerate(alike.deviation):
+        number = {
+            label: place for place, label in enumerate(dict.fromkeys((*left.groups[level], *right.groups[level])))
+        }
+        mine, other = (np.array([number[label] for label in each.groups[level]]) for each in (left, right))
+        same = mine[:, None] == other[None, :]
+        # half of what a group has in common depends on the load
+        total += deviation**2 * same * (0.5 + 0.5 * smooth)
+    return total
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Residuals learned from points.
+
+    inverse  of their covariance, noise included; weights are its product with the residuals
+    noise    variance of each point's measurement, as it was taken
+    """
+
+    points: Features
+    weights: Floats
+    inverse: Floats
+    noise: Floats
+    alike: Alike
+
+    def at(self, features: Features) -> tuple[Floats, Floats]:
+        """(mean, standard deviation) of the logarithm of measured over predicted; a new measurement's noise counts."""
+        cross = _covariance(features, self.points, self.alike)
+        own = sum(d**2 for d in self.alike.deviation) + self.alike.noise**2
+        spread = own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross)
+        return cross @ self.weights, np.sqrt(np.maximum(spread, 1e-12))
+
+
+def learn(points: Features, log_residual: Floats, alike: Alike, robust: float = 2.5) -> Correction:
+    """Fits residuals of measured points.
+
+    Points further than `robust` standard deviations from what the others say get their noise raised to it, thrice
+    over: a start-up wave is no property of an engine.
+    """
+    covariance = _covariance(points, points, alike)
+    noise = np.full(len(log_residual), alike.noise**2)
+    for _ in range(3):
+        taken = noise
+        inverse: Floats = np.asarray(np.linalg.inv(covariance + np.diag(noise)), np.float64)
+        weights = inverse @ log_residual
+        left_out = weights / np.diag(inverse)  # residual of each point predicted by the others
+        deviation = 1.0 / np.sqrt(np.diag(inverse))
+        excess = np.abs(left_out) / (robust * deviation)
+        noise = np.where(excess > 1.0, noise * np.minimum(excess**2, 100.0), noise)
+    return Correction(points, weights, inverse, np.asarray(taken, np.float64), alike)
+
+
+def left_out_scores(correction: Correction, folds: Sequence[object]) -> Floats:
+    """(n,) |error| over deviation of each learned point, predicted without the points of its fold.
+
+    In closed form from the fit to all: the error of a block of points left out is the inverse of their block of the
+    inverse covariance times their weights (Rasmussen and Williams, section 5.4.2, there for single points).
+    """
+    _, labels = np.unique(np.array([str(fold) for fold in folds]), return_inverse=True)
+    scores = np.zeros(len(labels))
+    for label in range(labels.max() + 1):
+        out = np.flatnonzero(labels == label)
+        covariance = np.linalg.inv(correction.inverse[np.ix_(out, out)])
+        # one new measurement's noise, not what an outlier's was raised to
+        variance = np.diag(covariance) - correction.noise[out] + correction.alike.noise**2
+        scores[out] = np.abs(covariance @ correction.weights[out]) / np.sqrt(np.maximum(variance, 1e-12))
+    return scores
+
+
+def conformal_quantile(scores: Floats, coverage: float) -> float:
+    """The score below which a new one lies with at least this probability, if it is exchangeable with these."""
+    rank = int(np.ceil((len(scores) + 1) * coverage))
+    return float(np.sort(scores)[min(rank, len(scores)) - 1])
