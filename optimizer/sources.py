@@ -104,11 +104,13 @@ class Sources:
         if self.profile is not None:
             return f"profile of {self.profile.name}"
         assert self.device is not None
+        if self.layer_times is not None:
+            return f"layer times in {self.layer_times} on {self.device.name}"
         return f"data sheet of {self.device.name} ({self.device.as_of})"
 
     @property
     def measured(self) -> bool:
-        return self.profile is not None
+        return self.profile is not None or self.layer_times is not None
 
     @property
     def digest(self) -> str:
