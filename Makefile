@@ -46,7 +46,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.installed
-	for script in startup simulator_speed scheduler_overhead step_overhead prediction_local kernels_cpu lora physics roofline_calibration runtime_peers serving_load soak load_generators; do \
+	for script in startup simulator_speed scheduler_overhead step_overhead prediction_local per_request kernels_cpu lora physics roofline_calibration runtime_peers serving_load soak load_generators; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

@@ -6,7 +6,8 @@
 DIR as LLMServingSim lays them out: a run holds vllm/requests.jsonl and vllm/meta.json (and config.json, whose link
 joins the GPUs), a profile meta.yaml and tpN/. Arrivals, prompts and answer lengths are the run's. Where its dataset is
 among the public data (`--trace FILE` for others) the tokens of its prompts say what the prefix cache holds. One
-constant is fitted to the two runs of dense models (profiler/engine_tables.py: time between kernels); else nothing is.
+constant is fitted to the two runs of dense models (profiler/engine_tables.py: time between kernels), and how ranks with
+experts share a link was chosen by the only run that has them (docs/notes/per-request.md); else nothing is.
 
 Arrivals are stamped by the client's clock, all else by the server's. They are laid over each other so that the request
 that came to the scheduler fastest took no time: what every request needs before, some 2 ms, is in no TTFT here.

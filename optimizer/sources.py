@@ -131,7 +131,7 @@ class Sources:
 
     @property
     def measured(self) -> bool:
-        return self.profile is not None
+        return self.profile is not None or self.layer_times is not None
 
     @property
     def digest(self) -> str:

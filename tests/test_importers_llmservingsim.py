@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from paretune.optimizer.sources import Sources
 from paretune.profiler.engine_tables import Link, engine_step
+from paretune.profiler.hardware import BadHardware
 from paretune.profiler.importers.llmservingsim import EngineProfile, find_profile, read_profile
 from paretune.profiler.operator_tables import BadTable
 from paretune.runtime.model_shape import ModelShape
@@ -144,3 +147,20 @@ def test_the_folder_must_hold_one_profile_of_the_model(tmp_path: Path) -> None:
         find_profile(tmp_path, "org/Other")
     with pytest.raises(BadTable, match="tensor_parallel_size 1"):
         engine_step(read(tmp_path), SHAPE, POOL.model_copy(update={"tensor_parallel_size": 2}), link=Link(1e-6, 1e9))
+
+
+def test_layer_times_take_the_place_of_the_data_sheet_but_not_of_this_machine(tmp_path: Path) -> None:
+    write_profile(tmp_path / "perf")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    sources = Sources.of(str(model), accelerator_name="RTX PRO 6000", layer_times=tmp_path / "perf")
+    assert sources.step_model(POOL).tables.batch is not None
+    with pytest.raises(BadHardware, match="layer times"):
+        Sources.of(str(model), layer_times=tmp_path / "perf")
+
+
+def test_the_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_profile(tmp_path, tp_degrees=[1, 2], engine_effective={"hf_overrides": {"num_attention_heads": 8}})
+    with pytest.raises(BadTable, match="num_attention_heads"):
+        read(tmp_path)
