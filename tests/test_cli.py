@@ -72,7 +72,9 @@ def data_of(ended: Ended, command: str, exit_code: int = 0) -> Any:
 
 
 def test_the_commands_are_the_ones_that_were_promised() -> None:
-    promised = "demo doctor export front init kernels pick profile replay report retune serve simulate trace tune"
+    promised = (
+        "demo doctor explain export front init kernels pick profile replay report retune serve simulate trace tune"
+    )
     assert sorted(cli.commands) == [*promised.split(), "verify"]
     assert {path[1] for path in COMMANDS if path[0] == "trace"} == {"describe", "check", "convert", "sample", "scale"}
     assert {path[1] for path in COMMANDS if path[0] == "kernels"} == {"tune", "show"}

@@ -160,7 +160,7 @@ def _stretch(blocks: int, length: float, alike: float) -> float:
 
     Student's t over the normal quantile (Abramowitz and Stegun, 26.7.5); sqrt(m / (m - 1)) of m blocks; and what the
     cuts lose: blocks of length l have 1 - (a - 1 / a) / (2 l) of the variance where correlation falls geometrically
-    and sums up to a, `alike` (Künsch 1989, section 3.3, of such a process).
+    and sums up to a, `alike` (the sum of (1 - k / l) times the correlation at lag k).
     """
     z, freedom = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2), blocks - 1
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
