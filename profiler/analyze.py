@@ -42,7 +42,7 @@ GROUPS = {
     "behind others' prefills": ("others_prefill",),
     "others' decodes in the batch": ("others_decode",),
     "recompute after preemption": ("recompute",),
-    "between its steps (preempted, stages busy)": ("preempted", "pipeline"),
+    "between its steps (pauses, preempted, stages busy)": ("preempted", "pipeline"),
     "to the client (HTTP, text)": ("to_client",),
 }  # fmt: skip
 (_BEFORE, _PREFILL, _DECODE, _OTHERS_PREFILL, _OTHERS_DECODE, _RECOMPUTE, _BETWEEN, _CLIENT) = range(len(GROUPS))

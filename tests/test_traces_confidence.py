@@ -104,7 +104,9 @@ def test_no_request_and_one_request_have_no_interval_and_are_never_enough() -> N
     nothing = estimate(times_of(np.full(3, np.nan)), TTFT, 95.0)
     assert nothing.requests == 0
     assert not nothing.enough
-    assert not estimate(times_of(np.ones(1)), TTFT, 95.0).enough
+    one = estimate(times_of(np.ones(1)), TTFT, 95.0)
+    assert not one.enough
+    assert math.isnan(one.low)
     assert all(not each.enough for each in estimates(times_of(np.zeros(0))))
 
 

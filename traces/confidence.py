@@ -43,7 +43,7 @@ _SEED = 20260701
 class Estimate:
     """One percentile of a run and how sure it is; seconds.
 
-    low, high    90 % interval by block bootstrap over time
+    low, high    90 % interval by block bootstrap over time; NaN where the run is a single block
     requests     that it was taken of
     independent  how many independent requests would say as much (requests / how many neighbors are alike)
     needed_s     about how long a run of this traffic must be for this percentile
@@ -160,7 +160,7 @@ def _stretch(blocks: int, length: float, alike: float) -> float:
 
     Student's t over the normal quantile (Abramowitz and Stegun, 26.7.5); sqrt(m / (m - 1)) of m blocks; and what the
     cuts lose: blocks of length l have 1 - (a - 1 / a) / (2 l) of the variance where correlation falls geometrically
-    and sums up to a, `alike` (Künsch 1989, section 3.3, of such a process).
+    and sums up to a, `alike` (the sum of (1 - k / l) times the correlation at lag k).
     """
     z, freedom = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2), blocks - 1
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
@@ -184,9 +184,12 @@ def estimate(times: RequestTimes, metric: Metric, p: float, rows: Mask | None = 
     if n == 0:
         return Estimate(str(metric), p, value, math.nan, math.nan, 0, 0.0, math.inf, duration_s, "no request has one")
     alike = alike_neighbors(values[known] > value)
-    low, high = block_bootstrap(values, time_blocks(times, alike), (p,), np.random.default_rng(_SEED), alike)[0]
+    block = time_blocks(times, alike)
+    low = high = math.nan  # a single block says nothing of how blocks differ
+    if len(np.unique(block[known])) > 1:
+        low, high = block_bootstrap(values, block, (p,), np.random.default_rng(_SEED), alike)[0]
     independent = n / alike
-    reach = max(high / value - 1, 1 - low / value) if 0 < value < math.inf else 0.0
+    reach = max(high / value - 1, 1 - low / value) if 0 < value < math.inf and low == low else 0.0
     beyond = independent * (1 - p / 100)
     factors = {
         f"{beyond:.1f} independent requests beyond it; {LEAST_BEYOND} are enough": LEAST_BEYOND / beyond,
