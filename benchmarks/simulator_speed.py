@@ -4,16 +4,18 @@ The first 40 minutes of the Azure conversation trace with 256 sequences, 2,048 b
 30,000 of them, and 1,500, as recorded and with steps twice as long (then requests pile up and preempt each other, most
 where a prompt is admitted as soon as its first chunk fits). Mooncake's synthetic trace with its prefixes. Steps of
 Llama-3.1-8B on one H200 from its data sheet. Beside the rates: how far jumping over decode steps is from taking them
-one by one, percentile by percentile.
+one by one, percentile by percentile; and what memory the Azure trace takes when it is streamed again and again until it
+has 20 million requests (`--stream N`).
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ from paretune.optimizer.screen import estimate_all, means_of, screen
 from paretune.profiler.hardware import accelerator
 from paretune.profiler.simulator import SimulationResult, simulate
 from paretune.profiler.step_time import StepTables
+from paretune.profiler.stream import simulate_stream
 from paretune.profiler.tables import scaled, step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
@@ -80,6 +83,31 @@ def screening(trace: Trace, shape: ModelShape) -> tuple[list[float], int]:
     return rates_of(work, len(pools)), len(pools)
 
 
+def streamed(trace: Trace, pool: Pool, tables: StepTables, requests: int) -> dict[str, float]:
+    """The trace again and again until there are so many requests, in memory that is looked at before and after."""
+    copies = -(-requests // len(trace))
+    span_s = float(trace.arrival_s[-1]) + 1.0
+
+    def chunks(count: int) -> Iterator[Trace]:
+        for copy in range(count):
+            yield Trace(trace.arrival_s + copy * span_s, trace.input_tokens, trace.output_tokens)
+
+    simulate_stream(chunks(2), pool, tables)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.process_time()
+    result = simulate_stream(chunks(copies), pool, tables)
+    seconds = time.process_time() - begin
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {
+        "requests": result.summary.requests,
+        "finished": result.summary.finished,
+        "peak_memory_bytes": (before + grown // 1024) * 1024,
+        "grown_bytes_per_request": grown / result.summary.requests,
+        "requests_per_cpu_second": result.summary.requests / seconds,
+        "itl_p99_s": result.summary.value("itl", 99),
+    }
+
+
 def main() -> int:
     azure = read(needed_data("traces", "azure2023", "conv_first40min.csv"))
     mooncake = read(needed_data("traces", "mooncake", "synthetic_trace.jsonl"))
@@ -113,6 +141,15 @@ def main() -> int:
             f"jumps differ from single steps by at most {difference:.1e}",
             file=sys.stderr,
         )
+    pool = Pool(accelerator=DEVICE, **LIMITS)
+    many = int(sys.argv[sys.argv.index("--stream") + 1]) if "--stream" in sys.argv else 20_000_000
+    stream = streamed(azure, pool, step_tables(accelerator(DEVICE), shape, pool).tables, many)
+    details["stream"] = stream
+    print(
+        f"stream of {stream['requests']:,}: {stream['grown_bytes_per_request']:.2f} bytes more a request, "
+        f"{stream['requests_per_cpu_second']:,.0f} requests per CPU-second",
+        file=sys.stderr,
+    )
     rates, candidates = screening(azure, shape)
     details["screen"] = {"candidates_per_cpu_second": spread(rates), "candidates": candidates}
     print(f"screen: {statistics.median(rates):,.0f} candidates per CPU-second", file=sys.stderr)
@@ -126,6 +163,7 @@ def main() -> int:
         Bar("requests per CPU-second, 1,500 blocks and overload", rate("1,500 blocks, steps twice as long"), 250_000),
         Bar("requests per CPU-second, Mooncake with prefix cache", rate("Mooncake with its prefixes"), 100_000),
         Bar("largest relative difference of a percentile, jumps to single steps", worst, 1e-3, at_least=False),
+        Bar("bytes of memory a streamed request", stream["grown_bytes_per_request"], 200, at_least=False),
         Bar("candidates screened per CPU-second", float(np.median(rates)), 200_000),
     ]
     finish(bars, details, "simulator_speed")
