@@ -256,9 +256,10 @@ def loaded_s(
     busy = np.array([mean.rate_per_s for mean in means]) / np.asarray(replicas) / saturation_per_s
     stretch = 1 / np.maximum(0.05, 1 - busy)
     if metric.name == "tpot":
-        return np.maximum(step_s, _least(metric, p, found, means))
+        return np.asarray(np.maximum(step_s, _least(metric, p, found, means)), np.float64)
     if metric.name == "ttft":
-        return np.where(np.isfinite(step_s), stretch * _least(metric, p, found, means), np.inf)
+        finite = np.isfinite(step_s)
+        return np.asarray(np.where(finite, stretch * _least(metric, p, found, means), np.inf), np.float64)
     latency = np.full(len(found), np.inf)
     most_tokens = {"ttf": metric.k}.get(metric.name, np.iinfo(np.int64).max)
     for i in np.flatnonzero(np.isfinite(step_s)).tolist():

@@ -415,7 +415,7 @@ def _note_kth(
             times.kth_s[state.request_id[slot]] = now_s + kth_s + client_s
         elif to_kth > done + steps:
             later = min(later, to_kth)
-    return later
+    return int(later)
 
 
 @njit
