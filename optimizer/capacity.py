@@ -83,7 +83,7 @@ def check_question(trace: Trace, targets: Sequence[Target], metric: Metric, perc
     metrics = [metric, *(target.metric for target in targets)]
     if any(each.name == "itl" for each in metrics):
         raise BadQuestion(
-            "metric", "itl", "ttft, ttf30, tpot, e2e", "ask for tpot: gaps of single tokens are not simulated"
+            "metric", "itl", "ttft, ttf30, tpot, e2e", "ask for tpot: the search has no interval for single gaps"
         )
     k = k_of(metrics)
     check_governed(trace, targets)

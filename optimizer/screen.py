@@ -6,10 +6,10 @@ It knows no queue but that of the mean, so it only drops what is hopeless by a m
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,30 +81,42 @@ def _steady_step_s(tables: StepTables, b: int, tokens: float, context: float, pa
 @njit
 def _mean_field(
     tables: StepTables,
-    most_rows: int,
     input_tokens: float,
     output_tokens: float,
     prefill_pairs: float,
-    rate_per_s: float,
-    out: NDArray[np.float64],
+    most_rows: NDArray[np.int64],
+    rate_per_s: NDArray[np.float64],
+    steps_s: NDArray[np.float64],
+    saturation_per_s: NDArray[np.float64],
+    step_s: NDArray[np.float64],
 ) -> None:
-    """out (2,): most requests per second that one replica carries; the mean step at `rate_per_s`, infinite beyond."""
+    """Of each candidate with these tables, (c,) all: most requests per second that one replica carries; the mean step
+    at its rate, infinite beyond. most_rows: decoding rows at most; steps_s: scratch, longer than any of these.
+    """
     tokens = input_tokens / output_tokens
     pairs = prefill_pairs / output_tokens
     context = input_tokens + 0.5 * output_tokens
     prompts = 1.0 / output_tokens
-    out[0] = 0.0
-    out[1] = np.inf
-    b = 1
-    while True:
-        step_s = _steady_step_s(tables, b, tokens, context, pairs, prompts)
-        carried = b / (step_s * output_tokens)
-        out[0] = max(out[0], carried)
-        if carried >= rate_per_s:
-            out[1] = min(out[1], step_s)
-        if b >= most_rows:
-            break
-        b = min(most_rows, b + 1 + b // 8)
+    known = 1  # steps of fewer rows than this are in steps_s, as far as anybody asked for them
+    for i in range(most_rows.shape[0]):
+        most = most_rows[i]
+        saturation_per_s[i] = 0.0
+        step_s[i] = np.inf
+        b = 1
+        while b < most:
+            if b >= known:
+                steps_s[b] = _steady_step_s(tables, b, tokens, context, pairs, prompts)
+                known = b + 1
+            carried = b / (steps_s[b] * output_tokens)
+            saturation_per_s[i] = max(saturation_per_s[i], carried)
+            if carried >= rate_per_s[i]:
+                step_s[i] = min(step_s[i], steps_s[b])
+            b += 1 + b // 8
+        last_s = _steady_step_s(tables, most, tokens, context, pairs, prompts)
+        carried = most / (last_s * output_tokens)
+        saturation_per_s[i] = max(saturation_per_s[i], carried)
+        if carried >= rate_per_s[i]:
+            step_s[i] = min(step_s[i], last_s)
 
 
 @njit
@@ -146,55 +158,83 @@ def _alone(
         end_s[i] = now_s + (outputs[i] - 1) * 0.5 * (step_s + last_s)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the mean field says of one candidate.
+class Alone(NamedTuple):
+    """(s,) seconds of the sampled requests, each alone on an idle replica: first, k-th and last token."""
 
-    saturation_per_s  most requests per second that one replica can carry
-    step_s            mean step at the recorded rate over all replicas; infinite beyond saturation
-    first_s, kth_s, end_s  (s,) seconds of the sampled requests, each alone on an idle replica
-    """
-
-    saturation_per_s: float
-    step_s: float
     first_s: NDArray[np.float64]
     kth_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
 
 
+class Estimate(NamedTuple):
+    """What the mean field says of one candidate.
+
+    saturation_per_s  most requests per second that one replica can carry
+    step_s            mean step at the recorded rate over all replicas; infinite beyond saturation
+    alone             one object for all candidates that agree in what it depends on
+    """
+
+    saturation_per_s: float
+    step_s: float
+    alone: Alone
+
+
 def estimate(means: Means, pool: Pool, tables: StepTables, k: int) -> Estimate:
-    """The mean field of one candidate: microseconds, once compiled."""
-    held = means.input_tokens + means.output_tokens
-    by_cache = pool.num_kv_blocks * pool.block_size / held
-    by_tokens = pool.max_num_batched_tokens / (1 + means.input_tokens / means.output_tokens)
-    most_seqs = max(1, int(min(pool.max_num_seqs, by_cache)))
-    stages = min(pool.pipeline_parallel_size, most_seqs)  # at steps of their own, each with its share of the requests
-    most_rows = max(1, int(min(most_seqs / stages, by_tokens)))
-    out = np.empty(2)
-    _mean_field(
-        tables,
-        most_rows,
-        means.input_tokens,
-        means.output_tokens,
-        means.prefill_pairs,
-        means.rate_per_s / pool.replicas / stages,
-        out,
-    )
-    times = [np.empty(len(means.sample_input)) for _ in range(3)]
-    _alone(
-        tables,
-        means.sample_input,
-        means.sample_output,
-        means.sample_cached,
-        pool.max_num_batched_tokens,
-        pool.pipeline_parallel_size,
-        k,
-        *times,
-    )
-    return Estimate(stages * float(out[0]), float(out[1]), *times)
+    """The mean field of one candidate; `estimate_all` for many."""
+    return estimate_all([means], [pool], [tables], k)[0]
 
 
-def alone_s(metric: Metric, found: Estimate, means: Means) -> NDArray[np.float64]:
+def estimate_all(means: Sequence[Means], pools: Sequence[Pool], tables: Sequence[StepTables], k: int) -> list[Estimate]:
+    """The mean field of each candidate: a few microseconds, once compiled.
+
+    Candidates mostly share their tables (the same object), and what a request takes alone depends, beyond these, on the
+    largest chunk of a prompt and on the stages only: all that is computed once.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    alone: dict[tuple[int, int, int, int], Alone] = {}
+    chosen: list[Alone] = []
+    most_rows: list[int] = []
+    stages: list[int] = []
+    rates: list[float] = []
+    for i, (mean, pool, table) in enumerate(zip(means, pools, tables)):
+        inputs, outputs, most_tokens = mean.input_tokens, mean.output_tokens, pool.max_num_batched_tokens
+        by_cache = pool.num_kv_blocks * pool.block_size / (inputs + outputs)
+        by_tokens = most_tokens / (1 + inputs / outputs)
+        most_seqs = max(1, int(min(pool.max_num_seqs, by_cache)))
+        # at steps of their own, each with its share of the requests
+        own = pool.pipeline_parallel_size
+        parts = min(own, most_seqs)
+        stages.append(parts)
+        most_rows.append(max(1, int(min(most_seqs / parts, by_tokens))))
+        rates.append(mean.rate_per_s / pool.replicas / parts)
+        same = id(table), id(mean)
+        if same in groups:
+            groups[same].append(i)
+        else:
+            groups[same] = [i]
+        key = (*same, most_tokens, own)
+        if key not in alone:
+            alone[key] = _alone_of(mean, pool, table, k)
+        chosen.append(alone[key])
+    all_rows, rate_per_s = np.array(most_rows), np.array(rates)
+    saturation_per_s, step_s = np.empty(len(pools)), np.empty(len(pools))
+    for members in groups.values():
+        mean, rows = means[members[0]], all_rows[members]
+        found = np.empty(len(members)), np.empty(len(members))
+        traffic = (mean.input_tokens, mean.output_tokens, mean.prefill_pairs)
+        _mean_field(tables[members[0]], *traffic, rows, rate_per_s[members], np.empty(rows.max() + 1), *found)
+        saturation_per_s[members], step_s[members] = found
+    return list(map(Estimate, (saturation_per_s * np.array(stages)).tolist(), step_s.tolist(), chosen))
+
+
+def _alone_of(means: Means, pool: Pool, tables: StepTables, k: int) -> Alone:
+    times = Alone(*(np.empty(len(means.sample_input)) for _ in range(3)))
+    requests = (means.sample_input, means.sample_output, means.sample_cached)
+    _alone(tables, *requests, pool.max_num_batched_tokens, pool.pipeline_parallel_size, k, *times)
+    return times
+
+
+def alone_s(metric: Metric, found: Alone, means: Means) -> NDArray[np.float64]:
     """A metric of the sampled requests, each alone: a lower bound of it under load; NaN where it is undefined."""
     if metric.name == "ttft" or metric == Metric("ttf", 1):
         return found.first_s
@@ -207,16 +247,37 @@ def alone_s(metric: Metric, found: Estimate, means: Means) -> NDArray[np.float64
     return found.end_s
 
 
-def loaded_s(metric: Metric, p: float, found: Estimate, means: Means, replicas: int) -> float:
+def loaded_s(
+    metric: Metric, p: float, found: Sequence[Estimate], means: Sequence[Means], replicas: Sequence[int]
+) -> NDArray[np.float64]:
     """A rough percentile at the recorded rate: alone, stretched by mean step and mean queue; infinite in overload."""
-    if not math.isfinite(found.step_s):
-        return math.inf
-    busy = means.rate_per_s / replicas / found.saturation_per_s
-    first_s = found.first_s / max(0.05, 1 - busy)
+    step_s = np.array([each.step_s for each in found])
+    saturation_per_s = np.array([each.saturation_per_s for each in found])
+    busy = np.array([mean.rate_per_s for mean in means]) / np.asarray(replicas) / saturation_per_s
+    stretch = 1 / np.maximum(0.05, 1 - busy)
     if metric.name == "tpot":
-        return max(found.step_s, percentile(alone_s(metric, found, means), p))
-    tokens = {"ttft": 1, "ttf": metric.k}.get(metric.name, np.iinfo(np.int64).max)
-    return percentile(first_s + (np.minimum(tokens, means.sample_output) - 1) * found.step_s, p)
+        return np.asarray(np.maximum(step_s, _least(metric, p, found, means)), np.float64)
+    if metric.name == "ttft":
+        finite = np.isfinite(step_s)
+        return np.asarray(np.where(finite, stretch * _least(metric, p, found, means), np.inf), np.float64)
+    latency = np.full(len(found), np.inf)
+    most_tokens = {"ttf": metric.k}.get(metric.name, np.iinfo(np.int64).max)
+    for i in np.flatnonzero(np.isfinite(step_s)).tolist():
+        later_s = (np.minimum(most_tokens, means[i].sample_output) - 1) * step_s[i]
+        latency[i] = percentile(found[i].alone.first_s * stretch[i] + later_s, p)
+    return latency
+
+
+def _least(metric: Metric, p: float, found: Sequence[Estimate], means: Sequence[Means]) -> NDArray[np.float64]:
+    """A percentile of `alone_s` of each candidate, worked out once for those that share it."""
+    known: dict[tuple[int, int], float] = {}
+    values = []
+    for each, mean in zip(found, means):
+        key = id(each.alone), id(mean)
+        if key not in known:
+            known[key] = percentile(alone_s(metric, each.alone, mean), p)
+        values.append(known[key])
+    return np.array(values)
 
 
 @dataclass(frozen=True)
@@ -258,17 +319,25 @@ def screen(
     dropped: dict[int, str] = {}
     counts: Counter[str] = Counter()
     margins = np.array([MARGIN * (1 + pool.num_speculative_tokens) for pool in pools])
-    for i, (found, mean) in enumerate(zip(estimates, means)):
-        kind, reason = _hopeless(found, mean, targets, most_replicas[i], margins[i])
+    least: dict[tuple[int, int], list[float]] = {}
+    for i, (found, mean, margin) in enumerate(zip(estimates, means, margins.tolist())):
+        key = id(found.alone), id(mean)
+        if key not in least:
+            least[key] = [
+                percentile(alone_s(target.metric, found.alone, mean)[rows], target.percentile)
+                for target, rows in zip(targets, mean.rows)
+            ]
+        kind, reason = _hopeless(found, mean, least[key], targets, most_replicas[i], margin)
         if kind:
             dropped[i] = reason
             counts[kind] += 1
     left = [i for i in range(len(estimates)) if i not in dropped]
     if targets and all(pool.replicas == most for pool, most in zip(pools, most_replicas)):
-        latency = np.array([loaded_s(metric, p, estimates[i], means[i], most_replicas[i]) for i in left])
+        which = ([estimates[i] for i in left], [means[i] for i in left])
+        latency = loaded_s(metric, p, *which, [most_replicas[i] for i in left])
     else:
         # the load of a replica is still open: what can be compared is a request alone
-        latency = np.array([percentile(alone_s(metric, estimates[i], means[i]), p) for i in left])
+        latency = _least(metric, p, [estimates[i] for i in left], [means[i] for i in left])
     cost = np.array([usd_per_replica_hour[i] / max(1e-12, estimates[i].saturation_per_s) for i in left])
     for at in _beaten(latency, cost, margins[left]):
         dropped[left[at]] = f"another is {margins[left[at]]:g} times better in both {metric}:p{p:g} and cost"
@@ -278,15 +347,19 @@ def screen(
 
 
 def _hopeless(
-    found: Estimate, means: Means, targets: Sequence[Target], most_replicas: int, margin: float
+    found: Estimate,
+    means: Means,
+    least: Sequence[float],
+    targets: Sequence[Target],
+    most_replicas: int,
+    margin: float,
 ) -> tuple[str, str]:
     if not targets:
         return "", ""
     share = found.saturation_per_s * most_replicas / means.rate_per_s
     if share * margin < 1:
         return "cannot carry the recorded rate", f"carries at most {share:.2f} of the recorded rate"
-    for target, rows in zip(targets, means.rows):
-        least_s = percentile(alone_s(target.metric, found, means)[rows], target.percentile)
+    for target, least_s in zip(targets, least):
         if least_s > target.limit_s * margin:
             return "misses a target even when idle", f"{target}: {least_s:.3g} s even with one request at a time"
     return "", ""

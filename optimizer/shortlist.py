@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..profiler.step_time import StepTables
 from ..runtime.spec import Deployment, Pool
 from .evaluate import Question
-from .screen import Estimate, estimate, means_of, screen
+from .screen import Estimate, estimate, estimate_all, means_of, screen
 from .space import SearchSpace
 from .store import Record
 from .study import Screened
@@ -30,21 +31,23 @@ class Shortlist:
         means = {caching: means_of(question.trace, question.targets, caching) for caching in (True, False)}
         self._default_estimate = self._estimate(space.default.pool, means)
         known: list[int] = []
-        estimates: list[Estimate] = []
+        tables: list[StepTables] = []
         refused: dict[str, int] = {}
         for i, deployment in enumerate(found.deployments):
             try:
-                estimates.append(self._estimate(deployment.pool, means))
+                tables.append(question.step_model(deployment.pool).tables)
                 known.append(i)
             except Exception as error:
                 kind = f"no step times: {refusal(error)}"
                 refused[kind] = refused.get(kind, 0) + 1
         pools = [found.deployments[i].pool for i in known]
+        each_means = [means[pool.enable_prefix_caching] for pool in pools]
+        estimates = estimate_all(each_means, pools, tables, question.k)
         most = [question.most_replicas(pool) if question.cost == "sizing" else pool.replicas for pool in pools]
         screening = screen(
             estimates,
             pools,
-            [means[pool.enable_prefix_caching] for pool in pools],
+            each_means,
             [question.usd_per_hour(pool) / pool.replicas for pool in pools],
             targets=question.targets,
             metric=question.metric,

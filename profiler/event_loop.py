@@ -13,11 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.decode_runs import commit_decode_run, decode_run_length, is_decode_run
+from ..runtime.decode_runs import (
+    affordable_steps,
+    begin_decode_run,
+    end_in_decode_run,
+    finish_decode_run,
+    least_num_tokens,
+    needs_no_eviction,
+)
 from ..runtime.scheduler import add_request, commit, schedule
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
-    NUM_RUNNING,
+    NUM_WAITING,
     PLAN_FINISHED,
     PLAN_PREEMPTED,
     PLAN_SIZE,
@@ -25,13 +32,14 @@ from ..runtime.scheduler_state import (
     Plan,
     State,
 )
-from .step_time import WORK_GRID, StepTables, composed_time_s, composition, grid_place
+from .step_time import StepTables, composed_time_s, composition, decode_steps
 
 # why the event loop returned
 DRAINED = 0
 OUT_OF_SLOTS = 1
 GAVE_UP = 2
 PAUSED = 3
+OUT_OF_ROOM = 4  # for gaps
 
 # places in the cursor of a replica
 ARRIVED = 0  # requests of its queue that the scheduler has seen
@@ -39,6 +47,8 @@ QUEUED = 1
 STEPS = 2
 ENDED = 3
 BEGUN = 4  # steps, of a pipeline
+RUNS = 5  # of Gaps
+SINGLES = 6  # of Gaps
 
 METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
 
@@ -67,6 +77,27 @@ class Times(NamedTuple):
     first_s: NDArray[np.float64]
     kth_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
+
+
+class Gaps(NamedTuple):
+    """When the tokens of one replica's requests came, so that every gap between two can be told (token_gaps.py).
+
+    last_s         (slots,) float64  end of the step that brought a live request's last token
+    Runs of steps without a pause, each step growth_s longer than the one before. Who got a token when a step began and
+    again when it ended has a gap as long as the step:
+    run_first_s, run_growth_s (m,) float64; run_steps (m,) int64; run_end_s (m,) float64 with the way to the client
+    Gaps of single requests, which took more than one step, or (speculation) none:
+    request (g,) int64; from_s, to_s (g,) float64 with the way to the client
+    """
+
+    last_s: NDArray[np.float64]
+    run_first_s: NDArray[np.float64]
+    run_growth_s: NDArray[np.float64]
+    run_steps: NDArray[np.int64]
+    run_end_s: NDArray[np.float64]
+    request: NDArray[np.int64]
+    from_s: NDArray[np.float64]
+    to_s: NDArray[np.float64]
 
 
 class Bounds(NamedTuple):
@@ -161,8 +192,42 @@ def note_ended(
 
 
 @njit
-def note_tokens(state: State, plan: Plan, times: Times, k: int, at_s: float) -> None:
-    """Write down whose first and k-th tokens a step brings, before it is committed."""
+def note_tokens(
+    state: State,
+    plan: Plan,
+    times: Times,
+    gaps: Gaps,
+    cursor: NDArray[np.int64],
+    k: int,
+    began_s: float,
+    ended_s: float,
+    client_s: float,
+) -> None:
+    """Write down what a step brings before it is committed: first and k-th tokens, and the gaps of their own.
+
+    began_s, ended_s: of the step. Who got a token when it began has the gap of the step itself, which is not written
+    down here; with a began_s that is none everybody's gap is.
+    """
+    at_s = ended_s + client_s
+    for row in range(plan.counts[PLAN_SIZE]):
+        if plan.samples[row]:
+            slot = plan.slot[row]
+            before = state.num_tokens[slot] - state.num_prompt_tokens[slot]
+            request = state.request_id[slot]
+            if before == 0:
+                times.first_s[request] = at_s
+            elif gaps.last_s[slot] != began_s:
+                _note_gap(gaps, cursor, request, gaps.last_s[slot] + client_s, at_s)
+            gaps.last_s[slot] = ended_s
+            if before < k <= before + plan.accepted[row]:
+                times.kth_s[request] = at_s
+            for _ in range(1, plan.accepted[row]):
+                _note_gap(gaps, cursor, request, at_s, at_s)
+
+
+@njit
+def note_token_times(state: State, plan: Plan, times: Times, k: int, at_s: float) -> None:
+    """Of `note_tokens` the first and k-th tokens alone, for a loop that writes down gaps in its own way."""
     for row in range(plan.counts[PLAN_SIZE]):
         if plan.samples[row]:
             slot = plan.slot[row]
@@ -175,12 +240,39 @@ def note_tokens(state: State, plan: Plan, times: Times, k: int, at_s: float) -> 
 
 
 @njit
+def _note_gap(gaps: Gaps, cursor: NDArray[np.int64], request: int, from_s: float, to_s: float) -> None:
+    place = cursor[SINGLES]
+    gaps.request[place] = request
+    gaps.from_s[place] = from_s
+    gaps.to_s[place] = to_s
+    cursor[SINGLES] += 1
+
+
+@njit
+def _note_run(gaps: Gaps, cursor: NDArray[np.int64], first_s: float, growth_s: float, steps: int, end_s: float) -> None:
+    place = cursor[RUNS]
+    gaps.run_first_s[place] = first_s
+    gaps.run_growth_s[place] = growth_s
+    gaps.run_steps[place] = steps
+    gaps.run_end_s[place] = end_s
+    cursor[RUNS] += 1
+
+
+@njit
+def has_room(state: State, gaps: Gaps, cursor: NDArray[np.int64], tokens: int) -> bool:
+    """Whether the gaps of another step, of so many tokens a request, can be written down."""
+    fits = cursor[SINGLES] + tokens * state.limits[MAX_NUM_SEQS] <= gaps.request.shape[0]
+    return bool(fits and cursor[RUNS] < gaps.run_steps.shape[0])
+
+
+@njit
 def run_replica(
     state: State,
     plan: Plan,
     tables: StepTables,
     requests: Requests,
     times: Times,
+    gaps: Gaps,
     bounds: Bounds,
     k: int,
     jump: bool,
@@ -193,69 +285,151 @@ def run_replica(
     """The event loop of one replica; returns why it ended. No step begins at until_s or later.
 
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
-    many as the cursor says; cursor (5,) int64: in the places named above; clock (2, or more,) float64: now, and busy
+    many as the cursor says; cursor (7,) int64: in the places named above; clock (2, or more,) float64: now, and busy
     seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
-    now_s = clock[0]
     client_s = tables.request_s[1]
     while True:
+        now_s = clock[0]
         if not admit(state, requests, queue, cursor, now_s):
-            status = OUT_OF_SLOTS
-            break
+            return OUT_OF_SLOTS
+        if not has_room(state, gaps, cursor, 1):
+            return OUT_OF_ROOM
         if now_s >= until_s:
-            status = PAUSED
-            break
+            return PAUSED
         waits = cursor[ARRIVED] < cursor[QUEUED]
         coming_s = requests.arrival_s[queue[cursor[ARRIVED]]] if waits else until_s
 
+        if jump and begin_decode_run(state, plan):
+            steps, going_on = _decode(
+                state, plan, tables, requests, times, gaps, bounds, k, coming_s, ended, cursor, clock
+            )
+            if not going_on:
+                return GAVE_UP
+            if steps > 0:
+                continue
         schedule(state, plan)
         size = plan.counts[PLAN_SIZE]
-        if size == 0 and plan.counts[PLAN_PREEMPTED] > 0:
-            continue
         if size == 0:
+            if plan.counts[PLAN_PREEMPTED] > 0:
+                continue
             if not waits:
-                status = DRAINED
-                break
-            now_s = coming_s
+                return DRAINED
+            clock[0] = coming_s
             continue
-
-        tokens = plan.counts[PLAN_TOKENS]
         samples, context, pairs = composition(plan, tables.prompt_pairs)
-        first_s = composed_time_s(tables, tokens, size, samples, context, pairs)
-        growth_s = 0.0
-        steps = 1
-        if jump and is_decode_run(state, plan):
-            # within one segment of the table, attention grows by the same time each step: the jump is exact
-            room = WORK_GRID[grid_place(context) + 1] - context
-            steps = decode_run_length(state, plan, 1 + int(room / size))
-            if steps > 1:
-                last_s = composed_time_s(tables, tokens, size, samples, context + float((steps - 1) * size), pairs)
-                growth_s = (last_s - first_s) / (steps - 1)
-                # with every lane taken a newcomer changes nothing before somebody ends
-                if coming_s < math.inf and state.counts[NUM_RUNNING] < state.limits[MAX_NUM_SEQS]:
-                    steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
-        run_s = steps * first_s + 0.5 * steps * (steps - 1) * growth_s
+        step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
+        ended_s = now_s + step_s
+        note_tokens(state, plan, times, gaps, cursor, k, now_s, ended_s, client_s)
+        _note_run(gaps, cursor, step_s, 0.0, 1, ended_s + client_s)
+        clock[0] = ended_s
+        clock[1] += step_s
+        cursor[STEPS] += 1
+        commit(state, plan)
+        if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, ended_s + client_s):
+            return GAVE_UP
 
-        for row in range(size):
-            if plan.samples[row]:
-                slot = plan.slot[row]
-                before = state.num_tokens[slot] - state.num_prompt_tokens[slot]
-                request = state.request_id[slot]
-                if before == 0:
-                    times.first_s[request] = now_s + first_s + client_s
-                if before < k <= before + steps:
-                    taken = k - before
-                    kth_s = taken * first_s + 0.5 * taken * (taken - 1) * growth_s
-                    times.kth_s[request] = now_s + kth_s + client_s
+
+@njit
+def _decode(
+    state: State,
+    plan: Plan,
+    tables: StepTables,
+    requests: Requests,
+    times: Times,
+    gaps: Gaps,
+    bounds: Bounds,
+    k: int,
+    coming_s: float,
+    ended: NDArray[np.int64],
+    cursor: NDArray[np.int64],
+    clock: NDArray[np.float64],
+) -> tuple[int, bool]:
+    """Jump through a run of decode steps, from one request's end to the next, until somebody else may be admitted.
+
+    Returns: steps; 0 where blocks do not suffice for one. And False where a target can no longer be met.
+    """
+    client_s = tables.request_s[1]
+    now_s, began_s = clock[0], clock[0]
+    going_on = True
+    done = 0
+    least = least_num_tokens(plan)
+    context = 0.0  # of the next step
+    kth = least + k  # steps until the next k-th token: a later one than this does not come before a request ends
+    for row in range(plan.counts[PLAN_SIZE]):
+        slot = plan.slot[row]
+        context += plan.start[row] + 1
+        if gaps.last_s[slot] != began_s:
+            return 0, True  # its next gap is its own
+        to_kth = k - (plan.start[row] + 1 - state.num_prompt_tokens[slot])
+        if to_kth > 0:
+            kth = min(kth, to_kth)
+    while True:
+        rows = plan.counts[PLAN_SIZE]
+        first_s, growth_s, steps = decode_steps(tables, rows, context)
+        steps = min(least - done, steps)
+        lazily = needs_no_eviction(state, rows, done + steps)
+        if not lazily:
+            if done > 0:
+                break
+            steps = affordable_steps(state, plan, steps)
+            if steps == 0:
+                return 0, True
+        # with every lane taken a newcomer changes nothing before somebody ends
+        if steps > 1 and coming_s < math.inf and rows < state.limits[MAX_NUM_SEQS]:
+            steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
+        if done < kth <= done + steps:
+            kth = _note_kth(state, plan, times, k, done, steps, now_s, first_s, growth_s, client_s)
+        run_s = steps * first_s + 0.5 * steps * (steps - 1) * growth_s
         now_s += run_s
         clock[1] += run_s
-        cursor[STEPS] += steps
-        commit_decode_run(state, plan, steps)
-        if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
-            status = GAVE_UP
+        done += steps
+        context += float(steps * rows)
+        _note_run(gaps, cursor, first_s, growth_s, steps, now_s + client_s)
+        if done == least:
+            if not lazily:
+                finish_decode_run(state, plan, done)
+            context -= end_in_decode_run(state, plan, done)
+            going_on = note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s)
+            if not lazily or plan.counts[PLAN_SIZE] == 0 or state.counts[NUM_WAITING] > 0 or not going_on:
+                break
+            least = least_num_tokens(plan)
+        if not lazily or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
             break
+    finish_decode_run(state, plan, done)
+    for row in range(plan.counts[PLAN_SIZE]):
+        gaps.last_s[plan.slot[row]] = now_s
     clock[0] = now_s
-    return status
+    cursor[STEPS] += done
+    return done, going_on
+
+
+@njit
+def _note_kth(
+    state: State,
+    plan: Plan,
+    times: Times,
+    k: int,
+    done: int,
+    steps: int,
+    now_s: float,
+    first_s: float,
+    growth_s: float,
+    client_s: float,
+) -> int:
+    """Write down the k-th tokens that come in `steps` more steps of a run; returns how many steps after its begin the
+    next one comes, or more than any request has left."""
+    later = plan.num_tokens[0] + k
+    for row in range(plan.counts[PLAN_SIZE]):
+        slot = plan.slot[row]
+        to_kth = k - (plan.start[row] + 1 - state.num_prompt_tokens[slot])
+        if done < to_kth <= done + steps:
+            taken = to_kth - done
+            kth_s = taken * first_s + 0.5 * taken * (taken - 1) * growth_s
+            times.kth_s[state.request_id[slot]] = now_s + kth_s + client_s
+        elif to_kth > done + steps:
+            later = min(later, to_kth)
+    return int(later)
 
 
 @njit
@@ -265,6 +439,7 @@ def run_pipeline(
     tables: StepTables,
     requests: Requests,
     times: Times,
+    gaps: Gaps,
     bounds: Bounds,
     k: int,
     queue: NDArray[np.int64],
@@ -285,6 +460,9 @@ def run_pipeline(
     while True:
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
+            break
+        if not has_room(state, gaps, cursor, 1):
+            status = OUT_OF_ROOM
             break
         if now_s >= until_s:
             status = PAUSED
@@ -315,7 +493,7 @@ def run_pipeline(
         plan = plans[number]
         now_s = max(now_s, clock[3 + number])
         clock[1] += now_s - began_s
-        note_tokens(state, plan, times, k, now_s + client_s)
+        note_tokens(state, plan, times, gaps, cursor, k, math.nan, now_s, client_s)
         commit(state, plan)
         cursor[STEPS] += 1
         if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):

@@ -20,7 +20,9 @@ from ..runtime.scheduler_state import (
     NUM_HOST_HIT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_PREFIX_HIT_TOKENS,
+    NUM_RUNNING,
     NUM_SWAPPED,
+    NUM_WAITING,
     grow,
     new_plan,
     new_state,
@@ -34,14 +36,19 @@ from ..traces.trace import BadTrace, Trace
 from .ahead_loop import run_ahead
 from .batch_time import BatchTables
 from .event_loop import (
+    ARRIVED,
     DRAINED,
     ENDED,
     GAVE_UP,
     METRIC_CODE,
+    OUT_OF_ROOM,
     OUT_OF_SLOTS,
     QUEUED,
+    RUNS,
+    SINGLES,
     STEPS,
     Bounds,
+    Gaps,
     Requests,
     Times,
     run_pipeline,
@@ -50,6 +57,7 @@ from .event_loop import (
 from .speculative_loop import Chances, run_speculative
 from .step_record import Recorder
 from .step_time import StepTables
+from .token_gaps import ReplicaGaps, StepGaps
 
 _FIRST_PLACES = 1024  # of a queue that grows
 
@@ -131,9 +139,10 @@ class _Totals(NamedTuple):
     steps: int
     busy_s: float
     counted: NDArray[np.int64]  # the counts that _TOTALS names
+    gaps: ReplicaGaps | None  # None: not noted
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """What all replicas share."""
 
     policy: str
@@ -147,50 +156,76 @@ class _Run(NamedTuple):
     k: int
     jump: bool
     chances: Chances | None  # None: nothing is proposed
-    recorder: Recorder | None  # None: nothing is written down
+    recorder: Recorder | None = None  # None: nothing is written down
 
 
-class _Replica:
+class Replica:
     """One replica on its own virtual clock.
 
     queue, ended, cursor, clock  as in `run_replica`
     """
 
-    def __init__(self, pool: Pool, run: _Run, queue: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, pool: Pool, run: Run, queue: NDArray[np.int64] | None = None) -> None:
         """queue: rows of the requests that it gets, where that is known beforehand."""
         self.state = new_state(
             pool, policy=run.policy, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash, own_content=True
         )
         self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
         self.ended = np.zeros_like(self.queue)
-        self.cursor = np.zeros(5, np.int64)
+        self.cursor = np.zeros(7, np.int64)
         self.cursor[QUEUED] = 0 if queue is None else len(queue)
         self.clock = np.zeros(3 + pool.pipeline_parallel_size)
         self._outstanding_tokens = 0
         self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
-        self._run = run
+        self.run = run
         self._sums = None if run.recorder is None else run.recorder.replica(pool.pipeline_parallel_size)
         self._gone = 0
+        self._most_tokens = 1 if run.chances is None else 1 + int(run.chances.most[0])  # of a request in a step
+        runs, singles = 1024 + 6 * len(self.queue), 2 * pool.max_num_seqs * self._most_tokens
+        self.gaps = Gaps(
+            np.zeros(len(self.state.request_id)),
+            *(np.empty(runs), np.empty(runs), np.empty(runs, np.int64), np.empty(runs)),
+            *(np.empty(singles, np.int64), np.empty(singles), np.empty(singles)),
+        )
 
     def add(self, request: int) -> None:
         if self.cursor[QUEUED] == len(self.queue):
             self.queue, self.ended = (np.concatenate([x, np.zeros_like(x)]) for x in (self.queue, self.ended))
         self.queue[self.cursor[QUEUED]] = request
         self.cursor[QUEUED] += 1
-        self._outstanding_tokens += int(self._run.requests.max_num_tokens[request])
+        self._outstanding_tokens += int(self.run.requests.max_num_tokens[request])
 
     def advance(self, until_s: float) -> int:
         """Compute every step that begins before until_s; returns why the loop ended."""
-        if self.clock[0] >= until_s or self.cursor[ENDED] == self.cursor[QUEUED]:
+        alive = self.state.counts[NUM_RUNNING] + self.state.counts[NUM_WAITING]
+        if self.clock[0] >= until_s or (alive == 0 and self.cursor[ARRIVED] == self.cursor[QUEUED]):
             return DRAINED
-        while (status := self._loop(until_s)) == OUT_OF_SLOTS:
-            self.state = grow(self.state)
+        while (status := self._loop(until_s)) in (OUT_OF_SLOTS, OUT_OF_ROOM):
+            if status == OUT_OF_SLOTS:
+                self.state = grow(self.state)
+            self.gaps = self._grown_gaps()
         return int(status)
+
+    def _grown_gaps(self) -> Gaps:
+        """Room for the gaps of more steps, where there is little left, and for those of all slots."""
+        runs, singles = self.cursor[RUNS], self.cursor[SINGLES]
+        most_singles = self.state.running.shape[0] * self._most_tokens
+        more_runs = len(self.gaps.run_steps) if 2 * runs > len(self.gaps.run_steps) else 0
+        more_singles = len(self.gaps.request) if singles + most_singles > len(self.gaps.request) // 2 else 0
+        more = {"last_s": len(self.state.request_id) - len(self.gaps.last_s)}
+        more |= dict.fromkeys(("run_first_s", "run_growth_s", "run_steps", "run_end_s"), more_runs)
+        more |= dict.fromkeys(("request", "from_s", "to_s"), more_singles)
+        return Gaps(
+            **{
+                name: np.concatenate([array, np.zeros(more[name], array.dtype)]) if more[name] else array
+                for name, array in self.gaps._asdict().items()
+            }
+        )
 
     def outstanding_tokens(self, now_s: float) -> int:
         """Tokens that its requests may take which have not ended; `advance` has brought it to now_s."""
-        requests, times = self._run.requests, self._run.times
-        client_s = self._run.tables.request_s[1]
+        requests, times = self.run.requests, self.run.times
+        client_s = self.run.tables.request_s[1]
         while self._gone < self.cursor[ENDED]:
             request = self.ended[self._gone]
             if times.end_s[request] - client_s > now_s:
@@ -200,8 +235,8 @@ class _Replica:
         return self._outstanding_tokens
 
     def _loop(self, until_s: float) -> int:
-        run, own = self._run, (self.queue, self.ended, self.cursor, self.clock, until_s)
-        shared = (run.tables, run.requests, run.times, run.bounds, run.k)
+        run, own = self.run, (self.queue, self.ended, self.cursor, self.clock, until_s)
+        shared = (run.tables, run.requests, run.times, self.gaps, run.bounds, run.k)
         if run.recorder is not None and self._sums is not None:
             seen = (self._sums, self.state, self._plans, run.tables, run.draft_tables)
             return run.recorder.run(*seen, run.requests, run.times, run.bounds, run.k, run.chances, *own)
@@ -215,15 +250,29 @@ class _Replica:
 
     def totals(self) -> _Totals:
         counted = self.state.counts[list(_TOTALS.values())]
-        return _Totals(int(self.cursor[STEPS]), float(self.clock[1]), counted)
+        gaps = None if self._sums is not None else self._noted_gaps()
+        return _Totals(int(self.cursor[STEPS]), float(self.clock[1]), counted, gaps)
+
+    def _noted_gaps(self) -> ReplicaGaps:
+        runs, singles, noted = self.cursor[RUNS], self.cursor[SINGLES], self.gaps
+        return ReplicaGaps(
+            noted.run_first_s[:runs],
+            noted.run_growth_s[:runs],
+            noted.run_steps[:runs],
+            noted.run_end_s[:runs],
+            noted.request[:singles],
+            noted.from_s[:singles],
+            noted.to_s[:singles],
+            self.ended[: self.cursor[ENDED]],
+        )
 
 
-def _serve_in_turn(pool: Pool, run: _Run, rows: NDArray[np.int64]) -> tuple[int, list[_Totals]]:
+def _serve_in_turn(pool: Pool, run: Run, rows: NDArray[np.int64]) -> tuple[int, list[_Totals]]:
     """Round robin: who gets what is known beforehand, so that one replica after the other runs through."""
     totals = []
     status = DRAINED
     for index in range(pool.replicas):
-        replica = _Replica(pool, run, rows[index :: pool.replicas].copy())
+        replica = Replica(pool, run, rows[index :: pool.replicas].copy())
         status = replica.advance(math.inf)
         totals.append(replica.totals())
         if status == GAVE_UP:
@@ -231,9 +280,9 @@ def _serve_in_turn(pool: Pool, run: _Run, rows: NDArray[np.int64]) -> tuple[int,
     return status, totals
 
 
-def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: int) -> tuple[int, list[_Totals]]:
+def _serve_routed(pool: Pool, run: Run, rows: NDArray[np.int64], most_hashes: int) -> tuple[int, list[_Totals]]:
     """Route each request by how the replicas stand when it arrives, which takes all of them there first."""
-    replicas = [_Replica(pool, run) for _ in range(pool.replicas)]
+    replicas = [Replica(pool, run) for _ in range(pool.replicas)]
     router = new_router(pool)
     requests = run.requests
     status = DRAINED
@@ -252,7 +301,7 @@ def _serve_routed(pool: Pool, run: _Run, rows: NDArray[np.int64], most_hashes: i
     return status, [replica.totals() for replica in replicas]
 
 
-def _serve_in_time(pool: Pool, run: _Run, rows: NDArray[np.int64], batch: BatchTables) -> tuple[int, list[_Totals]]:
+def _serve_in_time(pool: Pool, run: Run, rows: NDArray[np.int64], batch: BatchTables) -> tuple[int, list[_Totals]]:
     """Step times by the batch: groups of `batch.ranks` replicas that step together, requests to them in turn."""
     groups = pool.replicas // batch.ranks
     totals = []
@@ -269,7 +318,7 @@ def _serve_in_time(pool: Pool, run: _Run, rows: NDArray[np.int64], batch: BatchT
         while run_ahead(states, plans, batch, run.requests, run.times, run.k, *own) == OUT_OF_SLOTS:
             states = tuple(grow(state) for state in states)
         counted = np.sum([state.counts[list(_TOTALS.values())] for state in states], axis=0)
-        totals.append(_Totals(int(cursor[1]), float(clock[1]), counted))
+        totals.append(_Totals(int(cursor[1]), float(clock[1]), counted, None))
     return DRAINED, totals
 
 
@@ -375,7 +424,7 @@ def simulate(
     )
     chances = _chances(trace, pool)
     whole = tables._replace(draft=None, batch=None)  # with these in it, it would be another type to Numba
-    run = _Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances, recorder)
+    run = Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances, recorder)
     if recorder is not None:
         recorder.begin(n, int(trace.output_tokens.sum()))
     # the server counts the requests that it takes, so those that are too long take no turn
@@ -393,6 +442,7 @@ def simulate(
         status, totals = _serve_routed(pool, run, rows, num_prefix_hashes(prefix_block))
     counted = np.sum([each.counted for each in totals], axis=0)
     finished = ~np.isnan(times.end_s)
+    noted = tuple(each.gaps for each in totals if each.gaps is not None)
     return SimulationResult(
         times=RequestTimes(
             scheduled_s=scheduled_s,
@@ -403,6 +453,7 @@ def simulate(
             output_tokens=np.where(finished, trace.output_tokens, 0).astype(np.int64),
             finished=finished,
             k=k,
+            gaps=StepGaps(noted, times.first_s, times.end_s, finished) if len(noted) == len(totals) else None,
         ),
         steps=sum(each.steps for each in totals),
         busy_s=sum(each.busy_s for each in totals),

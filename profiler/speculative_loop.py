@@ -7,6 +7,7 @@ other deployments, see equal chances. Runs of steps are not jumped over: each on
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +21,17 @@ from .event_loop import (
     ARRIVED,
     DRAINED,
     GAVE_UP,
+    OUT_OF_ROOM,
     OUT_OF_SLOTS,
     PAUSED,
     QUEUED,
     STEPS,
     Bounds,
+    Gaps,
     Requests,
     Times,
     admit,
+    has_room,
     note_ended,
     note_tokens,
 )
@@ -128,6 +132,7 @@ def run_speculative(
     draft_tables: StepTables,
     requests: Requests,
     times: Times,
+    gaps: Gaps,
     bounds: Bounds,
     k: int,
     chances: Chances,
@@ -147,6 +152,9 @@ def run_speculative(
     while True:
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
+            break
+        if not has_room(state, gaps, cursor, 1 + chances.most[0]):
+            status = OUT_OF_ROOM
             break
         if now_s >= until_s:
             status = PAUSED
@@ -172,7 +180,7 @@ def run_speculative(
         now_s += step_s
         clock[1] += step_s
         cursor[STEPS] += 1
-        note_tokens(state, plan, times, k, now_s + client_s)
+        note_tokens(state, plan, times, gaps, cursor, k, math.nan, now_s, client_s)
         commit(state, plan)
         if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s):
             status = GAVE_UP

@@ -36,7 +36,7 @@ from .event_loop import (
     Times,
     admit,
     note_ended,
-    note_tokens,
+    note_token_times,
 )
 from .speculative_loop import Chances, accept, draft_time_s, propose
 from .step_limits import RESOURCES, LimitTables
@@ -57,7 +57,7 @@ from .step_parts import (
 )
 from .step_time import StepTables, composed_time_s, composition
 
-LOG_FULL = 4  # why the loop returned, beside event_loop's reasons
+LOG_FULL = 5  # why the loop returned, beside event_loop's reasons
 
 _FIRST_STEPS = 4096
 
@@ -154,7 +154,7 @@ def record_replica(
         if speculates:
             accept(state, plan, chances)
         count_step(state, plan, limits, draft_limits, drafts, record, sums, number, stages, k, now_s)
-        note_tokens(state, plan, times, k, now_s + client_s)
+        note_token_times(state, plan, times, k, now_s + client_s)
         commit(state, plan)
         cursor[STEPS] += 1
         note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s)

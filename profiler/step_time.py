@@ -8,7 +8,6 @@ measurements or from a data sheet (tables.py).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +71,13 @@ def grid_place(work: float) -> int:
     """The segment of WORK_GRID that holds `work`: from this point to the next."""
     if work <= 1.0:
         return 0
-    return int(min(int(math.log2(work) * POINTS_PER_OCTAVE), WORK_GRID.shape[0] - 2))
+    octave = int((np.float64(work).view(np.int64) >> 52) - 1023)  # a logarithm would take as long as all the rest
+    place = octave * POINTS_PER_OCTAVE
+    if place >= WORK_GRID.shape[0] - 1:
+        return int(WORK_GRID.shape[0] - 2)
+    for _ in range(1, POINTS_PER_OCTAVE):
+        place += work >= WORK_GRID[place + 1]
+    return int(place)
 
 
 @njit
@@ -112,6 +117,24 @@ def row_pairs(tokens: int, start: int, prompt_pairs: PromptPairs) -> float:
     pairs = tokens * (start + 0.5 * (tokens + 1))
     least = min(pairs + start * prompt_pairs.per_cached, pairs * prompt_pairs.in_latent)
     return float(max(least, (start + tokens) * prompt_pairs.per_key))
+
+
+@njit
+def decode_steps(tables: StepTables, num_rows: int, context: float) -> tuple[float, float, int]:
+    """Steps that only decode, one after the other: `num_rows` rows, each of which reads one token more every step.
+
+    Args:
+        context: tokens that the first of these steps reads, as decode_context of `composed_time_s`.
+    Returns: seconds of the first step; by how much each is longer than the one before; for how many steps that is so.
+        Within one segment of the table, attention grows by the same time each step: a jump over them is exact.
+    """
+    place = grid_place(context)
+    low, high = WORK_GRID[place], WORK_GRID[place + 1]
+    below_s, above_s = tables.decode_attention_s[place], tables.decode_attention_s[place + 1]
+    slope = (above_s - below_s) / (high - low)
+    attention_s = below_s + slope * (context - low) if context > 1.0 else below_s * context
+    first_s = tables.tokens_s[num_rows] + tables.rows_s[num_rows] + tables.samples_s[num_rows] + attention_s
+    return float(first_s), float(slope * num_rows), 1 + int((high - context) / num_rows)
 
 
 @njit

@@ -153,6 +153,18 @@ def take(pool: BlockPool) -> int:
 
 
 @njit
+def take_free(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int) -> None:
+    """Put free blocks, of which there are enough, into row[held:needed]: what `take` does with each, in one loop."""
+    free = pool.counts[FREE]
+    for i in range(held, needed):
+        free -= 1
+        block = pool.free_stack[free]
+        row[i] = block
+        pool.ref_count[block] = 1
+    pool.counts[FREE] = free
+
+
+@njit
 def claim(pool: BlockPool, block: int) -> None:
     """Hold a block for its content, together with whoever holds it already."""
     if pool.ref_count[block] == 0:
@@ -170,6 +182,28 @@ def release(pool: BlockPool, block: int) -> None:
         pool.free_stack[pool.counts[FREE]] = block
         pool.counts[FREE] += 1
         return
+    _link(pool, block)
+
+
+@njit
+def release_all(pool: BlockPool, row: NDArray[np.int32], held: int) -> None:
+    """Let go of row[:held], the last ones first: what `release` does with each, in one loop."""
+    free = pool.counts[FREE]
+    for i in range(held - 1, -1, -1):
+        block = row[i]
+        others = pool.ref_count[block] - 1
+        pool.ref_count[block] = others
+        if others == 0:
+            if pool.block_hash[block] == 0:
+                pool.free_stack[free] = block
+                free += 1
+            else:
+                _link(pool, block)
+    pool.counts[FREE] = free
+
+
+@njit
+def _link(pool: BlockPool, block: int) -> None:
     anchor = pool.ref_count.shape[0]
     newest = pool.lru_prev[anchor]
     pool.lru_next[newest] = block

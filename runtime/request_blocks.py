@@ -8,6 +8,7 @@ from ..kernels.jit import njit
 from . import kv_cache
 from .adapter_slots import release_slot
 from .host_blocks import fetch_block, take_block
+from .kv_cache import FREE
 from .scheduler_state import (
     BLOCK_SIZE,
     BLOCKS_PER_HASH,
@@ -71,8 +72,11 @@ def _hold_more_blocks(state: State, plan: Plan, slot: int, needed: int) -> bool:
     if needed - held > kv_cache.num_available(state.blocks):
         return False
     row = state.block_table[state.lane[slot]]
-    for i in range(held, needed):
-        row[i] = take_block(state, plan)
+    if needed - held <= state.blocks.counts[FREE]:
+        kv_cache.take_free(state.blocks, row, held, needed)
+    else:
+        for i in range(held, needed):
+            row[i] = take_block(state, plan)
     state.num_blocks[slot] = needed
     return True
 
@@ -121,9 +125,7 @@ def release_blocks(state: State, slot: int) -> None:
 
     Last blocks first: they are the first to be evicted.
     """
-    row = state.block_table[state.lane[slot]]
-    for i in range(state.num_blocks[slot] - 1, -1, -1):
-        kv_cache.release(state.blocks, row[i])
+    kv_cache.release_all(state.blocks, state.block_table[state.lane[slot]], state.num_blocks[slot])
     state.num_blocks[slot] = 0
     release_slot(state.adapter_slots, state.adapter_slot[slot])
     state.adapter_slot[slot] = -1

@@ -116,7 +116,7 @@ def _append(state: State, plan: Plan, slot: int, num_tokens: int) -> None:
 
 
 @njit
-def _most_tokens(state: State) -> int:
+def most_tokens(state: State) -> int:
     """Most tokens of one request in this step. A request alone has nobody to hold up with a long prompt."""
     threshold = state.limits[LONG_PREFILL_TOKEN_THRESHOLD]
     if threshold > 0 and state.counts[NUM_RUNNING] + state.counts[NUM_WAITING] > 1:
@@ -209,7 +209,7 @@ def schedule(state: State, plan: Plan) -> None:
     After a preemption nothing is admitted in the same step: the blocks just given back are for those who run.
     """
     plan.counts[:] = 0
-    most = _most_tokens(state)
+    most = most_tokens(state)
     budget = _schedule_running(state, plan, state.limits[MAX_NUM_BATCHED_TOKENS], most)
     if state.limits[POLICY] == VLLM_V1:
         for row in range(plan.counts[PLAN_SIZE]):
@@ -219,7 +219,7 @@ def schedule(state: State, plan: Plan) -> None:
 
 
 @njit
-def _count_answer(state: State, slot: int) -> None:
+def count_answer(state: State, slot: int) -> None:
     """Count an answer that ended, for estimates of others. Old ones lose weight: the mean follows the traffic."""
     counts = state.counts
     if counts[NUM_ENDED] == 1024:
@@ -236,6 +236,12 @@ def _end(state: State, slot: int) -> None:
         if state.running[index] == slot:
             remove_running(state, index)
             break
+    release_request(state, slot)
+
+
+@njit
+def release_request(state: State, slot: int) -> None:
+    """Give back all that a request held which has been taken out of those that run."""
     release_blocks(state, slot)
     state.free_slots[state.counts[NUM_FREE_SLOTS]] = slot
     state.counts[NUM_FREE_SLOTS] += 1
@@ -265,7 +271,7 @@ def commit(state: State, plan: Plan) -> None:
             remember_full_blocks(state, slot, plan.start[row], computed)
         if ended:
             if not state.aborted[slot]:
-                _count_answer(state, slot)
+                count_answer(state, slot)
             _end(state, slot)
             plan.finished[plan.counts[PLAN_FINISHED]] = slot
             plan.counts[PLAN_FINISHED] += 1

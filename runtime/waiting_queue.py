@@ -19,35 +19,43 @@ def goes_before(state: State, slot: int, other: int) -> bool:
 
 
 @njit
+def _ring(state: State, place: int) -> int:
+    """Where in `waiting` a place of the queue lies, from one before its head to one behind its end."""
+    index, size = state.counts[WAITING_HEAD] + place, state.waiting.shape[0]
+    if index >= size:  # a remainder would take as long as all the rest
+        return int(index - size)
+    return int(index + size if index < 0 else index)
+
+
+@njit
 def put(state: State, slot: int) -> None:
     """Queue a newcomer; it passes those behind whom it may not stand."""
-    waiting, head, size = state.waiting, state.counts[WAITING_HEAD], state.waiting.shape[0]
+    waiting = state.waiting
     place = state.counts[NUM_WAITING]
-    while place > 0 and goes_before(state, slot, waiting[(head + place - 1) % size]):
-        waiting[(head + place) % size] = waiting[(head + place - 1) % size]
+    while place > 0 and goes_before(state, slot, waiting[_ring(state, place - 1)]):
+        waiting[_ring(state, place)] = waiting[_ring(state, place - 1)]
         place -= 1
-    waiting[(head + place) % size] = slot
+    waiting[_ring(state, place)] = slot
     state.counts[NUM_WAITING] += 1
 
 
 @njit
 def put_back(state: State, slot: int) -> None:
     """Queue a preempted request, mostly at the head: it came before those that wait."""
-    waiting, size = state.waiting, state.waiting.shape[0]
-    head = (state.counts[WAITING_HEAD] - 1) % size
+    waiting = state.waiting
+    state.counts[WAITING_HEAD] = _ring(state, -1)
     place = 0
-    while place < state.counts[NUM_WAITING] and goes_before(state, waiting[(head + place + 1) % size], slot):
-        waiting[(head + place) % size] = waiting[(head + place + 1) % size]
+    while place < state.counts[NUM_WAITING] and goes_before(state, waiting[_ring(state, place + 1)], slot):
+        waiting[_ring(state, place)] = waiting[_ring(state, place + 1)]
         place += 1
-    waiting[(head + place) % size] = slot
-    state.counts[WAITING_HEAD] = head
+    waiting[_ring(state, place)] = slot
     state.counts[NUM_WAITING] += 1
 
 
 @njit
 def at(state: State, place: int) -> int:
     """The slot of who stands at a place."""
-    return int(state.waiting[(state.counts[WAITING_HEAD] + place) % state.waiting.shape[0]])
+    return int(state.waiting[_ring(state, place)])
 
 
 @njit
@@ -69,21 +77,21 @@ def _first_place_with_slot(state: State) -> int:
 @njit
 def take(state: State, place: int) -> None:
     """Take out who stands at a place; those before it keep their order."""
-    waiting, head, size = state.waiting, state.counts[WAITING_HEAD], state.waiting.shape[0]
+    waiting = state.waiting
     for i in range(place, 0, -1):
-        waiting[(head + i) % size] = waiting[(head + i - 1) % size]
-    state.counts[WAITING_HEAD] = (head + 1) % size
+        waiting[_ring(state, i)] = waiting[_ring(state, i - 1)]
+    state.counts[WAITING_HEAD] = _ring(state, 1)
     state.counts[NUM_WAITING] -= 1
 
 
 @njit
 def remove(state: State, slot: int) -> None:
     """Take a request out from wherever it stands."""
-    waiting, head, size = state.waiting, state.counts[WAITING_HEAD], state.waiting.shape[0]
+    waiting = state.waiting
     kept = 0
     for i in range(state.counts[NUM_WAITING]):
-        other = waiting[(head + i) % size]
+        other = waiting[_ring(state, i)]
         if other != slot:
-            waiting[(head + kept) % size] = other
+            waiting[_ring(state, kept)] = other
             kept += 1
     state.counts[NUM_WAITING] = kept

@@ -57,7 +57,7 @@ def test_one_request_alone_waits_as_long_as_the_simulator_says(stages):
     for metric in (Metric("ttft"), TTF30, Metric("tpot"), Metric("e2e")):
         for p in (50, 95):
             expected = percentile(times.values(metric), p)
-            assert percentile(alone_s(metric, found, means), p) == pytest.approx(expected, rel=0.02)
+            assert percentile(alone_s(metric, found.alone, means), p) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("targets", [("ttf30:p95<=1s",), ("ttft:p99<=300ms", "tpot:p50<=12ms"), ()])

@@ -142,6 +142,26 @@ class Governed(Protocol):
     def rows(self, target: Target) -> Mask: ...
 
 
+class TokenGaps(Protocol):
+    """Inter-token latencies of n requests, in whatever form they were recorded; rows as in `RequestTimes.sample`."""
+
+    def sample(self, rows: Mask | None = None) -> Floats:
+        """Every gap, seconds."""
+        ...
+
+    def longest_s(self) -> Floats:
+        """The longest gap of each request, (n,) seconds; NaN where it has none."""
+        ...
+
+    def mean(self, rows: Mask | None = None) -> float:
+        """Mean of every gap; NaN without any."""
+        ...
+
+    def percentiles(self, ps: Sequence[float], rows: Mask | None = None, infinite: int = 0) -> list[float]:
+        """`percentiles` of every gap and of so many infinite values."""
+        ...
+
+
 @dataclass(frozen=True)
 class RequestTimes:
     """When the tokens of every request of a trace came; one row each, in trace order, n rows.
@@ -168,6 +188,7 @@ class RequestTimes:
     k: int
     token_gap_s: Floats | None = None
     gap_offsets: Ints | None = None
+    gaps: TokenGaps | None = None
 
     def __len__(self) -> int:
         return len(self.scheduled_s)
@@ -204,8 +225,16 @@ class RequestTimes:
         if metric.name != "itl":
             values = self.values(metric)
             return values if rows is None else values[rows]
+        if self.gaps is not None:
+            return self.gaps.sample(rows)
         gap_s, offsets = self._gaps()
         return gap_s if rows is None else gap_s[np.repeat(rows, np.diff(offsets))]
+
+    def percentiles(self, metric: Metric, ps: Sequence[float], rows: Mask | None = None, late: int = 0) -> list[float]:
+        """Percentiles of `sample`, with so many infinite values beside it."""
+        if metric.name == "itl" and self.gaps is not None:
+            return self.gaps.percentiles(ps, rows, late)
+        return percentiles(np.append(self.sample(metric, rows), np.full(late, np.inf)), ps)
 
     def ttft_from_send(self) -> Floats:
         """first_token_s - sent_s, (n,) seconds: what load generators call TTFT; it leaves out a late send."""
@@ -217,6 +246,8 @@ class RequestTimes:
         return self.token_gap_s, self.gap_offsets
 
     def _longest_gap_s(self) -> Floats:
+        if self.gaps is not None:
+            return self.gaps.longest_s()
         gap_s, offsets = self._gaps()
         longest_s = np.full(len(self), np.nan)
         some = np.diff(offsets) > 0
@@ -314,6 +345,9 @@ def summarize(times: RequestTimes, rows: Mask | None = None) -> Summary:
     finished = times.finished & inside
     metrics = [TTFT, Metric("ttf", times.k), TPOT, E2E] + ([ITL] if times.token_gap_s is not None else [])
     values = {str(metric): _distribution(times.sample(metric, inside)) for metric in metrics}
+    if times.gaps is not None:
+        values["itl"] = {"mean": times.gaps.mean(rows)}
+        values["itl"] |= {f"p{p:g}": x for p, x in zip(PERCENTILES, times.gaps.percentiles(PERCENTILES, rows))}
     values["ttft_from_send"] = _distribution(times.ttft_from_send()[inside])
     duration_s = _duration_s(times, inside)
     tokens = int(times.output_tokens[inside].sum())
@@ -340,8 +374,7 @@ def _measured_s(times: RequestTimes, target: Target, rows: Mask | None) -> float
     """The target's percentile over `rows`; an unfinished request counts as one infinite value."""
     finished = times.finished if rows is None else times.finished & rows
     unfinished = ~times.finished if rows is None else ~times.finished & rows
-    values = np.append(times.sample(target.metric, finished), np.full(int(unfinished.sum()), np.inf))
-    return percentile(values, target.percentile)
+    return times.percentiles(target.metric, (target.percentile,), finished, int(unfinished.sum()))[0]
 
 
 def meets(times: RequestTimes, target: Target, rows: Mask | None = None) -> bool:
