@@ -47,6 +47,7 @@ def limits_of(whole: StepTables) -> LimitTables:
         divided(whole.samples_s, 0.2, 0.7, 0.1, 0),
         divided(whole.decode_attention_s, 0, 1, 0, 0),
         divided(whole.prefill_attention_s, 1, 0, 0, 0),
+        whole.prompt_pairs,
     )
 
 

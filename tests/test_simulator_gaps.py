@@ -40,7 +40,7 @@ def token_times(requests: Trace, limits: Pool, step: StepTables) -> list[list[fl
             if plan.counts[PLAN_PREEMPTED] == 0:
                 now_s = float(requests.arrival_s[come] + step.request_s[0])
             continue
-        now_s += composed_time_s(step, int(plan.counts[PLAN_TOKENS]), size, *composition(plan))
+        now_s += composed_time_s(step, int(plan.counts[PLAN_TOKENS]), size, *composition(plan, step.prompt_pairs))
         for row in range(size):
             if plan.samples[row]:
                 times[state.request_id[plan.slot[row]]].append(now_s + step.request_s[1])
