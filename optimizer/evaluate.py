@@ -16,6 +16,7 @@ from ..profiler.tables import ModeledStep, scaled
 from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import (
     Metric,
+    RequestTimes,
     Target,
     sizing_cost_usd_per_hour,
     summarize,
@@ -102,11 +103,16 @@ def evaluate(
     return (replace(rough, usd_per_million_tokens=cost, capacity_tolerance=math.inf),)
 
 
+def _without_gaps(times: RequestTimes) -> RequestTimes:
+    """No study asks for ITL, and its percentiles take as long as the simulation."""
+    return replace(times, gaps=None)
+
+
 def _of(
     question: Question, deployment: Deployment, result: SimulationResult, reason: str, replicas: int | None = None
 ) -> Evaluation:
     """replicas: in the run, where these are not the deployment's."""
-    summary = summarize(result.times)
+    summary = summarize(_without_gaps(result.times))
     pool = deployment.pool
     tokens = int(result.times.output_tokens.sum())
     duration_s = tokens / summary.output_tokens_per_s if tokens else math.nan
@@ -272,7 +278,7 @@ def refine(question: Question, evaluation: Evaluation, *, saturation: float) -> 
     ends, costs = [], [evaluation.usd_per_million_tokens]
     for factor in (1 - error, 1 + error):
         result = run(factor)
-        times, summary = result.times, summarize(result.times)
+        times, summary = result.times, summarize(_without_gaps(result.times))
         costs.append(usd_per_million_tokens(question.usd_per_hour(run_pool), tokens_per_s(result)))
         flat = {f"{metric}:{p}": value for metric, by in summary.values.items() for p, value in by.items()}
         ends.append({**flat, **target_values(times, question.trace, question.targets)})
