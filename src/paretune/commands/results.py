@@ -1,0 +1,97 @@
+"""`paretune export`, `report`: what is made of a picked spec and of a study, for other engines and for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from ..output import Speaker, speaks
+from .machine import EXISTING, OUTPUT
+from .studies import NOT_MEASURED, storage_option
+
+
+@click.command()
+@click.argument("spec", type=EXISTING)
+@click.option("--target", type=click.Choice(["vllm"]), default="vllm", show_default=True)
+@click.option("--engine-version", help="Of the engine that will read it; default: the one we tested.")
+@click.option("--allow-untested", is_flag=True, help="Accept a version that was not tested.")
+@click.option("-o", "--output", type=OUTPUT, help="Write the engine's YAML config here.")
+@speaks
+def export(
+    speaker: Speaker, spec: str, target: str, engine_version: str | None, allow_untested: bool, output: str | None
+) -> None:
+    """Translate a spec into another engine's arguments; what it cannot do is refused, not dropped.
+
+    \b
+    Example: paretune export out/spec.yaml --target vllm
+    """
+    from ..optimizer.export.vllm import export as to_vllm
+    from ..profiler.hardware import as_cataloged
+    from ..runtime.spec import load_deployment
+    from ..traces.whole_file import write_whole
+
+    deployment = as_cataloged(load_deployment(spec))
+    exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
+    if output is not None:
+        write_whole(output, exported.config)
+    if deployment.provenance is not None and not deployment.provenance.measured:
+        speaker.warn(f"{NOT_MEASURED}; no server was measured with these arguments")
+    for each in exported.not_translated:
+        speaker.warn(each)
+    speaker.result(exported, shell_command(exported.env, exported.argv))
+
+
+def shell_command(env: dict[str, str], argv: Sequence[str]) -> str:
+    """What to paste into a shell: one option a line, everything quoted that a shell would read otherwise."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
+    lines = [" ".join(words)] if words else []
+    for word in argv:
+        if word.startswith("--") or not lines:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n  ".join(lines)
+
+
+@click.command()
+@click.argument("study", default="default")
+@storage_option
+@click.option("--spec", "spec_path", type=EXISTING, help="The spec that was picked; default: the knee.")
+@click.option("--verification", "verification_path", type=EXISTING, help="What `verify` wrote about that spec.")
+@click.option("-o", "--output", type=OUTPUT, default="out/report.html", show_default=True)
+@click.option("--plots", is_flag=True, help="Also write the curve as PNG and SVG beside it.")
+@speaks
+def report(
+    speaker: Speaker,
+    study: str,
+    storage: str,
+    spec_path: str | None,
+    verification_path: str | None,
+    output: str,
+    plots: bool,
+) -> None:
+    """Write the HTML report of a study: one file that opens anywhere.
+
+    \b
+    Example: paretune report default --spec out/spec.yaml -o out/report.html
+    """
+    from ..reports.gather import gather
+    from ..reports.page import write_report
+    from ..reports.plots import write_curve
+
+    if verification_path is not None and spec_path is None:
+        raise click.UsageError("--verification speaks of one spec: give it with --spec")
+    data = gather(study, storage, spec_path=spec_path, verification_path=verification_path)
+    write_report(data, output)
+    written = [output]
+    if plots:
+        for suffix in (".png", ".svg"):
+            written.append(str(Path(output).with_suffix(suffix)))
+            write_curve(data, written[-1])
+    speaker.result({"written": written}, "\n".join(f"wrote {path}" for path in written))
+
+
+COMMANDS = (export, report)
