@@ -8,7 +8,8 @@ machine does from one quarter of an hour to the next, and an error counts only b
 
     python benchmarks/prediction_local.py            scores the recorded replays with the code as it is now
     python benchmarks/prediction_local.py --fresh    measures all of it again: about an hour on two quiet cores; what
-                                                     was measured is kept after every pass, --resume goes on from there
+                                                     was measured is kept after every pass, --resume goes on from there,
+                                                     --one-pass stops after the next one
 
 Cost at the SLO is money per token; on one machine all configurations have the same price, so it falls with capacity.
 """
@@ -46,6 +47,7 @@ from paretune.traces.whole_file import write_whole
 
 RECORD = RESULTS / "prediction_local_record.json"
 PROFILE = RESULTS / "prediction_local_profile.json"
+RAW = Path("out/prediction_local")
 TARGET = Target.parse("ttf30:p95<=400ms")
 LENGTHS = 0.2
 MAX_TOKENS = 1024
@@ -136,20 +138,21 @@ def profiled() -> Profile:
         progress=lambda what, share: print(f"  {share:.0%} {what}", file=sys.stderr),
         command=" ".join(["benchmarks/prediction_local.py", *sys.argv[1:]]),
     )
-    for threads in (1, 2):
-        profile = calibrate_serving(profile, deployment((1, threads, "bf16", 32, 1024)))
+    for ranks, threads in ((1, 1), (1, 2), (2, 1)):
+        profile = calibrate_serving(profile, deployment((ranks, threads, "bf16", 32, 1024)))
     return profile
 
 
-def record(resume: bool) -> None:
-    """Measure pass after pass; what is done is on disk after each."""
+def record(resume: bool, passes: int) -> None:
+    """Measure so many more passes; what is done is on disk after each."""
     traces, begin = windows(), time.monotonic()
     kept: dict[str, Any] = {"trace": {key: trace.digest() for key, trace in traces.items()}, "passes": [], "loads": {}}
     profiles: list[Profile] = []
     if resume:
         kept = json.loads(RECORD.read_text())
         profiles = [Profile.load(path) for path in sorted(RESULTS.glob(f"{PROFILE.stem}_*.json"))]
-    while len(kept["passes"]) < PASSES:
+    while len(kept["passes"]) < PASSES and passes > 0:
+        passes -= 1
         profiles = [*profiles[: len(kept["passes"])], profiled()]
         profiles[-1].save(PROFILE.with_name(f"{PROFILE.stem}_{len(profiles)}.json"))
         if not kept["loads"]:  # of the first profile, and then the same in every pass
@@ -158,27 +161,44 @@ def record(resume: bool) -> None:
                 kept["loads"][json.dumps(each)] = LOAD * rate
         first = not kept["passes"]
         rows = []
-        for each in CANDIDATES:
-            rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first)})
+        RAW.mkdir(parents=True, exist_ok=True)
+        for i, each in enumerate(CANDIDATES):
+            raw = RAW / f"pass{len(profiles)}_candidate{i}"
+            rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first, raw)})
             print(f"{time.monotonic() - begin:5.0f} s {json.dumps(rows[-1])}", file=sys.stderr)
         kept["passes"].append({"machine": machine(), "rows": rows})
         write_whole(RECORD, json.dumps(kept, indent=1) + "\n")
+    if len(kept["passes"]) < PASSES:
+        return
     merged(profiles).save(PROFILE)
     for path in RESULTS.glob(f"{PROFILE.stem}_*.json"):
         path.unlink()
 
 
-def replayed(candidate: Candidate, traces: dict[str, Trace], rate: float, with_capacity: bool) -> dict[str, Any]:
+def replayed(
+    candidate: Candidate, traces: dict[str, Trace], rate: float, with_capacity: bool, raw: Path
+) -> dict[str, Any]:
+    """Latencies by window, and whether the target was held by rate; steps and requests go to files that begin as `raw`.
+
+    They are for whoever wants to know where an error comes from, and are not committed.
+    """
     asked = deployment(candidate)
     token_ids = prompt_token_ids(resolve_model(asked.model))
     held: dict[str, bool] = {}
-    with live_server(asked) as server:
+    with live_server(asked, step_log=raw.with_suffix(".steps.jsonl")) as server:
         warm_server(server, traces[WINDOWS[0]], token_ids)
 
         def times(piece: Trace, rate: float) -> RequestTimes:
             return replay(piece, server.url, rate=rate, model=server.model, token_ids=token_ids).times
 
-        found = {key: latencies(times(trace.select(slice(0, REQUESTS)), rate)) for key, trace in traces.items()}
+        found = {}
+        for key, trace in traces.items():
+            served = replay(
+                trace.select(slice(0, REQUESTS)), server.url, rate=rate, model=server.model, token_ids=token_ids
+            )
+            found[key] = latencies(served.times)
+            times_of = {name: value for name, value in vars(served.times).items() if isinstance(value, np.ndarray)}
+            np.savez(f"{raw}.{key.replace(' ', '_')}.npz", started_s=served.started_s, **times_of)
         if with_capacity:
             trace = traces[WINDOWS[0]]
 
@@ -318,7 +338,7 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
 
 def main() -> int:
     if "--fresh" in sys.argv or "--resume" in sys.argv:
-        record("--resume" in sys.argv)
+        record("--resume" in sys.argv, 1 if "--one-pass" in sys.argv else PASSES)
     traces = windows()
     why = ""
     if not (RECORD.exists() and PROFILE.exists()):
