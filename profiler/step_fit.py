@@ -25,6 +25,7 @@ _ENOUGH = 5
 # Huber's weights (1964): residuals beyond this share of a step's time count by their size, not its square
 _DISTURBED = 0.05
 _REWEIGHTINGS = 6
+_ALIKE = 5  # held-out points whose mean error counts
 _PARTS = ("num_tokens", "num_rows", "num_samples", "decode_context", "prefill_pairs")
 
 Floats = NDArray[np.float64]
@@ -52,7 +53,8 @@ class BrokenLine:
 class StepFit:
     """Seconds of a step beyond what was given as least = step_s + the five parts.
 
-    relative_error  90 % quantile of |predicted / measured - 1| over the held-out points
+    relative_error  90 % quantile, over groups of held-out points that are alike, of how far their mean is off: any
+                    percentile of a run's latencies is a sum of many steps, and single steps' errors cancel in it
     errors          of each held-out point, predicted / measured - 1
     largest         largest value measured, by part
     """
@@ -110,7 +112,15 @@ def fit_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = Non
     largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
     fit = StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
     errors = (least[held_out] + fit.seconds(values[held_out])) / measured_s[held_out] - 1
-    return replace(fit, relative_error=float(np.quantile(np.abs(errors), CONFIDENCE)), errors=tuple(errors.tolist()))
+    return replace(fit, relative_error=_error_of_means(errors, values[held_out]), errors=tuple(errors.tolist()))
+
+
+def _error_of_means(errors: Floats, values: Floats) -> float:
+    """Points are alike that decode, or have prompts, of about as many tokens."""
+    tokens, pairs = values[:, 0], values[:, 4]
+    order = np.lexsort((tokens, pairs > 0))
+    groups = np.array_split(errors[order], max(1, len(errors) // _ALIKE))
+    return float(np.quantile([abs(group.mean()) for group in groups], CONFIDENCE))
 
 
 def _knots(values: Floats) -> Floats:
