@@ -12,6 +12,9 @@ machine does from one quarter of an hour to the next, and an error counts only b
                                                      --one-pass stops after the next one
 
 Cost at the SLO is money per token; on one machine all configurations have the same price, so it falls with capacity.
+
+What is served is the very trace that was simulated, so the intervals that are scored hold the error of the step times
+alone. A study's are wider: they also hold what another hour of like traffic may bring; their coverage stands beside.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import numpy as np
 import psutil
 
 from bars import RESULTS, Bar, finish, machine
-from paretune.optimizer.intervals import predicted, sampled
+from paretune.optimizer.intervals import Band, predicted, sampled
 from paretune.optimizer.live_capacity import bracket
 from paretune.profiler.calibration import calibrate_serving
 from paretune.profiler.live import live_server, warm_server
@@ -231,8 +234,8 @@ def predicted_capacity(model: ModeledStep, trace: Trace, candidate: Candidate, s
 
 def predicted_latencies(
     model: ModeledStep, trace: Trace, candidate: Candidate, rate: float
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Values, and 90 % intervals as a study gives them (optimizer/evaluate.py: refine)."""
+) -> tuple[dict[str, float], dict[str, Band], dict[str, Band]]:
+    """Values; their 90 % intervals for this very trace; and a study's (optimizer/evaluate.py: refine)."""
     piece, pool = trace.select(slice(0, REQUESTS)), deployment(candidate).pool
 
     def run(factor: float) -> RequestTimes:
@@ -244,8 +247,13 @@ def predicted_latencies(
         for factor in (1 - model.relative_error, 1 + model.relative_error)
     ]
     found = sampled(central, piece, (), np.random.default_rng(0))
-    bands = predicted(found, *({key: each[key] for key in found} for each in ends))
-    return latencies(central), {name(metric, p): bands[f"{metric}:p{p}"] for metric, p in LATENCIES}
+    flat = [{key: each[key] for key in found} for each in ends]
+    same_trace = predicted({key: (value, (value, value)) for key, (value, _) in found.items()}, *flat)
+    studies = predicted(found, *flat)
+    of_this, of_study = (
+        {name(metric, p): bands[f"{metric}:p{p}"] for metric, p in LATENCIES} for bands in (same_trace, studies)
+    )
+    return latencies(central), of_this, of_study
 
 
 # --- scoring ---
@@ -284,14 +292,16 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
     raw: dict[str, list[float]] = {name(*each): [] for each in LATENCIES}
     beyond: dict[str, list[float]] = {key: [] for key in raw}
     spreads: dict[str, list[float]] = {key: [] for key in raw}
-    inside, rows = [], []
+    inside: list[list[bool]] = []
+    in_study: list[bool] = []
+    rows = []
     order: tuple[list[float], list[float]] = ([], [])
     passes = [{json.dumps(row["candidate"]): row for row in each["rows"]} for each in kept["passes"]]
     for candidate in CANDIDATES:
         key = json.dumps(candidate)
         model, rate = model_of(profile, candidate), kept["loads"][key]
         for part, trace in traces.items():
-            values, bands = predicted_latencies(model, trace, candidate, rate)
+            values, bands, wider = predicted_latencies(model, trace, candidate, rate)
             inside.append([])
             for metric in raw:
                 runs = [each[key]["latencies"][part][metric] for each in passes]
@@ -301,6 +311,7 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
                 beyond[metric].append(max(0.0, abs(values[metric] - truth) - noise) / truth)
                 spreads[metric].append(noise / truth)
                 inside[-1].append(bands[metric][0] <= truth <= bands[metric][1])
+                in_study.append(wider[metric][0] <= truth <= wider[metric][1])
                 rows.append([candidate, part, metric, values[metric], runs, bands[metric]])
         low, high = measured_capacity(passes[0][key]["held"])
         order[0].append(predicted_capacity(model, traces[WINDOWS[0]], candidate, 2 * rate, 12))
@@ -320,7 +331,11 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
         bars.append(Bar(f"{metric}: median error beyond the run-to-run spread", error, MEDIAN_ERROR, at_least=False))
         error = float(np.quantile(beyond[metric], 0.9))
         bars.append(Bar(f"{metric}: p90 error beyond the run-to-run spread", error, P90_ERROR, at_least=False))
-    print(f"coverage of 90 % intervals: {share:.1%} ({low:.1%} to {high:.1%}); Kendall tau {tau:.2f}", file=sys.stderr)
+    print(
+        f"coverage of 90 % intervals: {share:.1%} ({low:.1%} to {high:.1%}), of a study's for like traffic "
+        f"{statistics.fmean(in_study):.1%}; Kendall tau {tau:.2f}",
+        file=sys.stderr,
+    )
     bars.append(Bar("coverage of 90 % intervals, upper end of its own interval", high, CONFIDENCE))
     bars.append(Bar("coverage of 90 % intervals, lower end of its own interval", low, CONFIDENCE, at_least=False))
     bars.append(Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", tau, TAU))
@@ -330,6 +345,7 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
         "errors_beyond_spread": beyond,
         "run_to_run_spread": spreads,
         "coverage": [share, low, high],
+        "coverage_of_study_intervals": statistics.fmean(in_study),
         "capacities": list(zip(map(json.dumps, CANDIDATES), *order)),
         "rows": rows,
     }
