@@ -33,7 +33,7 @@ from .step_time import WORK_GRID, StepTables, composed_time_s
 Floats = NDArray[np.float64]
 Source = Profile | Accelerator | OperatorSource
 
-_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch")
+_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
@@ -70,6 +70,11 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
         divided among more ranks than there are; BadTable: an operator was not measured.
     """
     found = _without_draft(source, shape, pool)
+    if pool.host_kv_blocks:
+        copy_s, note = _block_copy_s(source, shape, pool)
+        found = replace(
+            found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note)
+        )
     draft = draft_shape(pool)
     if draft is not None:
         own, notes = _draft_tables(source, shape, draft, pool, found.tables)
@@ -77,6 +82,19 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     if pool.speculation != "none":
         found = replace(found, not_modeled=(*found.not_modeled, *_SPECULATION_LEAVES_OUT))
     return found
+
+
+def _block_copy_s(source: Source, shape: ModelShape, pool: Pool) -> tuple[float, str]:
+    """Least time to move a KV block of a rank between device and host, and what it leaves out."""
+    block_bytes = pool.block_size * kv_bytes_per_token(shape, pool.tensor_parallel_size, pool.kv_cache_dtype)
+    calls = "blocks to and from the host: what starting each copy takes"
+    if isinstance(source, Profile):
+        rates = source.peaks_of(pool.num_threads).read_bytes
+        return 2 * block_bytes / max(rates)[1], f"{calls}; read and written as fast as memory was read"
+    device = source.tables.accelerator if isinstance(source, OperatorSource) else source
+    if device.host_link is None:
+        return 0.0, f"blocks to and from the host: no source gives the link of {device.name} to its host"
+    return block_bytes / device.host_link.bytes_per_s, calls
 
 
 def step_bounds(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
