@@ -54,6 +54,7 @@ from .scheduler_state import (
     VLLM_V1,
     Plan,
     State,
+    slot_at,
 )
 
 
@@ -76,7 +77,7 @@ def add_request(
     if counts[NUM_FREE_SLOTS] == 0:
         return -1
     counts[NUM_FREE_SLOTS] -= 1
-    slot = state.free_slots[counts[NUM_FREE_SLOTS]]
+    slot = slot_at(state.free_slots, counts[NUM_FREE_SLOTS])
     state.request_id[slot] = request_id
     state.priority[slot] = priority * state.limits[BY_PRIORITY]
     state.arrival[slot] = counts[NUM_ADDED]
@@ -125,16 +126,16 @@ def most_tokens(state: State) -> int:
 
 
 @njit
-def _schedule_running(state: State, plan: Plan, budget: int, most: int) -> int:
-    """Let running requests catch up, in order of admission; returns the tokens left of the budget.
+def _schedule_running(state: State, plan: Plan, first: int, budget: int, most: int) -> int:
+    """Let running requests, from place `first` on, catch up in order of admission; returns what is left of the budget.
 
     Where several plans are in flight (one for each pipeline stage) each takes its share of the requests.
     """
     plans = state.limits[PLANS_IN_FLIGHT]
     most_rows = (state.counts[NUM_RUNNING] + plans - 1) // plans
-    index = 0
+    index = first
     while index < state.counts[NUM_RUNNING] and budget > 0 and plan.counts[PLAN_SIZE] < most_rows:
-        slot = state.running[index]
+        slot = slot_at(state.running, index)
         known = state.num_tokens[slot] + state.num_draft_tokens[slot]
         num_tokens = min(known - state.num_computed_tokens[slot], most, budget)
         if num_tokens <= 0 or state.aborted[slot]:
@@ -194,7 +195,7 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
 @njit
 def _remember_planned(state: State, plan: Plan, row: int) -> None:
     """Name the blocks that a planned row will fill, as far as its tokens are known."""
-    slot = plan.slot[row]
+    slot = slot_at(plan.slot, row)
     if state.limits[PREFIX_CACHING] != 0 and state.num_hashes[slot] > 0:
         computed = min(plan.start[row] + plan.num_tokens[row], state.num_tokens[slot])
         # a block that proposals filled, which were accepted meanwhile, has no name yet
@@ -209,8 +210,18 @@ def schedule(state: State, plan: Plan) -> None:
     After a preemption nothing is admitted in the same step: the blocks just given back are for those who run.
     """
     plan.counts[:] = 0
+    schedule_behind(state, plan, 0)
+
+
+@njit
+def schedule_behind(state: State, plan: Plan, rows: int) -> None:
+    """What `schedule` does with those that come behind the first `rows` running requests, for a plan without rows.
+
+    Each of these computes one token in the same step, for which the caller has found a block, and cannot be preempted:
+    there are blocks for the running requests behind them (decode_runs.py).
+    """
     most = most_tokens(state)
-    budget = _schedule_running(state, plan, state.limits[MAX_NUM_BATCHED_TOKENS], most)
+    budget = _schedule_running(state, plan, rows, state.limits[MAX_NUM_BATCHED_TOKENS] - rows, most)
     if state.limits[POLICY] == VLLM_V1:
         for row in range(plan.counts[PLAN_SIZE]):
             _remember_planned(state, plan, row)
@@ -257,7 +268,7 @@ def commit(state: State, plan: Plan) -> None:
     """
     caching = state.limits[PREFIX_CACHING] != 0 and state.limits[POLICY] == PARETUNE
     for row in range(plan.counts[PLAN_SIZE]):
-        slot = plan.slot[row]
+        slot = slot_at(plan.slot, row)
         state.in_flight[slot] -= 1
         ended = state.aborted[slot] and state.in_flight[slot] == 0
         if plan.samples[row]:
