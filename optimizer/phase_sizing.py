@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from ..profiler.disaggregated import DisaggregatedResult, Prefilled, prefill_trace, simulate_disaggregated
 from ..profiler.kv_transfer import transfer_link
@@ -16,6 +17,7 @@ from ..traces.trace import Trace
 from .capacity import broken, longest_answer_s
 
 MOST_REPLICAS = 256  # of one pool
+NEAR = 2
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,7 @@ def size_phases(
     rate: float = 1.0,
     most: int = MOST_REPLICAS,
 ) -> PhaseSizing:
-    """Fewest whole replicas of both pools, at least cost.
-
-    First both counts are doubled until they hold. Then for every number of decode replicas that could still be cheaper
-    the most prefill replicas are tried that would be, and where these hold the fewest that do. So nothing cheaper
-    holds, provided that more replicas of a pool never do worse than fewer. What is returned was seen to hold.
+    """Fewest whole replicas of both pools, at least cost (`cheapest_counts`). What is returned was seen to hold.
 
     Args:
         deployment: pools whose own replicas are not looked at. A link that it names bounds the counts to the devices
@@ -110,27 +108,63 @@ def size_phases(
         most: replicas of one pool that may be had.
     """
     tried = _Tried(trace, deployment, shape, step_model, targets, k, rate)
-    prefill_usd, decode_usd = usd_per_replica
-    both = 1
-    while tried.why_not(both, both) and 2 * both <= most:
-        both *= 2
-    if reason := tried.why_not(both, both):
-        return PhaseSizing(0, 0, math.nan, reason, ("", ""), len(tried.reasons))
-    best = (both * (prefill_usd + decode_usd), both, both)
-    for decode in [*range(both, 0, -1), *range(both + 1, most + 1)]:
-        cheaper = min(most, math.ceil((best[0] - decode * decode_usd) / prefill_usd - 1e-9) - 1)
-        if cheaper < 1 and decode > both:
-            break
-        if cheaper < 1 or tried.why_not(cheaper, decode):
-            continue
-        fails, holds = 0, cheaper
-        while holds - fails > 1:
-            middle = (fails + holds) // 2
-            fails, holds = (middle, holds) if tried.why_not(middle, decode) else (fails, middle)
-        best = (holds * prefill_usd + decode * decode_usd, holds, decode)
-    usd, prefill, decode = best
+    found = cheapest_counts(lambda *counts: not tried.why_not(*counts), usd_per_replica, most)
+    if found is None:
+        return PhaseSizing(0, 0, math.nan, list(tried.reasons.values())[-1], ("", ""), len(tried.reasons))
+    prefill, decode = found
     fewer = (
         tried.why_not(prefill - 1, decode) if prefill > 1 else "",
         tried.why_not(prefill, decode - 1) if decode > 1 else "",
     )
-    return PhaseSizing(prefill, decode, usd, "", fewer, len(tried.reasons))
+    return PhaseSizing(prefill, decode, _usd(found, usd_per_replica), "", fewer, len(tried.reasons))
+
+
+def cheapest_counts(
+    holds: Callable[[int, int], bool], usd_per_replica: tuple[float, float], most: int
+) -> tuple[int, int] | None:
+    """The cheapest numbers of prefill and decode replicas that hold; None: no equal numbers up to the limit do.
+
+    First both are doubled until they hold. Then for every number of decode replicas that could still be cheaper the
+    most prefill replicas are tried that would be, and where these hold the fewest that do, by bisection. So nothing
+    cheaper holds, provided that more replicas of a pool never do worse than fewer. Percentiles of a finite log need not
+    obey, so all counts with up to NEAR fewer replicas of either pool are tried besides.
+    """
+    prefill_usd, decode_usd = usd_per_replica
+    both = 1
+    while not holds(both, both):
+        if 2 * both > most:
+            return None
+        both *= 2
+    best = both, both
+    for decode in [*range(both, 0, -1), *range(both + 1, most + 1)]:
+        left_usd = _usd(best, usd_per_replica) - decode * decode_usd
+        cheaper = min(most, math.ceil(left_usd / prefill_usd - 1e-9) - 1)
+        if cheaper < 1 and decode > both:
+            break
+        if cheaper >= 1 and holds(cheaper, decode):
+            best = _fewest(holds, cheaper, decode), decode
+    while (near := _near(holds, best, usd_per_replica)) != best:
+        best = near
+    return best
+
+
+def _usd(counts: tuple[int, int], usd_per_replica: tuple[float, float]) -> float:
+    return counts[0] * usd_per_replica[0] + counts[1] * usd_per_replica[1]
+
+
+def _fewest(holds: Callable[[int, int], bool], prefill: int, decode: int) -> int:
+    """Of the prefill replicas, where so many hold."""
+    fails = 0
+    while prefill - fails > 1:
+        middle = (fails + prefill) // 2
+        fails, prefill = (fails, middle) if holds(middle, decode) else (middle, prefill)
+    return prefill
+
+
+def _near(
+    holds: Callable[[int, int], bool], best: tuple[int, int], usd_per_replica: tuple[float, float]
+) -> tuple[int, int]:
+    """The cheapest that holds of `best` and the counts with up to NEAR fewer replicas."""
+    fewer = product(range(best[0], max(0, best[0] - NEAR - 1), -1), range(best[1], max(0, best[1] - NEAR - 1), -1))
+    ordered = sorted(fewer, key=lambda counts: _usd(counts, usd_per_replica))
+    return next(counts for counts in ordered if holds(*counts))

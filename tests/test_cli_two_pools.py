@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from paretune.runtime.spec import Deployment, KvTransfer, Pool, save_deployment
+from paretune.optimizer.export.vllm_phases import export_phases
+from paretune.profiler.kv_transfer import transfer_link
+from paretune.runtime.spec import Deployment, KvTransfer, Pool, parse_deployment, save_deployment
 
 from .cli_examples import in_folder, paretune, write_inputs
 
@@ -37,6 +40,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def test_the_example_of_the_page_is_a_spec_that_can_be_simulated_and_exported() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "disaggregation.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    deployment = parse_deployment(yaml.safe_load(example))
+    assert transfer_link(deployment).receive_bytes_per_s == 25e9
+    assert export_phases(deployment).servers == {"prefill": 2, "decode": 3}
+
+
 def test_simulate_prints_what_the_transfer_takes(here: Path) -> None:
     shown = paretune("simulate", "log.csv", "--spec", "spec.yaml")
     assert shown.exit_code == 0
@@ -51,6 +62,13 @@ def test_simulate_prints_what_the_transfer_takes(here: Path) -> None:
     assert {"prefill", "decode"} == set(data["cost"])
     assert any("prefix" in each for each in data["not_modeled"])
     assert any("peak rate of NVLink 4" in each for each in data["not_modeled"])
+
+
+def test_what_a_warm_up_leaves_out_is_left_out_of_the_parts(here: Path) -> None:
+    data = paretune("simulate", "log.csv", "--spec", "spec.yaml", "--warm-up", "20", "--json").json["data"]
+    assert sum(part["mean"] for part in data["parts"].values()) == pytest.approx(
+        data["summary"]["values"]["ttft"]["mean"]
+    )
 
 
 def test_a_slower_link_and_an_earlier_first_token(here: Path) -> None:

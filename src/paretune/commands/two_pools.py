@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from ..output import Speaker, table
 from .run_words import milliseconds, samples_text, worst_text
@@ -173,7 +172,7 @@ def _speculation_text(run: DisaggregatedResult, decode: Pool) -> str:
 
 def _transferred(run: DisaggregatedResult) -> dict[str, Any]:
     moved = run.transfers
-    sent = ~np.isnan(moved.here_s)
+    sent = moved.here_s == moved.here_s  # NaN where nothing travels
     return {
         "transfers": int(sent.sum()),
         "bytes": float(moved.sent_bytes[sent].sum()),
@@ -193,6 +192,6 @@ def _transfer_text(run: DisaggregatedResult, link: TransferLink, bytes_per_token
 def _distribution(seconds: Any) -> dict[str, float]:
     from ..traces.metrics import percentiles
 
-    known = seconds[~np.isnan(seconds)]
+    known = seconds[seconds == seconds]  # NaN is none
     mean = float(known.mean()) if len(known) else math.nan
     return {"mean": mean, **dict(zip(("p50", "p95", "p99"), percentiles(known, (50, 95, 99))))}
