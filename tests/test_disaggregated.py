@@ -254,6 +254,23 @@ def test_the_prefill_pool_is_a_pool_that_is_asked_for_one_token() -> None:
 
 
 @settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_one_after_the_other_with_a_link_that_takes_no_time_they_are_served_as_in_a_mixed_pool(seed: int) -> None:
+    deployment = two_pools(first_token="prefill")
+    prefill, decode = deployment.phases
+    plain = trace(20, 1.0, seed)
+    requests = Trace(np.arange(20) * 60.0, plain.input_tokens, plain.output_tokens)
+    found = simulate_disaggregated(requests, deployment, LLAMA_8B, link(1e30), tables(prefill), tables(decode))
+    mixed = simulate(requests, pool(), tables(pool()))
+    times = found.result.times
+    np.testing.assert_allclose(times.first_token_s, mixed.times.first_token_s, rtol=1e-12)
+    np.testing.assert_allclose(times.end_s, mixed.times.end_s, rtol=1e-12)
+    long = requests.output_tokens >= 30
+    np.testing.assert_allclose(times.kth_token_s[long], mixed.times.kth_token_s[long], rtol=1e-12)
+    np.testing.assert_allclose(np.sort(times.sample(ITL)), np.sort(mixed.times.sample(ITL)), rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), rate=st.sampled_from([1.0, 5.0, 40.0]), replicas=st.sampled_from([1, 3]))
 def test_with_one_seat_each_no_first_token_is_later_than_in_a_mixed_pool_of_as_many_prefill_replicas(
     seed: int, rate: float, replicas: int
