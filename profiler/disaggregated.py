@@ -37,6 +37,7 @@ from ..traces.trace import Trace
 from .event_loop import Bounds, Requests, Times
 from .kv_transfer import TransferLink, TransferTime, transfer_time
 from .simulator import Replica, Run, SimulationResult, chances_of, simulate
+from .step_record import Recorder
 from .step_time import StepTables
 from .token_gaps import ReplicaGaps, StepGaps
 
@@ -124,6 +125,7 @@ def simulate_disaggregated(
     rate: float = 1.0,
     jump: bool = True,
     prefilled: Prefilled | None = None,
+    recorder: Recorder | None = None,
 ) -> DisaggregatedResult:
     """Serve a trace with a prefill and a decode pool on a virtual clock.
 
@@ -132,6 +134,8 @@ def simulate_disaggregated(
         prefill_tables, decode_tables: step times of one replica of each pool.
         k, rate, jump: as in `simulate`.
         prefilled: of the same trace, prefill pool and rate, where it is known.
+        recorder: is told of every step of the decode pool, and where its requests' time goes from when their KV is
+            there; gaps between tokens are then not noted.
     Raises: BadSpec: no request fits into max_model_len, step times by the whole batch, KV that leaves layer by layer
         from a pipeline, a decode pool that speculates in several stages. BadTrace: as `simulate`.
     """
@@ -152,9 +156,10 @@ def simulate_disaggregated(
     links = _Links(
         transfer_time(shape, prefill, decode, link), prefilled, inputs, handed_s, by_layer_s, prefill, decode
     )
+    here_s = np.full(n, np.inf)  # filled as KV comes
     requests = Requests(
-        arrival_s=np.full(n, np.inf),
-        scheduled_s=scheduled_s,
+        arrival_s=here_s,
+        scheduled_s=here_s,  # of the decode pool: all before lies in other parts
         input_tokens=inputs + early,  # the first token of the answer comes with the prompt
         max_num_tokens=inputs + trace.output_tokens,
         hash_start=np.zeros(n, np.int64),
@@ -164,7 +169,11 @@ def simulate_disaggregated(
     )
     answers = Times(np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan))
     own_k = max(1, k - early)
-    replicas, chances = _decode(trace, deployment, decode_tables, requests, answers, goes_on, links, own_k, jump)
+    if recorder is not None:
+        recorder.begin(n, int(trace.output_tokens.sum()))
+    replicas, chances = _decode(
+        trace, deployment, decode_tables, requests, answers, goes_on, links, own_k, jump, recorder
+    )
     sent_s = prefilled.computed_s + prefill_tables.request_s[1] if early else None
     gaps = tuple(each.gaps for each in replicas if each.gaps is not None)
     times = _client_times(trace, scheduled_s, sent_s, answers, gaps, k)
@@ -218,10 +227,15 @@ def _client_times(
     )
 
 
-def prefill_trace(trace: Trace, deployment: Deployment, tables: StepTables, *, rate: float = 1.0) -> Prefilled:
+def prefill_trace(
+    trace: Trace, deployment: Deployment, tables: StepTables, *, rate: float = 1.0, recorder: Recorder | None = None
+) -> Prefilled:
     """Compute the prompts of a trace on the prefill pool, which is asked for one token of each.
 
     Requests that are longer than max_model_len, which is the same in both pools, reach neither.
+
+    Args:
+        recorder: is told of every step; who computed what, and how long the steps took, is then not noted.
     """
     pool, _ = deployment.phases
     n = len(trace)
@@ -232,13 +246,12 @@ def prefill_trace(trace: Trace, deployment: Deployment, tables: StepTables, *, r
         allowed = f"at least {total_tokens.min()}, the shortest request of the log"
         raise BadSpec("max_model_len", pool.max_model_len, allowed)
     prompts = replace(trace.select(fits), output_tokens=np.ones(len(rows), np.int32))
-    result = simulate(prompts, pool, tables, policy=deployment.scheduler_policy, k=1, rate=rate)
-    gaps = result.times.gaps
-    assert isinstance(gaps, StepGaps), "nobody records, and step times are sums"
+    result = simulate(prompts, pool, tables, policy=deployment.scheduler_policy, k=1, rate=rate, recorder=recorder)
     computed_s, last_step_s = np.full(n, np.nan), np.full(n, np.nan)
     replica = np.full(n, -1, np.int64)
     computed_s[rows] = result.times.first_token_s - tables.request_s[1]
-    for number, noted in enumerate(gaps.replicas):
+    gaps = result.times.gaps
+    for number, noted in enumerate(gaps.replicas if isinstance(gaps, StepGaps) else ()):
         replica[rows[noted.served]] = number
         if pool.pipeline_parallel_size == 1:
             step = np.searchsorted(noted.run_end_s, result.times.first_token_s[noted.served])
@@ -345,6 +358,7 @@ def _decode(
     links: _Links,
     k: int,
     jump: bool,
+    recorder: Recorder | None,
 ) -> tuple[list[_Decoded], Sequence[int] | None]:
     """Serve the answers, routed when they are handed over; fills `times` and the arrivals of `requests`."""
     _, pool = deployment.phases
@@ -359,7 +373,18 @@ def _decode(
     chances = chances_of(trace, pool)
     whole = tables._replace(draft=None, batch=None)
     run = Run(
-        deployment.scheduler_policy, nobody.copy(), 1, whole, tables.draft, requests, times, bounds, k, jump, chances
+        deployment.scheduler_policy,
+        nobody.copy(),
+        1,
+        whole,
+        tables.draft,
+        requests,
+        times,
+        bounds,
+        k,
+        jump,
+        chances,
+        recorder,
     )
     replicas = [Replica(pool, run) for _ in range(pool.replicas)]
     router = new_router(pool)

@@ -168,7 +168,7 @@ class Deployment(Part):
     def pool(self) -> Pool:
         """The only pool. Raises: BadSpec: the deployment has several (disaggregated)."""
         if self.is_disaggregated:
-            allowed = "one pool of role 'mixed'; `simulate` and `export` also take a prefill and a decode pool"
+            allowed = "one of role 'mixed'; `simulate`, `explain` and `export` also take a prefill and a decode pool"
             raise BadSpec("pools", f"{len(self.pools)} pools: {self._roles}", allowed)
         if len(self.pools) != 1:
             raise BadSpec("pools", f"{len(self.pools)} pools", "one pool of role 'mixed'")

@@ -108,10 +108,27 @@ def test_size_is_for_two_pools(here: Path) -> None:
     assert "--size" in done.stderr
 
 
+def test_explain_says_what_part_is_transfer(here: Path) -> None:
+    shown = paretune("explain", "early.yaml", "log.csv", "--metric", "e2e:p50", "--step-log", "steps.jsonl")
+    assert shown.exit_code == 0
+    for words in ("prefill pool: own prefill", "decode pool: own decode", "not modeled:", "one pool alone"):
+        assert words in shown.stdout
+    data = paretune("explain", "early.yaml", "log.csv", "--metric", "e2e:p50", "--json").json["data"]
+    parts = data["metrics"]["e2e:p50"]["parts"]
+    assert sum(part["seconds"] for part in parts.values()) == pytest.approx(data["metrics"]["e2e:p50"]["value"])
+    assert parts["transfer"]["by_resource"]["links"] == parts["transfer"]["seconds"]
+    assert set(data["pools"]) == {"prefill", "decode"}
+    steps = [json.loads(line) for line in Path("steps.jsonl").read_text().splitlines()]
+    assert {step["pool"] for step in steps} == {"prefill", "decode"}
+    for arguments, words in ((("--metric", "itl:p99"), "itl"), (("--analyze", "."), "--analyze")):
+        refused = paretune("explain", "spec.yaml", "log.csv", *arguments)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        ("explain", "spec.yaml", "log.csv"),
         ("serve", "spec.yaml"),
         ("verify", "spec.yaml", "log.csv"),
         (
