@@ -46,9 +46,8 @@ def first_tokens(state: State, slot: int, budget: int, most: int) -> tuple[int, 
     total = blocks_of(state, tokens)
     available = kv_cache.num_available(state.blocks)
     found = idle = 0
-    if state.num_swapped_blocks[slot] > 0:
-        computed = state.num_computed_tokens[slot]
-    else:
+    computed = state.num_computed_tokens[slot]  # whose KV is on the host, or came with the request
+    if computed == 0:
         # every hit saves a block, so a request that lacks blocks although all its named ones hit cannot be admitted
         named = num_named_blocks(state, slot) * limits[PREFIX_CACHING]
         if total - named > available and limits[ADMISSION] != FIRST_CHUNK:

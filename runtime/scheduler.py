@@ -5,6 +5,10 @@ Pure logic over NumPy arrays, compiled by Numba. It knows no prefill and no deco
 hits, recompute after preemption and the verification of proposed tokens are that one rule. No clock, no tensors, no
 tokens, no randomness.
 
+In a pool of role "decode" a request comes with the KV of its prompt, all but the last token of it: it holds blocks for
+that when it is admitted, and computes from there. Once preempted by recompute that KV is gone, and the replica computes
+the prompt itself (as vLLM does).
+
 A step is `schedule`, then the caller computes, then `commit`. The engine does that with the wall clock and tensors, the
 simulator with a virtual clock and a step-time model. Several plans may be in flight before the first is committed.
 
@@ -51,6 +55,7 @@ from .scheduler_state import (
     PLANS_IN_FLIGHT,
     POLICY,
     PREFIX_CACHING,
+    PROMPTS_FROM_ELSEWHERE,
     VLLM_V1,
     Plan,
     State,
@@ -85,7 +90,7 @@ def add_request(
     state.num_prompt_tokens[slot] = num_prompt_tokens
     state.num_tokens[slot] = num_prompt_tokens
     state.num_draft_tokens[slot] = 0
-    state.num_computed_tokens[slot] = 0
+    state.num_computed_tokens[slot] = (num_prompt_tokens - 1) * state.limits[PROMPTS_FROM_ELSEWHERE]
     state.max_num_tokens[slot] = max_num_tokens
     state.num_cached_tokens[slot] = 0
     state.num_own_blocks[slot] = 0
@@ -179,7 +184,7 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
         state.lane[slot] = state.free_lanes[counts[NUM_FREE_LANES]]
         if state.num_swapped_blocks[slot] > 0:
             swap_in(state, plan, slot)
-        else:
+        elif state.num_computed_tokens[slot] == 0:
             hold_prefix(state, plan, slot, computed // limits[BLOCK_SIZE])
         hold_blocks(state, plan, slot, computed + num_tokens)
         state.adapter_slot[slot] = hold_slot(state.adapter_slots, state.adapter[slot])

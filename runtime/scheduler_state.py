@@ -30,6 +30,7 @@ WATERMARK_BLOCKS = 10
 SWAP = 11
 OWN_CONTENT = 12
 PLANS_IN_FLIGHT = 13
+PROMPTS_FROM_ELSEWHERE = 14
 
 # State.limits[POLICY]
 PARETUNE = 0
@@ -78,7 +79,7 @@ _OWN_SPAN_BLOCKS = 32
 class State(NamedTuple):
     """All live requests of one replica, one slot each; slots are used again after a request ends.
 
-    limits                 (14,) int64   what the spec allows, in the places named above
+    limits                 (15,) int64   what the spec allows, in the places named above
     counts                 (15,) int64  running totals, in the places named above
     request_id             (slots,) int64  the caller's name for the request
     priority               (slots,) int64  lower goes first; 0 for all where the spec schedules "fcfs"
@@ -88,7 +89,8 @@ class State(NamedTuple):
     num_draft_tokens       (slots,) int64  tokens proposed behind these, for the next plan to verify: the caller writes
                                            them before `schedule`, for requests that lack their last token alone
     num_computed_tokens    (slots,) int64  tokens whose KV is cached or on its way, 0 to num_tokens; with proposals in a
-                                           plan in flight, these besides
+                                           plan in flight, these besides. While it waits: those whose KV lies on the
+                                           host, or came from a prefill pool and finds its blocks at admission
     max_num_tokens         (slots,) int64  num_tokens at which the request ends
     num_cached_tokens      (slots,) int64  tokens found in the prefix cache at the last admission
     num_own_blocks         (slots,) int64  blocks, from its start, that were named when it was preempted (OWN_CONTENT)
@@ -219,6 +221,7 @@ def new_state(
         int(pool.preemption == "swap"),
         int(own_content),
         pool.pipeline_parallel_size,
+        int(pool.role == "decode"),
     ]
     counts = np.zeros(15, np.int64)
     counts[NUM_FREE_SLOTS] = slots
