@@ -210,7 +210,8 @@ def _client_times(
         rows = np.flatnonzero(~np.isnan(answers.end_s))
         nothing, none = np.zeros(0), np.zeros(0, np.int64)
         # from the prefill pool's token to the decode pool's first one
-        gaps = (*gaps, ReplicaGaps(nothing, nothing, none, nothing, rows, sent_s[rows], answers.first_s[rows], none))
+        singles = (rows, sent_s[rows], answers.first_s[rows])
+        gaps = (*gaps, ReplicaGaps(nothing, nothing, none, nothing, none, *singles, none, True))
         first_s, end_s = sent_s, np.where(trace.output_tokens > 1, answers.end_s, sent_s)
         kth_s = sent_s if k == 1 else answers.kth_s
     finished = ~np.isnan(end_s)
