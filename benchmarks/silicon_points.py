@@ -13,7 +13,7 @@ import csv
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,8 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         return f"precision {precision}"
     inferencex = row.get("origin", "").startswith("InferenceX")
     lengths = int(_number(row["isl"], 0)), int(_number(row["osl"], 0))
-    # InferenceX starts B200 with fp8 caches; TensorRT-LLM takes fp8 with fp8 and fp4 checkpoints; else as activations
-    asked = engine == "trtllm" or sparse or (inferencex and row["system"] == "b200_sxm")
+    # InferenceX starts all of these with fp8 caches; TensorRT-LLM takes fp8 with fp8 and fp4 checkpoints
+    asked = engine == "trtllm" or sparse or inferencex
     small_cache = precision != "bf16" and asked
     cache = "fp8" if small_cache else "bfloat16"
     over_prompts = "fp8" if cache == "fp8" and engine == "trtllm" else "bfloat16"
@@ -135,7 +135,9 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         dtype,
         Precision(over_prompts, cache),
         MEMORY_BYTES[row["system"]],
-        _scheduler(engine, precision, inferencex, clients, sum(lengths)),
+        _scheduler(engine, row["backend_version"], precision, inferencex, clients, lengths, ranks),
+        # enable_fi_allreduce_fusion, --enable-flashinfer-allreduce-fusion: in the scripts of B200
+        inferencex and row["system"] == "b200_sxm",
     )
     shortest = (0.8, 0.8) if inferencex else (1.0, 0.9)
     return Point(
@@ -157,28 +159,43 @@ def _sharding(row: dict[str, str], config: dict[str, Any]) -> tuple[int, int]:
     """(ranks, parts that experts are divided into).
 
     Some rows multiply: 16 GPUs as 4 x 4, 64 as 8 x 8, whose measurements stand in other rows as 4 and 8 GPUs that
-    divide the experts among all of them. An engine does either with a rank, not both.
+    divide the experts among all of them. An engine does either with a rank, not both. DeepSeek-R1 in fp4 on SGLang was
+    run by InferenceX with as many parts as ranks (its configurations of October and December 2025 and later), also
+    where a row of November 2025 has left the parts out and names 1.
     """
     ranks, tensor, experts = (int(_number(row[c], 1)) or 1 for c in ("tp_size", "moe_tp_size", "moe_ep_size"))
     if tensor == experts and tensor * experts == ranks and ranks > 1:
         ranks = experts
+    inferencex = row.get("origin", "").startswith("InferenceX")
+    if inferencex and row["backend"] == "sglang" and row["precision"] == "fp4" and "n_routed_experts" in config:
+        experts = ranks
     return ranks, min(experts, ranks) if "n_routed_experts" in config or "num_experts" in config else 1
 
 
-def _scheduler(engine: str, precision: str, inferencex: bool, clients: int, longest: int) -> Scheduler:
+def _scheduler(
+    engine: str, version: str, precision: str, inferencex: bool, clients: int, lengths: tuple[int, int], ranks: int
+) -> Scheduler:
     default = DEFAULTS[engine]
-    if not inferencex or engine == "vllm":
-        return default  # InferenceX: --max-num-batched-tokens 8192, vLLM's default here
-    if engine == "trtllm":  # --max_num_tokens $MAX_MODEL_LEN, which is a prompt and an answer, and some
-        return Scheduler(longest + 200, 2048, chunked=False, prefill_first=False, reserves_output=True)
-    return Scheduler(  # --chunked-prefill-size, --scheduler-recv-interval
-        16384 if precision == "fp4" else 32768,
-        512,
-        chunked=True,
-        prefill_first=True,
-        reserves_output=False,
-        receive_every=30 if clients >= 16 else 10,
-    )
+    if engine == "vllm":
+        # InferenceX: async-scheduling, --max-num-batched-tokens 8192; by itself since 0.14 (vLLM #27614)
+        return replace(default, ahead=inferencex or _release(version) >= (0, 14))
+    if not inferencex:
+        return default
+    if engine == "trtllm":  # 70b_fp8_b200_trt_slurm.sh, 70b_fp4_b200_trt_docker.sh
+        budget, waits = 16384, lengths == (1024, 1024) and ranks < 8
+        waiting = replace(default, wait_steps=20, wait_tokens=round(0.9 * budget)) if waits else default
+        return replace(waiting, max_num_batched_tokens=budget)
+    # dsr1_fp4_b200.sh, dsr1_fp8_b200.sh: --chunked-prefill-size, --scheduler-recv-interval, --max-running-requests
+    if precision == "fp8" and ranks < 8:
+        return replace(default, max_num_seqs=32, receive_every=10)
+    chunk = 16384 if precision == "fp4" else 32768
+    return replace(default, max_num_batched_tokens=chunk, max_num_seqs=512, receive_every=30 if clients >= 16 else 10)
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number; (0, 0) where none is stated."""
+    parts = version.split(".")
+    return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else (0, 0)
 
 
 def _number(text: str, missing: float) -> float:

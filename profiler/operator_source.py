@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
-from .accelerator_step import BATCH_GRID, CONTEXT_GRID, TOKEN_GRID, Precision, gpu_step
+from .accelerator_step import BATCH_GRID, CONTEXT_GRID, TOKEN_GRID, Precision, engine_fusion, gpu_step
 from .closed_loop import Host
 from .decoder_layout import decoder_layout
 from .hardware import BadHardware
@@ -72,7 +72,8 @@ def operator_step_tables(source: OperatorSource, shape: ModelShape, pool: Pool) 
     check_kv_blocks(accelerator, shape, pool)
     ranks, cache = pool.tensor_parallel_size, _CACHES[pool.kv_cache_dtype]
     experts = ranks if pool.enable_expert_parallel else 1
-    layout = decoder_layout(_config(shape), ranks, experts, _DTYPES[pool.weight_dtype])
+    fusion = engine_fusion(source.tables.engine, shape.family)
+    layout = decoder_layout(_config(shape), ranks, experts, _DTYPES[pool.weight_dtype], fusion)
     over_prompts = "fp8" if cache == "fp8" and source.tables.engine == "trtllm" else "bfloat16"
     step = gpu_step(source.tables, layout, Precision(over_prompts, cache), source.routing, source.beside)
 
