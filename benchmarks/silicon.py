@@ -105,18 +105,19 @@ def halves(points: Sequence[Point]) -> NDArray[np.bool_]:
 
 
 def calibrated(
-    metric: str, of: Features, residual: Floats, fitted: NDArray[np.bool_], folds: Sequence[object]
+    metric: str, of: Features, residual: Floats, fitted: NDArray[np.bool_], groups: Sequence[object] = ()
 ) -> tuple[Floats, Floats]:
     """Residuals of the points not fitted, in logarithms: what is left of them, and the half width of their band.
 
     Args:
-        folds: bands come from errors of points fitted without their fold: single points, where those not fitted lie
-            among them; whole groups, where they belong to others.
+        groups: of all points, where those not fitted belong to others than those fitted; none where they lie among
+            them. Bands come from errors of points predicted without their group, else without themselves.
     """
     inside = of.take(fitted)
-    learned = learn(inside, residual[fitted], ALIKE[metric])
+    own = [group for group, in_it in zip(groups, fitted, strict=False) if in_it]
+    learned = learn(inside, residual[fitted], ALIKE[metric], groups=own)
     mean, deviation = learned.at(of.take(~fitted))
-    scores = left_out_scores(learned, [fold for fold, in_it in zip(folds, fitted) if in_it])
+    scores = left_out_scores(learned, own or range(int(fitted.sum())))
     return residual[~fitted] - mean, conformal_quantile(scores, COVERAGE) * deviation
 
 
@@ -254,7 +255,7 @@ def main() -> None:
     for metric, target in (("TPOT", 0.05), ("TTFT", 0.15)):
         error, width = np.zeros(len(points)), np.zeros(len(points))
         for fitted in (half, ~half):
-            error[~fitted], width[~fitted] = calibrated(metric, of, residual[metric], fitted, range(len(points)))
+            error[~fitted], width[~fitted] = calibrated(metric, of, residual[metric], fitted)
         columns[f"calibrated {metric}"] = off(error)
         inside_band[f"calibrated_{metric.lower()}"] = (np.abs(error) <= width).astype(np.float64)
         widths[f"calibrated_{metric.lower()}"] = float(np.median(width))
@@ -291,7 +292,10 @@ def main() -> None:
     print("rows refused or flagged:", *(f"\n  {finding}" for finding in by_file(list(dict.fromkeys(findings)))))
     spread_of_bars = print_spread(points, figures(points, measured["TPOT"], alone[:, 1], columns, inside_band))
     print(f"{time.perf_counter() - started:.0f} s")
-    finish(bars, {"coverage": covered, "pairs": pairs, "spread_over_groups": spread_of_bars}, None)
+    details = {"points": len(points), "pairs": pairs, "coverage": covered, "half_widths": widths}
+    # the record is of the public set that all can have
+    known_set = options.points is None and options.tables is None and options.mix_versions
+    finish(bars, details | {"spread_over_groups": spread_of_bars}, "silicon" if known_set else None)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ def of_one_model(points: Sequence[Point], pairs: Pairs) -> NDArray[np.bool_]:
 
 
 def tau(pairs: Pairs, measured: Floats, predicted: Floats, weights: Floats | None = None) -> float:
-    """Kendall's tau-b (Kendall, "The treatment of ties in ranking problems", Biometrika 33(3), 1945); nan of no pair."""
+    """Kendall's tau-b ("The treatment of ties in ranking problems", Biometrika 33(3), 1945); nan without a pair."""
     by_measured = np.sign(measured[pairs.left] - measured[pairs.right])
     by_predicted = np.sign(predicted[pairs.left] - predicted[pairs.right])
     of = np.ones(len(by_measured)) if weights is None else weights
@@ -75,25 +76,27 @@ def noise(points: Sequence[Point], measured: Floats) -> tuple[float, int]:
     From third differences along curves over doubling clients, whose variance is 20 times that of a value (1, 3, 3, 1
     squared); the median, so that a start-up wave is no noise. What is curved beyond a parabola counts as noise.
     """
-    curves = defaultdict(dict)
+    curves: dict[tuple[object, ...], dict[int, int]] = defaultdict(dict)
     for place, point in enumerate(points):
-        if place in curves[(*point.curve, point.origin)].values():
-            continue
-        curves[(*point.curve, point.origin)].setdefault(point.load.clients, place)
-    found = []
+        curves[point.curve].setdefault(point.load.clients, place)
+    found: list[float] = []
     for curve in curves.values():
         for clients in curve:
-            four = [curve.get(clients * 2**k) for k in range(4)]
-            if all(place is not None for place in four):
-                a, b, c, d = np.log(measured[[place for place in four if place is not None]])
-                found.append(abs(d - 3 * c + 3 * b - a) / np.sqrt(20.0))
+            four = [curve[clients * 2**k] for k in range(4) if clients * 2**k in curve]
+            if len(four) == 4:
+                a, b, c, d = np.log(measured[four])
+                found.append(float(abs(d - 3 * c + 3 * b - a) / np.sqrt(20.0)))
     return (float(np.median(found)) / 0.6745 if found else float("nan")), len(found)
 
 
-def ceiling(pairs: Pairs, measured: Floats, deviation: float, draws: int = 200, seed: int = 0) -> float:
-    """Mean tau of measurements with those measured once more: what noise leaves to a perfect prediction."""
+def ceiling(
+    pairs: Pairs, measured: Floats, deviation: float, known: Floats | None = None, draws: int = 100, seed: int = 0
+) -> float:
+    """Mean tau of measurements with those measured once more, or with what is known of them, blurred as much: what
+    noise leaves to a perfect prediction."""
     rng = np.random.default_rng(seed)
-    again = (measured * np.exp(deviation * rng.standard_normal(len(measured))) for _ in range(draws))
+    of = measured if known is None else known
+    again = (of * np.exp(deviation * rng.standard_normal(len(of))) for _ in range(draws))
     return float(np.mean([tau(pairs, measured, each) for each in again]))
 
 
@@ -126,15 +129,13 @@ def print_ranking(points: Sequence[Point], measured: Floats, predicted: Floats, 
     best = best_of_rows(points, measured)
     print(f"  ceilings: measured once more tau {ceiling(pairs, measured, deviation):.3f}", end="; ")
     print(f"knowing rows only tau {tau(pairs, measured, best):.3f}", end=", ")
-    print(
-        f"both {tau(pairs, measured, best * np.exp(deviation * np.random.default_rng(0).standard_normal(len(best)))):.3f}"
-    )
+    print(f"both {ceiling(pairs, measured, deviation, best):.3f}")
     print(f"  {'measured apart by':>20}{'pairs':>7}{'share':>7}{'tau':>8}{'of all that is lost':>21}")
     wrong = np.sign(measured[pairs.left] - measured[pairs.right]) != np.sign(
         predicted[pairs.left] - predicted[pairs.right]
     )
     edges = (0.0, 0.02, 0.05, 0.10, 0.20, 0.50, np.inf)
-    for low, high in zip(edges, edges[1:]):
+    for low, high in pairwise(edges):
         which = (apart >= np.log1p(low)) & (apart < np.log1p(high))
         if which.any():
             label = f"{low:.0%} to {high:.0%}" if np.isfinite(high) else f"{low:.0%} or more"
@@ -156,10 +157,9 @@ def print_ranking(points: Sequence[Point], measured: Floats, predicted: Floats, 
         at = np.array(places)
         part = tau(Pairs(pairs.left[at], pairs.right[at]), measured, predicted)
         line = f"{one} | {other}" if one != other else one
-        lost = int(wrong[at].sum())
-        print(
-            f"  {line:100}{len(at):6d}{part:8.3f}{lost:6d}{np.median(np.expm1(apart[at][wrong[at]])) if lost else 0:7.0%}"
-        )
+        lost = at[wrong[at]]
+        typical = float(np.expm1(np.median(apart[lost]))) if len(lost) else 0.0
+        print(f"  {line:100}{len(at):6d}{part:8.3f}{len(lost):6d}{typical:7.0%}")
     if show_pairs:
         print_lost(points, pairs, measured, predicted, deviation)
     return found, len(pairs.left)

@@ -64,8 +64,6 @@ def print_spread(
         worst = (min if at_least else max)(without, key=lambda each: each[0]) if without else (float("nan"), ("",))
         low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
         found[name] = float(low), float(high)
-        print(
-            f"  {name:38}{figure(np.ones(len(points))):8.3f}{low:8.3f}{middle:8.3f}{high:8.3f}{bar:7.2f}{met.mean():6.0%}"
-            f"  {worst[0]:.3f} {' '.join(worst[1])}"
-        )
+        values_at = "".join(f"{v:8.3f}" for v in (figure(np.ones(len(points))), low, middle, high))
+        print(f"  {name:38}{values_at}{bar:7.2f}{met.mean():6.0%}  {worst[0]:.3f} {' '.join(worst[1])}")
     return found

@@ -21,8 +21,8 @@ from .serving_point import PUBLISHED_HOST
 from .step_time import WORK_GRID, StepTables
 
 # 90 % of the TPOT of 838 published points lie within it, predicted from tables alone (benchmarks/silicon.py,
-# 2026-11-26).
-RELATIVE_ERROR = 0.22
+# 2026-11-27).
+RELATIVE_ERROR = 0.20
 _DTYPES = {"bf16": "bfloat16", "fp8": "fp8", "nvfp4": "nvfp4"}
 _CACHES = {"bf16": "bfloat16", "fp8": "fp8"}
 _CONTEXT_OF_A_ROW = 1024.0
