@@ -138,6 +138,8 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         _scheduler(engine, row["backend_version"], precision, inferencex, clients, lengths, ranks),
         # enable_fi_allreduce_fusion, --enable-flashinfer-allreduce-fusion: in the scripts of B200
         inferencex and row["system"] == "b200_sxm",
+        # InferenceX ran vLLM 0.10.2 (.github/configs/master.yaml, October 2025): composed ahead, inputs prepared after
+        engine == "vllm" and _release(row["backend_version"]) < (0, 14),
     )
     shortest = (0.8, 0.8) if inferencex else (1.0, 0.9)
     return Point(

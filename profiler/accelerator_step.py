@@ -28,6 +28,10 @@ ELEMENTWISE_LATENCY_S = 3e-6
 # Precisions of which the kernels that quantize activations are not taken as the matrices' tables have them: fp8 with
 # the scales of the checkpoint, whose kernels decoder_layout.Fusion counts. Block scales and nvfp4 have own kernels.
 FUSED_QUANTIZATION: dict[str, tuple[str, ...]] = {"trtllm": ("fp8",), "vllm": ("fp8",), "sglang": ()}
+# Precisions of which an engine's tables hide the launch of the quantizing kernel behind the kernel before, so that they
+# stand for no other engine: SGLang's nvfp4 is FlashInfer's, with programmatic dependent launch (enable_pdl, by itself on
+# from sm90 on): 5 µs where TensorRT-LLM's and vLLM's tables have 8 to 9, and bf16 5.
+_OVERLAPPED_QUANTIZATION = {"sglang": ("nvfp4",)}
 # TensorRT-LLM's models whose all-reduce adds the residual, norms and quantizes (AllReduceFusionOp in modeling_llama.py
 # and modeling_deepseekv3.py of 1.0; modeling_qwen3.py has none).
 _NORMS_IN_ALL_REDUCE = {"trtllm": ("llama", "deepseek_v3")}
@@ -95,7 +99,7 @@ def gpu_step(
     """Parts of a step from the tables of an engine on an accelerator.
 
     Args:
-        beside: tables of other engines on the same accelerator, for the matrices.
+        beside: tables of other engines on the same accelerator, for the matrices and all-reduces that norm inside.
         routing: how the experts' tables were measured: "balanced", "power_law_1.01", …
     Raises: BadTable: an operator of the layout was not measured, named with what was.
     """
@@ -110,8 +114,7 @@ def gpu_step(
     common += _elementwise_s(tables, layout.fused, tokens, 0.0)
     samples += _elementwise_s(tables, layout.sampling, tokens)
     if layout.all_reduces:
-        reduced = tables.all_reduce(layout.ranks).lookup((tokens * layout.hidden * 2.0)[:, None])
-        common += layout.all_reduces * reduced
+        common += layout.all_reduces * _all_reduce_s(tables, beside, layout, tokens)
     if layout.sparse:
         s = layout.sparse
         experts = tables.moe(
@@ -150,13 +153,27 @@ def _gemm_s(tables: OperatorTables, beside: Sequence[OperatorTables], gemm: Gemm
     fused = gemm.dtype in FUSED_QUANTIZATION[tables.engine]
     least = np.full(len(rows), np.inf)
     for each in (tables, *beside):
-        if each is not tables and gemm.dtype not in each.values("gemm_perf", "gemm_dtype"):
+        known = gemm.dtype in each.values("gemm_perf", "gemm_dtype")
+        if each is not tables and (not known or gemm.dtype in _OVERLAPPED_QUANTIZATION.get(each.engine, ())):
             continue
         table = each.gemm(gemm.dtype)
         launches = float(table.seconds.min() - each.gemm("bfloat16").seconds.min()) if fused else 0.0
         seconds = np.maximum(table.lookup(points) - max(0.0, launches), table.bound_s(points))
         least = np.minimum(least, seconds)
     return least
+
+
+def _all_reduce_s(
+    tables: OperatorTables, beside: Sequence[OperatorTables], layout: DecoderLayout, rows: Floats
+) -> Floats:
+    """The engine's own; where it norms inside, FlashInfer's if those are faster, whose kernels are TensorRT-LLM's
+    (flashinfer.comm.trtllm_allreduce_fusion; engines take it up to the size where their own is faster)."""
+    moved = (rows * layout.hidden * 2.0)[:, None]
+    seconds = tables.all_reduce(layout.ranks).lookup(moved)
+    for each in beside if layout.fused else ():
+        if each.engine == "trtllm":
+            seconds = np.minimum(seconds, each.all_reduce(layout.ranks).lookup(moved))
+    return seconds
 
 
 def _elementwise_s(

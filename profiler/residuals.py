@@ -112,9 +112,9 @@ def learn(
         weights = inverse @ log_residual
         for out in blocks:
             error, variance = _left_out(inverse, weights, out)
-            excess = float(np.median(np.abs(error) / np.sqrt(variance))) / robust
-            if excess > 1.0:
-                shift = (min(excess**2, 100.0) - 1.0) * float(variance.mean())
+            far = float(np.median(np.abs(error) / np.sqrt(variance))) / robust
+            if far > 1.0:
+                shift = (min(far**2, 100.0) - 1.0) * float(variance.mean())
                 shifted[out] += shift
                 covariance[np.ix_(out, out)] += shift
         left_out = weights / np.diag(inverse)  # residual of each point predicted by the others

@@ -22,6 +22,11 @@ from .operator_tables import BadTable
 # others on other machines, and taken for every engine. A prompt's turn at the front end: a tokenizer's milliseconds.
 PUBLISHED_HOST = Host(step_s=0.54e-3, row_s=0.0, prompt_s=0.0, launch_s=0.0, request_s=7.8e-3, door_s=2e-3)
 
+# What preparing a step's inputs (attention metadata, block tables, copies) takes where it waits for the tokens of the
+# step before: 1 to 5 ms in vLLM (inference-sim issue 482), of which the least is taken. TensorRT-LLM and SGLang prepare
+# while the step before computes, vLLM since #23569 (0.11), where it composes ahead.
+PREPARE_S = 1.0e-3
+
 # The engines' own defaults: TensorRT-LLM 1.0 (trtllm-serve: 8,192 tokens, no chunks, GUARANTEED_NO_EVICT, overlap
 # scheduler), vLLM 0.11 (V1 on 80 GB or more: 8,192 tokens, chunked; composes ahead by itself since 0.14), SGLang 0.5
 # (chunks of 8,192 on 80 GB, prompts before decoding, overlap schedule since 0.4).
@@ -60,6 +65,7 @@ class Deployed:
     expert_parallel  parts that whole experts are divided into
     memory_bytes     of one device
     fused_norms      the engine was asked to norm inside the all-reduce
+    inputs_after     inputs of a step are prepared after the step before
     """
 
     config: Mapping[str, Any]
@@ -70,6 +76,7 @@ class Deployed:
     memory_bytes: float
     scheduler: Scheduler
     fused_norms: bool = False
+    inputs_after: bool = False
 
     def layout(self, engine: str) -> DecoderLayout:
         fusion = engine_fusion(engine, str(self.config.get("model_type")), self.fused_norms)
@@ -116,6 +123,8 @@ class ServingModel:
         scheduler = deployed.scheduler
         if not scheduler.chunked and load.input_tokens > scheduler.max_num_batched_tokens:
             scheduler = replace(scheduler, max_num_batched_tokens=load.input_tokens)
+        if deployed.inputs_after:
+            host = host._replace(step_s=host.step_s + PREPARE_S)
         served = serve(step, scheduler, host, kv_tokens, load.clients, inputs, outputs)
         return Predicted(float(served.ttft_s.mean()), float(served.tpot_s.mean()), kv_tokens)
 
