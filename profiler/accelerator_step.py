@@ -29,8 +29,8 @@ ELEMENTWISE_LATENCY_S = 3e-6
 # the scales of the checkpoint, whose kernels decoder_layout.Fusion counts. Block scales and nvfp4 have own kernels.
 FUSED_QUANTIZATION: dict[str, tuple[str, ...]] = {"trtllm": ("fp8",), "vllm": ("fp8",), "sglang": ()}
 # Precisions of which an engine's tables hide the launch of the quantizing kernel behind the kernel before, so that they
-# stand for no other engine: SGLang's nvfp4 is FlashInfer's, with programmatic dependent launch (enable_pdl, by itself on
-# from sm90 on): 5 µs where TensorRT-LLM's and vLLM's tables have 8 to 9, and bf16 5.
+# stand for no other engine. SGLang's nvfp4 is FlashInfer's, with programmatic dependent launch (enable_pdl, on by
+# itself since sm90): 5 µs where TensorRT-LLM's and vLLM's tables have 8 to 9, and bf16 5.
 _OVERLAPPED_QUANTIZATION = {"sglang": ("nvfp4",)}
 # TensorRT-LLM's models whose all-reduce adds the residual, norms and quantizes (AllReduceFusionOp in modeling_llama.py
 # and modeling_deepseekv3.py of 1.0; modeling_qwen3.py has none).
