@@ -112,6 +112,15 @@ def best_of_rows(points: Sequence[Point], measured: Floats) -> Floats:
     return best
 
 
+def unbiased(points: Sequence[Point], measured: Floats, predicted: Floats) -> Floats:
+    """Predictions without what each curve over the clients is off by: what ranking loses beside that."""
+    found = predicted.copy()
+    for curve in {point.curve for point in points}:
+        at = np.array([point.curve == curve for point in points])
+        found[at] *= np.exp(np.median(np.log(measured[at] / predicted[at])))
+    return found
+
+
 def print_ranking(points: Sequence[Point], measured: Floats, predicted: Floats, show_pairs: bool) -> tuple[float, int]:
     """Prints tau, what it is made of and its ceilings; returns the tau of the bar and the number of its pairs."""
     pairs = pairs_at_equal_load(points)
@@ -130,6 +139,13 @@ def print_ranking(points: Sequence[Point], measured: Floats, predicted: Floats, 
     print(f"  ceilings: measured once more tau {ceiling(pairs, measured, deviation):.3f}", end="; ")
     print(f"knowing rows only tau {tau(pairs, measured, best):.3f}", end=", ")
     print(f"both {ceiling(pairs, measured, deviation, best):.3f}")
+    of_curves = tau(pairs, measured, unbiased(points, measured, predicted))
+    print(f"  with the median error of each curve taken off: tau {of_curves:.3f}")
+    for kind in sorted({(point.system, point.model) for point in points}):
+        other = np.array([(point.system, point.model) != kind for point in points])
+        rest = pairs.only(other[pairs.left] & other[pairs.right])
+        if len(rest.left):
+            print(f"  without {' '.join(kind)}: {len(rest.left)} pairs, tau {tau(rest, measured, predicted):.3f}")
     print(f"  {'measured apart by':>20}{'pairs':>7}{'share':>7}{'tau':>8}{'of all that is lost':>21}")
     wrong = np.sign(measured[pairs.left] - measured[pairs.right]) != np.sign(
         predicted[pairs.left] - predicted[pairs.right]
@@ -143,13 +159,13 @@ def print_ranking(points: Sequence[Point], measured: Floats, predicted: Floats, 
             part = tau(pairs.only(which), measured, predicted)
             print(f"  {label:>20}{which.sum():7d}{which.mean():7.0%}{part:8.3f}{share:21.0%}")
 
-    def kind(place: int) -> str:
+    def name(place: int) -> str:
         point = points[place]
         return f"{point.system} {point.engine} {point.model.split('/')[-1]} {point.precision}"
 
     by_kind: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, (i, j) in enumerate(zip(*pairs, strict=True)):
-        one, other = sorted((kind(i), kind(j)))
+        one, other = sorted((name(i), name(j)))
         by_kind[one, other].append(place)
     print(f"  {'most lost between':100}{'pairs':>6}{'tau':>8}{'lost':>6}{'apart':>7}")
     ranked = sorted(by_kind.items(), key=lambda item: -int(wrong[item[1]].sum()))

@@ -90,6 +90,10 @@ def test_who_arrives_while_a_step_is_composed_ahead_waits_for_one_more() -> None
     # the second ends after 10 steps, and the third arrives as the eleventh begins, which was composed before
     assert served(2, [100, 100, 100], [21, 11, 1]).ttft_s[2] == pytest.approx(PROMPT_S)
     assert served(2, [100, 100, 100], [21, 11, 1], ahead).ttft_s[2] == pytest.approx(DECODE_S + PROMPT_S)
+    # 24 ms after the second ended, within a step: it joins the next one, or the one after
+    late = NO_HOST._replace(request_s=0.012)
+    joins_s = [served(2, [100] * 3, [101, 11, 1], each, host=late).ttft_s[2] for each in (MIXED, ahead)]
+    np.testing.assert_allclose(joins_s, [3 * DECODE_S + PROMPT_S, 4 * DECODE_S + PROMPT_S])
     # into an empty engine nobody is late
     np.testing.assert_allclose(served(1, [100] * 3, [11] * 3, ahead).ttft_s, PROMPT_S)
 
