@@ -15,6 +15,7 @@ takes --mix-versions.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -244,15 +245,15 @@ def main() -> None:
 
     # bands of (1): of a group by the errors of all other groups
     for metric, error in residual.items():
-        inside = np.zeros(len(points), np.bool_)
+        inside = np.full(len(points), np.nan)  # where there is no other group
         for group in {p.group[:4] for p in points}:
             out = np.array([p.group[:4] == group for p in points])
             if not out.all():
                 inside[out] = np.abs(error[out]) <= conformal_quantile(np.abs(error[~out]), COVERAGE)
-        inside_band[f"tables_alone_{metric.lower()}"] = inside.astype(np.float64)
+        inside_band[f"tables_alone_{metric.lower()}"] = inside
 
     half = halves(points)
-    for metric, target in (("TPOT", 0.05), ("TTFT", 0.15)):
+    for metric, target in (("TPOT", 0.05), ("TTFT", 0.15)) if half.any() and not half.all() else ():
         error, width = np.zeros(len(points)), np.zeros(len(points))
         for fitted in (half, ~half):
             error[~fitted], width[~fitted] = calibrated(metric, of, residual[metric], fitted)
@@ -279,8 +280,9 @@ def main() -> None:
             bars.append(
                 Bar(f"b200_transfer_{metric.lower()}_median_error", float(np.median(off(error))), target, False)
             )
-    covered = {name: float(np.nanmean(inside)) for name, inside in inside_band.items()}
-    for name, share in covered.items():
+    covered = {name: weighted_share(inside, np.ones(len(points))) for name, inside in inside_band.items()}
+    for name, found in covered.items():
+        share = None if math.isnan(found) else found
         bars += [Bar(f"{name}_band_coverage", share, 0.85), Bar(f"{name}_band_coverage_most", share, 0.95, False)]
 
     print_groups(points, columns)
