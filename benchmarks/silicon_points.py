@@ -20,16 +20,16 @@ from typing import Any
 from bars import needed_data
 from paretune.profiler.accelerator_step import Precision
 from paretune.profiler.closed_loop import Scheduler
+from paretune.profiler.hardware import accelerator
 from paretune.profiler.serving_point import DEFAULTS, Deployed, Load
 
-# As the driver reports it, which engines take a share of: aiconfigurator systems/*.yaml, mem_capacity (2026-07-25).
-MEMORY_BYTES = {
-    "a100_sxm": 85899345920,
-    "h100_sxm": 85899345920,
-    "h200_sxm": 151397597184,
-    "b200_sxm": 193273528320,
-    "l40s": 51539607552,
-    "rtx_pro_6000_server": 103079215104,
+ACCELERATORS = {
+    "a100_sxm": "A100",
+    "h100_sxm": "H100",
+    "h200_sxm": "H200",
+    "b200_sxm": "B200",
+    "l40s": "L40S",
+    "rtx_pro_6000_server": "RTX PRO 6000",
 }
 GPUS_OF_A_NODE = 8
 
@@ -102,7 +102,7 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         return f"mode {row['mode']}"
     if config is None:
         return f"no config.json of {row['model_path']}"
-    if row["system"] not in MEMORY_BYTES:
+    if row["system"] not in ACCELERATORS:
         return f"system {row['system']}"
     if row["backend"] not in DEFAULTS:
         return f"engine {row['backend']}"
@@ -134,7 +134,7 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         experts,
         dtype,
         Precision(over_prompts, cache),
-        MEMORY_BYTES[row["system"]],
+        accelerator(ACCELERATORS[row["system"]]).memory_bytes,
         _scheduler(engine, row["backend_version"], precision, inferencex, clients, lengths, ranks),
         # enable_fi_allreduce_fusion, --enable-flashinfer-allreduce-fusion: in the scripts of B200
         inferencex and row["system"] == "b200_sxm",
