@@ -128,6 +128,11 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
     small_cache = precision != "bf16" and asked
     cache = "fp8" if small_cache else "bfloat16"
     over_prompts = "fp8" if cache == "fp8" and engine == "trtllm" else "bfloat16"
+    release = _release(row["backend_version"])
+    if inferencex:
+        scheduler = _inferencex_scheduler(engine, row["system"], precision, sparse, clients, lengths, ranks)
+    else:
+        scheduler = _scheduler(engine, release)
     deployed = Deployed(
         config,
         ranks,
@@ -135,11 +140,11 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         dtype,
         Precision(over_prompts, cache),
         accelerator(ACCELERATORS[row["system"]]).memory_bytes,
-        _scheduler(engine, row["backend_version"], precision, inferencex, clients, lengths, ranks),
+        scheduler,
         # enable_fi_allreduce_fusion, --enable-flashinfer-allreduce-fusion: in the scripts of B200
         inferencex and row["system"] == "b200_sxm",
-        # InferenceX ran vLLM 0.10.2 (.github/configs/master.yaml, October 2025): composed ahead, inputs prepared after
-        engine == "vllm" and _release(row["backend_version"]) < (0, 14),
+        # where no version stands InferenceX ran vLLM 0.10.2 (.github/configs/master.yaml, October 2025)
+        engine == "vllm" and not (scheduler.ahead and release >= (0, 11)),
     )
     shortest = (0.8, 0.8) if inferencex else (1.0, 0.9)
     return Point(
@@ -169,24 +174,32 @@ def _sharding(row: dict[str, str], config: dict[str, Any]) -> tuple[int, int]:
     if tensor == experts and tensor * experts == ranks and ranks > 1:
         ranks = experts
     inferencex = row.get("origin", "").startswith("InferenceX")
-    if inferencex and row["backend"] == "sglang" and row["precision"] == "fp4" and "n_routed_experts" in config:
+    named = row["backend"], row["precision"], row["model_path"].split("/")[-1]
+    if inferencex and named == ("sglang", "fp4", "DeepSeek-R1"):
         experts = ranks
     return ranks, min(experts, ranks) if "n_routed_experts" in config or "num_experts" in config else 1
 
 
-def _scheduler(
-    engine: str, version: str, precision: str, inferencex: bool, clients: int, lengths: tuple[int, int], ranks: int
+def _scheduler(engine: str, release: tuple[int, int]) -> Scheduler:
+    """An engine's own; vLLM composes ahead by itself since 0.14 (#27614)."""
+    return replace(DEFAULTS[engine], ahead=DEFAULTS[engine].ahead or release >= (0, 14))
+
+
+def _inferencex_scheduler(
+    engine: str, system: str, precision: str, sparse: bool, clients: int, lengths: tuple[int, int], ranks: int
 ) -> Scheduler:
+    """As InferenceX starts an engine: its scripts, by model, precision, GPU and engine."""
     default = DEFAULTS[engine]
-    if engine == "vllm":
-        # InferenceX: async-scheduling, --max-num-batched-tokens 8192; by itself since 0.14 (vLLM #27614)
-        return replace(default, ahead=inferencex or _release(version) >= (0, 14))
-    if not inferencex:
-        return default
-    if engine == "trtllm":  # 70b_fp8_b200_trt_slurm.sh, 70b_fp4_b200_trt_docker.sh
+    if engine == "vllm":  # 70b_fp8_h100_slurm.sh, 70b_*_b200_docker.sh: async-scheduling, 8,192 tokens
+        return replace(default, ahead=True)
+    if engine == "trtllm" and sparse:  # dsr1_fp8_b200_trt_slurm.sh: MAX_NUM_TOKENS
+        return replace(default, max_num_batched_tokens=(clients + lengths[0] + 127) // 64 * 64)
+    if engine == "trtllm":  # 70b_fp8_b200_trt_slurm.sh, 70b_fp4_b200_trt_docker.sh: for 1k/1k on less than 8 ranks
         budget, waits = 16384, lengths == (1024, 1024) and ranks < 8
         waiting = replace(default, wait_steps=20, wait_tokens=round(0.9 * budget)) if waits else default
         return replace(waiting, max_num_batched_tokens=budget)
+    if system != "b200_sxm":  # dsr1_fp8_h200_slurm.sh
+        return replace(default, max_num_batched_tokens=32768, max_num_seqs=512)
     # dsr1_fp4_b200.sh, dsr1_fp8_b200.sh: --chunked-prefill-size, --scheduler-recv-interval, --max-running-requests
     if precision == "fp8" and ranks < 8:
         return replace(default, max_num_seqs=32, receive_every=10)
