@@ -38,26 +38,33 @@ def knobs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     }
 
 
-def repeated_prefixes(requests: Trace, seed: int) -> Trace:
-    """The same requests with prefixes of blocks of 16 tokens out of five families."""
+def repeated_prefixes(requests: Trace, seed: int, tokens: int = 16) -> Trace:
+    """The same requests with prefixes out of five families, a hash for so many tokens; the last hash of each is its
+    own, and covers the first tokens of its answer, too."""
     family = np.random.default_rng(seed).integers(0, 5, len(requests))
-    counts = requests.input_tokens.astype(np.int64) // 16
-    hashes = np.concatenate([1000 * f + np.arange(n) for f, n in zip(family, counts)]).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    prefix = PrefixHashes(hashes=hashes, offsets=offsets, block_size=16)
+    whole, rest = np.divmod(requests.input_tokens.astype(np.int64), tokens)
+    each = [
+        [*(1000 * f + np.arange(n)), *([1_000_000 + i] if r else [])]
+        for i, (f, n, r) in enumerate(zip(family, whole, rest))
+    ]
+    offsets = np.cumsum([0, *map(len, each)])
+    hashes = np.array([hash for one in each for hash in one], np.int64)
+    prefix = PrefixHashes(hashes=hashes, offsets=offsets, block_size=tokens)
     return Trace(requests.arrival_s, requests.input_tokens, requests.output_tokens, prefix=prefix)
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), shared=st.booleans())
+@given(
+    seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), hashed=st.sampled_from([0, 16, 64])
+)
 def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
-    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], shared: bool
+    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], hashed: int
 ) -> None:
     policy, changes = chosen
     limits = pool(num_kv_blocks=40, **changes)
     requests = trace(50, rate, seed)
-    if shared:
-        requests = repeated_prefixes(requests, seed)
+    if hashed:
+        requests = repeated_prefixes(requests, seed, hashed)
     priority = np.random.default_rng(seed).integers(0, 3, len(requests)).tolist()
     fast = simulate(requests, limits, tables(limits), policy=policy, priority=priority)
     slow = simulate(requests, limits, tables(limits), policy=policy, priority=priority, jump=False)
