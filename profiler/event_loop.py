@@ -356,10 +356,10 @@ def run_replica(
             continue
         if rows == 0:
             plan.counts[:] = 0
+        plan.counts[PLAN_COPIES] += copied  # of which a plan holds so many and no more
+        copied = 0
         if rows == 0 or beside:
             schedule_behind(state, plan, rows)  # of no rows: `schedule`
-        plan.counts[PLAN_COPIES] += copied
-        copied = 0
         size = plan.counts[PLAN_SIZE]
         if size == 0:
             if rows > 0:
@@ -493,8 +493,11 @@ def _decode(
         # with every lane taken a newcomer changes nothing before somebody ends
         if steps > 1 and coming_s < math.inf and rows < state.limits[MAX_NUM_SEQS]:
             steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
-        if tables.block_copy_s > 0.0 and (copied_s > 0.0 or evicts(state, run, step + steps)):
-            steps = 1  # each step waits for the blocks that it pushes to the host
+        # each step waits for the blocks that it pushes to the host; and who finds fewer of its blocks there than before
+        # may need less to begin with (admission first_chunk)
+        evicting = state.host_blocks.ref_count.shape[0] > 0 and evicts(state, run, step + steps)
+        if evicting or copied_s > 0.0:
+            steps = 1
         plan.counts[PLAN_COPIES] = 0
         steps = take_blocks(state, plan, run, step + steps) - step
         if steps == 0:
@@ -517,7 +520,7 @@ def _decode(
             others = state.counts[NUM_WAITING] + state.counts[NUM_RUNNING] - counts[ROWS]
             if counts[ROWS] == 0 or others > 0 or not goes_on:
                 break
-        if coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
+        if evicting or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
             break
     clock[0] = now_s
     return context, next_kth, goes_on

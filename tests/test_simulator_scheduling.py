@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from paretune.profiler.simulator import simulate
@@ -54,7 +54,16 @@ def repeated_prefixes(requests: Trace, seed: int, tokens: int = 16) -> Trace:
     return Trace(requests.arrival_s, requests.input_tokens, requests.output_tokens, prefix=prefix)
 
 
+# who waits may begin with less, once its prefix has left the host: while blocks are evicted nothing may be jumped over
+FIRST_CHUNK = {
+    "admission": "first_chunk", "watermark": 0.0, "scheduling": "fcfs", "long_prefill_token_threshold": 48,
+    "host_kv_blocks": 12, "preemption": "swap",
+}  # fmt: skip
+
+
 @settings(max_examples=60, deadline=None)
+@example(seed=0, rate=20.0, chosen=("paretune", FIRST_CHUNK), hashed=16, block_copy_s=0.0)
+@example(seed=7, rate=20.0, chosen=("paretune", FIRST_CHUNK), hashed=16, block_copy_s=2e-3)
 @given(
     seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), hashed=st.sampled_from([0, 16, 64]),
     block_copy_s=st.sampled_from([0.0, 2e-3]),
