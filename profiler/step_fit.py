@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,22 +77,54 @@ def fit_steps(points: Sequence[StepPoint]) -> StepFit:
 
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
+    values, measured_s, certain = _ordered(points)
+    held_out = np.arange(len(values)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    fit = _fitted(values[~held_out], measured_s[~held_out], certain[~held_out])
+    errors = fit.seconds(values[held_out]) / measured_s[held_out] - 1
+    largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
+    return replace(fit, **_wrong(errors), largest=largest)
+
+
+def fit_all_steps(points: Sequence[StepPoint]) -> StepFit:
+    """The same fitted to every point, where there are few: its errors are those of each point without its quarter.
+
+    Raises: BadProfile: fewer than LEAST_POINTS points.
+    """
+    values, measured_s, certain = _ordered(points)
+    fold, errors = np.arange(len(values)) % HELD_OUT_EVERY, np.empty(len(values))
+    for each in range(HELD_OUT_EVERY):
+        rest = fold != each
+        without = _fitted(values[rest], measured_s[rest], certain[rest])
+        errors[~rest] = without.seconds(values[~rest]) / measured_s[~rest] - 1
+    return replace(_fitted(values, measured_s, certain), **_wrong(errors))
+
+
+def _wrong(errors: Floats) -> dict[str, Any]:
+    return {"relative_error": float(np.quantile(np.abs(errors), CONFIDENCE)), "errors": tuple(errors.tolist())}
+
+
+def _ordered(points: Sequence[StepPoint]) -> tuple[Floats, Floats, Floats]:
+    """(n, 5) compositions from small to large, their (n,) seconds, and how certain each is."""
     if len(points) < LEAST_POINTS:
         todo = "measure for longer: `paretune profile`"
         raise BadProfile("profile: steps", f"{len(points)} points", f"at least {LEAST_POINTS}", todo)
     ordered = sorted(points, key=lambda p: tuple(getattr(p, part) for part in reversed(_PARTS)))
     values = np.array([[getattr(p, part) for part in _PARTS] for p in ordered], np.float64)
-    measured_s = np.array([p.median_s for p in ordered])
-    held_out = np.arange(len(ordered)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    knots = [_knots(values[~held_out, i]) for i in range(len(_PARTS))]
-    design = np.hstack([np.ones((len(ordered), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
-    relative = design[~held_out] / measured_s[~held_out, None]
-    # a median of many steps counts more than a single one, and a step that something disturbed counts less
-    certain = np.sqrt(np.minimum(np.array([p.count for p in ordered])[~held_out], _ENOUGH))
+    # a median of many steps counts more than a single one
+    certain = np.sqrt(np.minimum(np.array([p.count for p in ordered]), _ENOUGH))
+    return values, np.array([p.median_s for p in ordered]), certain
+
+
+def _fitted(values: Floats, measured_s: Floats, certain: Floats) -> StepFit:
+    """The fit to these points, without errors."""
+    knots = [_knots(values[:, i]) for i in range(len(_PARTS))]
+    design = np.hstack([np.ones((len(values), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
+    relative = design / measured_s[:, None]
     weights = certain
     for _ in range(_REWEIGHTINGS):
         rises = non_negative_least_squares(relative * weights[:, None], weights)
         residuals = np.abs(relative @ rises - 1)
+        # a step that something disturbed counts less
         weights = certain * np.sqrt(np.minimum(1.0, _DISTURBED / np.maximum(residuals, 1e-12)))
     lines, start = [], 1
     for part in knots:
@@ -100,9 +133,7 @@ def fit_steps(points: Sequence[StepPoint]) -> StepFit:
         start += len(part) - 1
     tokens, rows, samples, decode, prefill = lines
     largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
-    fit = StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
-    errors = fit.seconds(values[held_out]) / measured_s[held_out] - 1
-    return replace(fit, relative_error=float(np.quantile(np.abs(errors), CONFIDENCE)), errors=tuple(errors.tolist()))
+    return StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
 
 
 def _knots(values: Floats) -> Floats:

@@ -104,7 +104,7 @@ def _without_draft(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep
             raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
     if isinstance(source, OperatorSource):
         tables = operator_step_tables(source, shape, pool)
-        return ModeledStep(tables, False, OPERATOR_ERROR, source.not_modeled)
+        return ModeledStep(tables, False, OPERATOR_ERROR, source.not_modeled, source.host.step_s)
     left_out = [
         *_left_out_of_experts(shape, pool),
         *_left_out_of_attention(shape),
@@ -207,11 +207,8 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
     peaks = profile.peaks_of(pool.num_threads)
     fit = _fit(configuration.steps)
     notes = []
-    tokens = np.arange(pool.max_num_batched_tokens + 1, dtype=np.float64)
-    seqs = np.arange(pool.max_num_seqs + 1, dtype=np.float64)
-    tokens_s = fit.step_s + fit.tokens(tokens)
-    samples_s = fit.samples(np.arange(pool.max_num_samples + 1, dtype=np.float64))
-    for table, head in ((tokens_s, False), (samples_s, True)):
+    tables = fitted_tables(fit, pool)
+    for table, head in ((tables.tokens_s, False), (tables.samples_s, True)):
         delta_s, unknown = _tile_difference(shape, pool, configuration, len(table) - 1, head=head)
         table[1:] += delta_s[1:]
         notes += unknown
@@ -222,14 +219,6 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
         notes.append("tiles of the experts: taken as those of the profile")
     if shape.experts:
         notes.append("experts: taken as touched by the profile's random prompts, not by the trace's")
-    tables = StepTables(
-        tokens_s=tokens_s,
-        rows_s=fit.rows(seqs),
-        samples_s=samples_s,
-        decode_attention_s=fit.decode(WORK_GRID),
-        prefill_attention_s=fit.prefill(WORK_GRID),
-        request_s=np.zeros(2),
-    )
     error = fit.relative_error
     if not profile.serving:
         notes.append("serving over HTTP: time outside the steps and its share of the cores were not measured")
@@ -240,16 +229,8 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
             notes.append(f"serving over HTTP: taken as measured where {serving.cores} cores compute, not {cores}")
         tables, error = _served(tables, serving, error)
     bound = bound_tables(shape, pool, peaks)
-    least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
-    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name in least}
-    tables = tables._replace(**bounded)
-    tables.tokens_s[0] = 0.0
-    most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
-    if pool.speculation != "none":
-        most_of["num_samples"] = pool.max_num_samples
-    for part, most in most_of.items():
-        if most > fit.largest[part]:
-            notes.append(f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured")
+    tables = not_faster(tables, bound)
+    notes += extrapolated(fit, pool)
     beside = profile.replicas_beside(pool)
     if configuration.replicas > beside:
         notes.append(f"{beside} replicas on one machine: taken as {configuration.replicas}, so too slow")
@@ -270,6 +251,38 @@ def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTa
         bound_s if curve is None or shape.experts else max(bound_s, float(_interpolated(curve, np.array([1]))[0]))
     )
     return max(0.0, float(tables.tokens_s[1]) - linear_s)
+
+
+def fitted_tables(fit: StepFit, pool: Pool) -> StepTables:
+    """The tables of steps as they were fitted; nothing outside the steps."""
+    return StepTables(
+        tokens_s=fit.step_s + fit.tokens(np.arange(pool.max_num_batched_tokens + 1, dtype=np.float64)),
+        rows_s=fit.rows(np.arange(pool.max_num_seqs + 1, dtype=np.float64)),
+        samples_s=fit.samples(np.arange(pool.max_num_samples + 1, dtype=np.float64)),
+        decode_attention_s=fit.decode(WORK_GRID),
+        prefill_attention_s=fit.prefill(WORK_GRID),
+        request_s=np.zeros(2),
+    )
+
+
+def not_faster(tables: StepTables, bound: StepTables) -> StepTables:
+    """The tables with no step faster than the bound, part by part; a step of no tokens takes no time."""
+    least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
+    found = tables._replace(**{name: np.maximum(getattr(tables, name), table) for name, table in least.items()})
+    found.tokens_s[0] = 0.0
+    return found
+
+
+def extrapolated(fit: StepFit, pool: Pool) -> list[str]:
+    """Which steps of a pool are larger than any that was measured, for people."""
+    most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
+    if pool.speculation != "none":
+        most_of["num_samples"] = pool.max_num_samples
+    return [
+        f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured"
+        for part, most in most_of.items()
+        if most > fit.largest[part]
+    ]
 
 
 @lru_cache(maxsize=256)
