@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from ..profiler.engine_tables import engine_step
 from ..profiler.hardware import Accelerator, BadHardware, accelerator
-from ..profiler.importers.llmservingsim import find_profile, read_profile
+from ..profiler.operator_tables import BadTable
 from ..profiler.prices import Price, PriceBook
 from ..profiler.profile import BadProfile, Profile
 from ..profiler.recalibration import Calibration
 from ..profiler.roofline import kv_blocks
+from ..profiler.step_source import StepSource, digest_of, open_tables
+from ..profiler.table_choice import TableChoice
 from ..profiler.tables import ModeledStep, step_bounds, step_tables
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.spec import CPU, Deployment, Pool
@@ -39,8 +41,8 @@ _ADAPTERS_LEAVE_OUT = (
 class Sources:
     """Step times and prices for one model.
 
-    measured from `profile` where the accelerator is "cpu", from an engine's `layer_times` on `device` where they are
-    given, from the data sheet of `device` else; each as the user's own server corrects it where a calibration is given.
+    measured from `profile` where the accelerator is "cpu", of `device` from the tables of others where they are given,
+    from its data sheet else; each as the user's own server corrects it where a calibration is given.
     """
 
     model: str
@@ -49,7 +51,7 @@ class Sources:
     profile: Profile | None = None
     device: Accelerator | None = None
     calibration: Calibration | None = None
-    layer_times: Path | None = None
+    tables: StepSource | None = None
 
     @classmethod
     def of(
@@ -61,29 +63,21 @@ class Sources:
         prices_path: str | os.PathLike[str] | None = None,
         any_machine: bool = False,
         calibration_path: str | os.PathLike[str] | None = None,
-        layer_times: str | os.PathLike[str] | None = None,
+        tables: TableChoice | None = None,
     ) -> Sources:
         """Read them.
 
         Args:
-            layer_times: folder of one profile of the model's layers, as LLMServingSim writes it, on that accelerator.
+            tables: what takes the place of the accelerator's data sheet.
         Raises: BadModel, BadProfile (none for "cpu", too), BadHardware, BadTable (exit code 2), OSError.
         """
         shape = ModelShape.load(resolve_model(model))
         prices = PriceBook.load(prices_path)
         calibration = None if calibration_path is None else Calibration.load(calibration_path)
+        device = accelerator(accelerator_name)
+        opened = None if tables is None else open_tables(tables, device)
         if accelerator_name != CPU:
-            folder = None if layer_times is None else find_profile(Path(layer_times))
-            return cls(
-                model,
-                shape,
-                prices,
-                device=accelerator(accelerator_name),
-                layer_times=folder,
-                calibration=calibration,
-            )
-        if layer_times is not None:
-            raise BadHardware("layer times", CPU, "an accelerator of the catalog", "name it in the spec's pool")
+            return cls(model, shape, prices, device=device, tables=opened, calibration=calibration)
         if profile_path is None:
             raise BadProfile("profile", "none", "a profile of this machine", "`paretune profile run`")
         profile = Profile.load(profile_path, any_machine=any_machine)
@@ -91,15 +85,10 @@ class Sources:
         return cls(model, shape, prices, profile=profile, calibration=calibration)
 
     def step_model(self, pool: Pool) -> ModeledStep:
-        """Step times of one replica of a pool. Raises: BadProfile, BadHardware."""
-        source = self.profile or self.device
-        assert source is not None, "one of the two is always given"
-        if self.layer_times is not None:
-            found = engine_step(read_profile(self.layer_times, self.shape, pool.tensor_parallel_size), self.shape, pool)
-        else:
-            found = step_tables(source, self.shape, pool)
+        """Step times of one replica of a pool. Raises: BadProfile, BadHardware, BadTable."""
+        found = self._uncalibrated(pool)
         if self.calibration is not None:
-            bounds = step_bounds(source, self.shape, pool)
+            bounds = step_bounds(self.peaks, self.shape, pool)
             found = self.calibration.applied(found, bounds, pool, self.uncalibrated_digest)
         left_out = [*found.not_modeled, *_SIMULATOR_LEAVES_OUT]
         if pool.max_queued_requests:
@@ -110,6 +99,28 @@ class Sources:
             left_out += _ADAPTERS_LEAVE_OUT
         return replace(found, not_modeled=tuple(left_out))
 
+    def _uncalibrated(self, pool: Pool) -> ModeledStep:
+        if self.tables is None:
+            return step_tables(self.peaks, self.shape, pool)
+        assert self.device is not None
+        if pool.accelerator != self.device.name:
+            raise BadHardware("pool.accelerator", pool.accelerator, self.device.name, "give the tables of the pool's")
+        return self.tables.modeled(self.shape, pool)
+
+    @property
+    def peaks(self) -> Profile | Accelerator:
+        """Whose peak rates bound the steps, and say what does."""
+        found = self.profile or self.device
+        assert found is not None, "one of the two is always given"
+        return found
+
+    def check_explained(self) -> None:
+        """Raises: BadTable: steps from these tables cannot be taken apart."""
+        if self.tables is not None and self.tables.unexplained:
+            allowed = "operator tables, whole steps, or the data sheet"
+            todo = f"{self.tables.unexplained}; `simulate` takes them, `explain` the others"
+            raise BadTable("explain", self.tables.name, allowed, todo)
+
     def price(self, pool: Pool) -> Price:
         """Of one device of a pool. Raises: BadHardware: the price book has none."""
         return self.prices.usd_per_device_hour(pool.accelerator)
@@ -119,8 +130,8 @@ class Sources:
         if self.profile is not None:
             return f"profile of {self.profile.name}"
         assert self.device is not None
-        if self.layer_times is not None:
-            return f"layer times of {self.layer_times.name} on {self.device.name}"
+        if self.tables is not None:
+            return f"{self.tables.name} on {self.device.name}"
         return f"data sheet of {self.device.name} ({self.device.as_of})"
 
     @property
@@ -131,7 +142,7 @@ class Sources:
 
     @property
     def measured(self) -> bool:
-        return self.profile is not None or self.layer_times is not None
+        return self.profile is not None or (self.tables is not None and self.tables.measured)
 
     @property
     def digest(self) -> str:
@@ -141,15 +152,14 @@ class Sources:
         both = self.uncalibrated_digest + self.calibration.model_dump_json()
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def uncalibrated_digest(self) -> str:
-        """The profile's own, or one of the data sheet's figures and the layer times beside them."""
+        """The profile's own, or one of the data sheet's figures and the tables in its place."""
         if self.profile is not None:
             return self.profile.digest()
         found = hashlib.sha256(repr(self.device).encode())
-        for path in sorted(self.layer_times.rglob("*")) if self.layer_times is not None else ():
-            if path.is_file():
-                found.update(path.read_bytes())
+        if self.tables is not None:
+            found.update(digest_of(self.tables).encode())
         return found.hexdigest()[:16]
 
     @property
