@@ -167,7 +167,11 @@ class Sources:
         return hashlib.sha256(repr(self.prices.offers).encode()).hexdigest()[:16]
 
     def plain_default(self, trace: Trace, *, cores: int) -> Deployment:
-        """What people run who change nothing: vLLM's limits, bf16, all cores (or one accelerator), room for the log."""
+        """What people run who change nothing: vLLM's limits, bf16, all cores (or as many accelerators as hold the
+        model), room for the log.
+
+        Raises: BadHardware: not even eight accelerators hold it.
+        """
         longest = int((trace.input_tokens.astype("int64") + trace.output_tokens).max())
         max_model_len = min(-(-longest // 64) * 64, self.shape.max_position_embeddings)
         name = CPU if self.device is None else self.device.name
@@ -180,9 +184,20 @@ class Sources:
             num_kv_blocks=max(CPU_KV_TOKENS, 2 * max_model_len) // 16,
         )
         if self.device is not None:
-            pool = pool.model_copy(update={"num_kv_blocks": kv_blocks(self.device, self.shape, pool)})
-            pool = Pool.model_validate(pool.model_dump())
+            pool = _on_as_many_as_hold_it(self.device, self.shape, pool)
         return Deployment(model=self.model, pools=(pool,))
+
+
+def _on_as_many_as_hold_it(device: Accelerator, shape: ModelShape, pool: Pool) -> Pool:
+    """The pool on the fewest ranks, of 1, 2, 4 and 8, whose memory holds the weights and one request."""
+    for ranks in (1, 2, 4, 8):
+        sharded = pool.model_copy(update={"tensor_parallel_size": ranks})
+        blocks = kv_blocks(device, shape, sharded)
+        if blocks * pool.block_size >= pool.max_model_len:
+            found = sharded.model_copy(update={"num_kv_blocks": blocks})
+            return Pool.model_validate(found.model_dump())
+    todo = "name a spec with --baseline that holds it: fewer bytes a weight, or more ranks"
+    raise BadHardware(f"memory of 8 x {device.name}", "too little", "the weights and one request", todo)
 
 
 def absolute(path: str | None) -> str | None:

@@ -67,7 +67,7 @@ def measured_as(tables: Sequence[StepRows], shape: ModelShape, pool: Pool) -> St
         kept = [each for each in left if _same(where, value, values[id(each)])]
         if not kept:
             known = ", ".join(sorted({str(values[id(each)]) for each in left}))
-            raise BadTable(f"step times: {where}", value, known or "no step that can be true", "choose one of these")
+            raise BadTable(where, value, known or "no step that can be true", "choose one of these")
         left = kept
     if len(left) > 1:
         names = "; ".join(str(each.of) for each in left)

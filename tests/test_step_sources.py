@@ -20,6 +20,7 @@ from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.table_choice import TableChoice
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Deployment, Pool, load_deployment, save_deployment
+from paretune.traces import read
 
 from .cli_examples import CONFIG, in_folder, paretune, write_inputs
 from .operator_table_examples import write_operators
@@ -186,6 +187,21 @@ def test_the_digest_follows_the_content_and_not_the_place(here: Path, tmp_path: 
     assert sources(step_times=str(copy)).digest == sources(step_times="steps.csv").digest
     copy.write_text(copy.read_text().replace("made up", "made over"))
     assert sources(step_times=str(copy)).digest != sources(step_times="steps.csv").digest
+
+
+def test_the_plain_default_takes_as_many_devices_as_hold_the_model(here: Path) -> None:
+    large = {**CONFIG, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+             "intermediate_size": 28672}  # fmt: skip
+    Path("large").mkdir()
+    Path("large/config.json").write_text(json.dumps(large))
+    trace = read("log.csv")
+    for name, ranks in (("H200", 2), ("H100", 2), ("A100", 2), ("L40S", 4), ("A10G", 8)):
+        pool = Sources.of("large", accelerator_name=name).plain_default(trace, cores=8).pool
+        assert (pool.accelerator, pool.tensor_parallel_size) == (name, ranks)
+        assert pool.num_kv_blocks * pool.block_size >= pool.max_model_len
+    Path("large/config.json").write_text(json.dumps({**large, "num_hidden_layers": 240}))
+    with pytest.raises(BadHardware, match="memory of 8 x L4"):
+        Sources.of("large", accelerator_name="L4").plain_default(trace, cores=8)
 
 
 def test_a_project_names_its_tables_once(here: Path) -> None:
