@@ -71,6 +71,9 @@ def vidur_bars(tables: vidur.VidurTables) -> tuple[list[Bar], dict[str, object]]
         print(f"  {finding}")
     layers = [e for name, errors in by_operator.items() if name in vidur.OPERATORS for e in errors]
     links = [e for name, errors in by_operator.items() if name not in vidur.OPERATORS for e in errors]
+    by_operator |= {"all operators": layers, "all collectives": links}
+    for name in ("all operators", "all collectives"):
+        print(f"  {name:26} {said(by_operator[name])}")
     bars = [
         Bar("Vidur: operators of a layer left out, median error", float(np.median(layers)), 0.05, at_least=False),
         Bar("Vidur: collectives left out, median error", float(np.median(links)), 0.05, at_least=False),
@@ -90,6 +93,9 @@ def splitwise_bars(tables: Sequence[StepRows]) -> tuple[list[Bar], dict[str, obj
             print(f"  {table.of!s:42} {name:13} {said(found[of])}")
             errors[name] += found[of].tolist()
             details[f"{table.of}: {name}"] = np.quantile(found[of], (0.5, 0.9)).tolist()
+    for name, each in errors.items():
+        print(f"  {'all of them':42} {name:13} {said(each)}")
+        details[f"all: {name}"] = np.quantile(each, (0.5, 0.9)).tolist()
     bars = [
         Bar(f"Splitwise: {name} left out, median error", float(np.median(each)), target, at_least=False)
         for (name, each), target in zip(errors.items(), (0.10, 0.05))

@@ -20,6 +20,7 @@ HELD_OUT_EVERY = 4
 CONFIDENCE = 0.9
 LEAST_POINTS = 12
 _ENOUGH = 5
+_APIECE = 2
 # Huber's weights (1964): residuals beyond this share of a step's time count by their size, not its square
 _DISTURBED = 0.05
 _REWEIGHTINGS = 6
@@ -86,7 +87,9 @@ def fit_steps(points: Sequence[StepPoint]) -> StepFit:
 
 
 def fit_all_steps(points: Sequence[StepPoint]) -> StepFit:
-    """The same fitted to every point, where there are few: its errors are those of each point without its quarter.
+    """The same where there are few points: fitted to all of them, with a knot for every _APIECE different values.
+
+    Its errors are those of each point, predicted without its quarter.
 
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
@@ -94,9 +97,9 @@ def fit_all_steps(points: Sequence[StepPoint]) -> StepFit:
     fold, errors = np.arange(len(values)) % HELD_OUT_EVERY, np.empty(len(values))
     for each in range(HELD_OUT_EVERY):
         rest = fold != each
-        without = _fitted(values[rest], measured_s[rest], certain[rest])
+        without = _fitted(values[rest], measured_s[rest], certain[rest], _APIECE)
         errors[~rest] = without.seconds(values[~rest]) / measured_s[~rest] - 1
-    return replace(_fitted(values, measured_s, certain), **_wrong(errors))
+    return replace(_fitted(values, measured_s, certain, _APIECE), **_wrong(errors))
 
 
 def _wrong(errors: Floats) -> dict[str, Any]:
@@ -115,9 +118,13 @@ def _ordered(points: Sequence[StepPoint]) -> tuple[Floats, Floats, Floats]:
     return values, np.array([p.median_s for p in ordered]), certain
 
 
-def _fitted(values: Floats, measured_s: Floats, certain: Floats) -> StepFit:
-    """The fit to these points, without errors."""
-    knots = [_knots(values[:, i]) for i in range(len(_PARTS))]
+def _fitted(values: Floats, measured_s: Floats, certain: Floats, apiece: float = 0.0) -> StepFit:
+    """The fit to these points, without errors.
+
+    Args:
+        apiece: different values of a part that there are for each of its inner knots, at least.
+    """
+    knots = [_thinned(_knots(values[:, i]), values[:, i], apiece) for i in range(len(_PARTS))]
     design = np.hstack([np.ones((len(values), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
     relative = design / measured_s[:, None]
     weights = certain
@@ -144,6 +151,16 @@ def _knots(values: Floats) -> Floats:
     octaves = 2.0 ** np.unique(np.round(np.log2(np.maximum(values[values > 0], 1.0))))
     inner = octaves[octaves < 0.75 * largest]
     return np.concatenate([[0.0], inner, [largest]])
+
+
+def _thinned(knots: Floats, values: Floats, apiece: float) -> Floats:
+    """Fewer knots between the ends where there are few values, evenly; a knot of a single point only repeats it."""
+    inner = knots[1:-1]
+    most = int(len(np.unique(values[values > 0])) // apiece) if apiece else len(inner)
+    if len(inner) <= most:
+        return knots
+    kept = np.unique(np.round(np.linspace(0, len(inner) - 1, most + 2)[1:-1])).astype(np.int64)
+    return np.concatenate([knots[:1], inner[kept], knots[-1:]])
 
 
 def _rises(x: Floats, knots: Floats) -> Floats:

@@ -106,9 +106,10 @@ def test_explain_refuses_layer_times_and_says_what_else_there_is(here: Path) -> 
     assert "operator tables, whole steps, or the data sheet" in shown.stderr
 
 
-def test_calibrate_corrects_operators_and_only_them(here: Path) -> None:
-    found = sources(operator_tables="operators")
-    model = found.step_model(POOL)
+@pytest.fixture(scope="module")
+def calibration(here: Path) -> Path:
+    """Of a server whose decode steps take twice what the operators say."""
+    model = sources(operator_tables="operators").step_model(POOL)
     rng = np.random.default_rng(0)
     lines = []
     for place in range(200):
@@ -118,21 +119,28 @@ def test_calibrate_corrects_operators_and_only_them(here: Path) -> None:
         lines.append({"replica": 0, "num_tokens": rows, "num_rows": rows, "num_samples": rows, "seconds": seconds,
                       "decode_context": context, "prefill_pairs": 0.0, "started_s": float(place)})  # fmt: skip
     Path("steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    given = ("--operator-tables", "operators")
-    done = paretune("calibrate", "--from", "steps.jsonl", "--spec", "spec.yaml", *given, "-o", "calibration.json")
+    output = Path("calibration.json")
+    done = paretune(
+        "calibrate", "--from", "steps.jsonl", "--spec", "spec.yaml", "--operator-tables", "operators", "-o", output
+    )
     assert done.exit_code == 0, done.stderr
-    assert p50(*given, "--calibration", "calibration.json") == pytest.approx(2 * p50(*given), rel=0.1)
-    refused = paretune("simulate", "log.csv", "--spec", "spec.yaml", "--calibration", "calibration.json")
+    return output
+
+
+def test_calibrate_corrects_operators_and_only_them(calibration: Path) -> None:
+    given = ("--operator-tables", "operators")
+    assert p50(*given, "--calibration", str(calibration)) == pytest.approx(2 * p50(*given), rel=0.1)
+    refused = paretune("simulate", "log.csv", "--spec", "spec.yaml", "--calibration", calibration)
     assert refused.exit_code == 2
     assert "calibrate what you use" in refused.stderr
 
 
-def test_calibrated_host_time_grows_with_the_steps(here: Path) -> None:
-    plain = sources(operator_tables="operators")
-    corrected = Sources.of(
-        "model", accelerator_name="H100", tables=TableChoice(operator_tables="operators"),
-        calibration_path="calibration.json",
-    )  # fmt: skip
+def test_calibrated_host_time_grows_with_the_steps(calibration: Path) -> None:
+    tables = TableChoice(operator_tables="operators")
+    plain, corrected = (
+        Sources.of("model", accelerator_name="H100", tables=tables, calibration_path=path)
+        for path in (None, calibration)
+    )
     assert corrected.step_model(POOL).host_step_s > 1.5 * plain.step_model(POOL).host_step_s > 0
 
 
