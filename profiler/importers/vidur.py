@@ -145,11 +145,11 @@ class VidurTables:
         keys = {"model": model, "tensor_parallel_size": tensor_parallel_size}
         prefill = self._table(
             parts, "attn_prefill", keys, prompts, {"chunk": "prefill_chunk_size", "cached": "kv_cache_size"},
-            *self._attention_bounds(heads, kv_heads, head_dim, lambda p: (p[:, 0], p[:, 1])),
+            *self._attention_bounds(heads, kv_heads, head_dim, _prompt_work),
         )  # fmt: skip
         decode = self._table(
             parts, "attn_decode", keys, rows, {"rows": "batch_size", "context": "kv_cache_size"},
-            *self._attention_bounds(heads, kv_heads, head_dim, lambda p: (np.ones(len(p)), p[:, 1]), by_rows=True),
+            *self._attention_bounds(heads, kv_heads, head_dim, _decode_work),
         )  # fmt: skip
         return prefill, decode
 
@@ -216,27 +216,19 @@ class VidurTables:
         return arithmetic, lambda points: np.maximum(arithmetic(points), 2.0 * elements / bandwidth)
 
     def _attention_bounds(
-        self,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        tokens: Callable[[Floats], tuple[Floats, Floats]],
-        by_rows: bool = False,
+        self, heads: int, kv_heads: int, head_dim: int, work: Callable[[Floats], tuple[Floats, Floats]]
     ) -> tuple[Bound | None, Bound]:
+        """Of arithmetic, and of memory. work: query-key pairs, and keys read, at points of the table."""
         if self.accelerator is None:
             return None, lambda points: np.full(len(points), _NOTHING_S)
         rate, bandwidth = self.accelerator.flops_per_s("bf16"), self.accelerator.peak_bytes_per_s
 
         def arithmetic(points: Floats) -> Floats:
-            chunk, cached = tokens(points)
-            many = points[:, 0] if by_rows else np.ones(len(points))
-            pairs = many * chunk * (cached + (0.0 if by_rows else chunk / 2))
+            pairs, _ = work(points)
             return np.asarray(np.maximum(4.0 * heads * head_dim * pairs / rate, _NOTHING_S), np.float64)
 
         def memory(points: Floats) -> Floats:
-            chunk, cached = tokens(points)
-            many = points[:, 0] if by_rows else np.ones(len(points))
-            read = many * (cached + (0.0 if by_rows else chunk))
+            _, read = work(points)
             return np.maximum(arithmetic(points), 4.0 * kv_heads * head_dim * read / bandwidth)
 
         return arithmetic, memory
@@ -311,6 +303,18 @@ class VidurTables:
         )  # fmt: skip
         self._tables[known] = table
         return table
+
+
+def _prompt_work(points: Floats) -> tuple[Floats, Floats]:
+    """Of (chunk, cached)."""
+    chunk, cached = points.T
+    return chunk * (cached + chunk / 2), cached + chunk
+
+
+def _decode_work(points: Floats) -> tuple[Floats, Floats]:
+    """Of (rows, context)."""
+    rows, context = points.T
+    return rows * context, rows * context
 
 
 @dataclass(frozen=True)
