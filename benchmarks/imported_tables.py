@@ -23,7 +23,7 @@ from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers import vidur
 from paretune.profiler.importers.checks import by_file
 from paretune.profiler.importers.kinds import read_step_table
-from paretune.profiler.importers.step_rows import StepRows
+from paretune.profiler.importers.step_rows import StepRows, bound_s
 from paretune.profiler.operator_tables import OperatorTable
 from paretune.profiler.step_fit import fit_all_steps
 from paretune.profiler.step_time import composed_time_s
@@ -87,7 +87,9 @@ def splitwise_bars(tables: Sequence[StepRows]) -> tuple[list[Bar], dict[str, obj
     print("Splitwise, whole steps:")
     for table in tables:
         ordered = sorted(table.points, key=lambda p: (p.prefill_pairs, p.decode_context))
-        found = np.abs(fit_all_steps(table.points).errors)  # in the same order
+        found = np.abs(
+            fit_all_steps(table.points, bound_s(table.of, table.points, accelerator("A100")).tolist()).errors
+        )  # in the same order
         prompts = np.array([p.prefill_pairs > 0 for p in ordered])
         for name, of in (("prompts", prompts), ("decode steps", ~prompts)):
             print(f"  {table.of!s:42} {name:13} {said(found[of])}")

@@ -1,5 +1,8 @@
 """Fits the parts of a step's time to measured whole steps: monotone, non-negative, robust relative least squares.
 
+What physics allows at least is no part of the fit but stands below it: a fit alone cannot tell reading the weights from
+reading the first cached token, and raising each of its parts to its bound afterwards would count the weights twice.
+
 Each part (tokens, rows, samples, context decoded, pairs prefilled) is a broken line that never falls, with knots at
 powers of two: linear layers read their weights once whatever the rows, and grow with them later; caches end
 somewhere. Every fourth point is held out of the fit, and only these say how wrong it is.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,7 @@ _APIECE = 2
 # Huber's weights (1964): residuals beyond this share of a step's time count by their size, not its square
 _DISTURBED = 0.05
 _REWEIGHTINGS = 6
+_ALIKE = 5  # held-out points whose mean error counts
 _PARTS = ("num_tokens", "num_rows", "num_samples", "decode_context", "prefill_pairs")
 
 Floats = NDArray[np.float64]
@@ -49,9 +53,10 @@ class BrokenLine:
 
 @dataclass(frozen=True)
 class StepFit:
-    """Seconds of a step = step_s + the five parts.
+    """Seconds of a step beyond what was given as least = step_s + the five parts.
 
-    relative_error  90 % quantile of |predicted / measured - 1| over the held-out points
+    relative_error  90 % quantile, over groups of held-out points that are alike, of how far their mean is off: any
+                    percentile of a run's latencies is a sum of many steps, and single steps' errors cancel in it
     errors          of each held-out point, predicted / measured - 1
     largest         largest value measured, by part
     """
@@ -73,64 +78,76 @@ class StepFit:
         return np.asarray(self.step_s + sum(parts, np.zeros(len(values))), np.float64)
 
 
-def fit_steps(points: Sequence[StepPoint]) -> StepFit:
-    """The parts that explain measured steps best.
+def fit_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = None) -> StepFit:
+    """The parts that explain best what measured steps take beyond the least that is possible.
 
+    Args:
+        least_s: of each point; left out: 0.
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
-    values, measured_s, certain = _ordered(points)
-    held_out = np.arange(len(values)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    fit = _fitted(values[~held_out], measured_s[~held_out], certain[~held_out])
-    errors = fit.seconds(values[held_out]) / measured_s[held_out] - 1
-    largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
-    return replace(fit, **_wrong(errors), largest=largest)
+    known = _ordered(points, least_s)
+    held_out = np.arange(len(points)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    fit, errors = _fitted(known, ~held_out)
+    largest = {part: float(known.values[:, i].max()) for i, part in enumerate(_PARTS)}
+    error = _error_of_means(errors[held_out], known.values[held_out])
+    return replace(fit, relative_error=error, errors=tuple(errors[held_out].tolist()), largest=largest)
 
 
-def fit_all_steps(points: Sequence[StepPoint]) -> StepFit:
+def fit_all_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = None) -> StepFit:
     """The same where there are few points: fitted to all of them, with a knot for every _APIECE different values.
 
-    Its errors are those of each point, predicted without its quarter.
+    Its errors are those of each point, predicted without its quarter, in the order of _ordered; relative_error their
+    90 % quantile: where each composition was measured once, the errors of those that are alike do not cancel.
 
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
-    values, measured_s, certain = _ordered(points)
-    fold, errors = np.arange(len(values)) % HELD_OUT_EVERY, np.empty(len(values))
+    known = _ordered(points, least_s)
+    fold, errors = np.arange(len(points)) % HELD_OUT_EVERY, np.empty(len(points))
     for each in range(HELD_OUT_EVERY):
-        rest = fold != each
-        without = _fitted(values[rest], measured_s[rest], certain[rest], _APIECE)
-        errors[~rest] = without.seconds(values[~rest]) / measured_s[~rest] - 1
-    return replace(_fitted(values, measured_s, certain, _APIECE), **_wrong(errors))
+        _, wrong = _fitted(known, fold != each, _APIECE)
+        errors[fold == each] = wrong[fold == each]
+    fit, _ = _fitted(known, np.ones(len(points), np.bool_), _APIECE)
+    return replace(fit, relative_error=float(np.quantile(abs(errors), CONFIDENCE)), errors=tuple(errors.tolist()))
 
 
-def _wrong(errors: Floats) -> dict[str, Any]:
-    return {"relative_error": float(np.quantile(np.abs(errors), CONFIDENCE)), "errors": tuple(errors.tolist())}
+class _Ordered(NamedTuple):
+    """Points from small to large: compositions (n, 5); seconds, how certain each is, and its least seconds, (n,)."""
+
+    values: Floats
+    measured_s: Floats
+    certain: Floats
+    least_s: Floats
 
 
-def _ordered(points: Sequence[StepPoint]) -> tuple[Floats, Floats, Floats]:
-    """(n, 5) compositions from small to large, their (n,) seconds, and how certain each is."""
+def _ordered(points: Sequence[StepPoint], least_s: Sequence[float] | None) -> _Ordered:
     if len(points) < LEAST_POINTS:
         todo = "measure for longer: `paretune profile`"
         raise BadProfile("profile: steps", f"{len(points)} points", f"at least {LEAST_POINTS}", todo)
-    ordered = sorted(points, key=lambda p: tuple(getattr(p, part) for part in reversed(_PARTS)))
+    least = np.zeros(len(points)) if least_s is None else np.asarray(least_s, np.float64)
+    order = sorted(range(len(points)), key=lambda i: tuple(getattr(points[i], part) for part in reversed(_PARTS)))
+    ordered = [points[i] for i in order]
     values = np.array([[getattr(p, part) for part in _PARTS] for p in ordered], np.float64)
     # a median of many steps counts more than a single one
     certain = np.sqrt(np.minimum(np.array([p.count for p in ordered]), _ENOUGH))
-    return values, np.array([p.median_s for p in ordered]), certain
+    return _Ordered(values, np.array([p.median_s for p in ordered]), certain, least[order])
 
 
-def _fitted(values: Floats, measured_s: Floats, certain: Floats, apiece: float = 0.0) -> StepFit:
-    """The fit to these points, without errors.
+def _fitted(known: _Ordered, of: NDArray[np.bool_], apiece: float = 0.0) -> tuple[StepFit, Floats]:
+    """The fit to some of the points, without its error, and how far off it is at all of them.
 
     Args:
         apiece: different values of a part that there are for each of its inner knots, at least.
     """
+    values, measured_s = known.values[of], known.measured_s[of]
     knots = [_thinned(_knots(values[:, i]), values[:, i], apiece) for i in range(len(_PARTS))]
     design = np.hstack([np.ones((len(values), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
     relative = design / measured_s[:, None]
+    beyond = 1 - known.least_s[of] / measured_s
+    certain = known.certain[of]
     weights = certain
     for _ in range(_REWEIGHTINGS):
-        rises = non_negative_least_squares(relative * weights[:, None], weights)
-        residuals = np.abs(relative @ rises - 1)
+        rises = non_negative_least_squares(relative * weights[:, None], beyond * weights)
+        residuals = np.abs(relative @ rises - beyond)
         # a step that something disturbed counts less
         weights = certain * np.sqrt(np.minimum(1.0, _DISTURBED / np.maximum(residuals, 1e-12)))
     lines, start = [], 1
@@ -140,7 +157,16 @@ def _fitted(values: Floats, measured_s: Floats, certain: Floats, apiece: float =
         start += len(part) - 1
     tokens, rows, samples, decode, prefill = lines
     largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
-    return StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
+    fit = StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
+    return fit, (known.least_s + fit.seconds(known.values)) / known.measured_s - 1
+
+
+def _error_of_means(errors: Floats, values: Floats) -> float:
+    """Points are alike that decode, or have prompts, of about as many tokens."""
+    tokens, pairs = values[:, 0], values[:, 4]
+    order = np.lexsort((tokens, pairs > 0))
+    groups = np.array_split(errors[order], max(1, len(errors) // _ALIKE))
+    return float(np.quantile([abs(group.mean()) for group in groups], CONFIDENCE))
 
 
 def _knots(values: Floats) -> Floats:

@@ -14,7 +14,7 @@ from .operator_tables import BadTable
 from .profile import StepPoint
 from .roofline import check_kv_blocks, roofline_bounds
 from .step_fit import StepFit, fit_all_steps
-from .tables import ModeledStep, extrapolated, fitted_tables, not_faster
+from .tables import ModeledStep, extrapolated, fitted_tables, large_enough, not_faster, seconds_of
 
 _SAME_MODEL = 1e-3  # a share by which two counts of one model's parameters may differ
 _SHARDING = (
@@ -33,9 +33,11 @@ def whole_step(tables: Sequence[StepRows], shape: ModelShape, pool: Pool, device
     """
     found = measured_as(tables, shape, pool)
     check_kv_blocks(device, shape, pool)
-    fit = _fit_of(found.points)
     bound = roofline_bounds(device, shape, pool)
-    step = not_faster(fitted_tables(fit, pool), bound)
+    fit = _fit_of(
+        found.points, seconds_of(roofline_bounds(device, shape, large_enough(pool, found.points)), found.points)
+    )
+    step = not_faster(fitted_tables(fit, bound), bound)
     notes = [
         f"steps of {found.of} that others measured ({found.of.source}): of another engine version than yours",
         "time outside the steps (HTTP, tokenizer)",
@@ -48,8 +50,8 @@ def whole_step(tables: Sequence[StepRows], shape: ModelShape, pool: Pool, device
 
 
 @lru_cache(maxsize=64)
-def _fit_of(points: tuple[StepPoint, ...]) -> StepFit:
-    return fit_all_steps(points)
+def _fit_of(points: tuple[StepPoint, ...], least_s: tuple[float, ...]) -> StepFit:
+    return fit_all_steps(points, least_s)
 
 
 def measured_as(tables: Sequence[StepRows], shape: ModelShape, pool: Pool) -> StepRows:
