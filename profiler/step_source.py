@@ -21,7 +21,7 @@ from .importers.step_rows import StepRows
 from .operator_source import OperatorSource
 from .operator_tables import BadTable
 from .table_choice import TableChoice
-from .tables import ModeledStep, step_tables
+from .tables import ModeledStep, step_tables, with_block_copies
 from .vidur_step import vidur_step
 from .whole_steps import whole_step
 
@@ -108,6 +108,8 @@ class LayerTimes:
         variant = str(profile.meta["variant"])
         if variant in WEIGHT_FORMATS and pool.weight_dtype != variant:
             raise BadHardware("pool.weight_dtype", pool.weight_dtype, f"{variant}, which was profiled", "choose it")
+        if pool.host_kv_blocks:
+            raise BadHardware("pool.host_kv_blocks", pool.host_kv_blocks, f"0 with {self.name}", "leave it out")
         return engine_step(profile, shape, pool)
 
     def files(self) -> Iterable[Path]:
@@ -154,7 +156,9 @@ class VidurTimes:
 
     def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
         _check_plain(pool, self.name)
-        return vidur_step(self.tables, shape, pool)
+        found = vidur_step(self.tables, shape, pool)
+        assert self.tables.accelerator is not None
+        return with_block_copies(found, self.tables.accelerator, shape, pool)
 
     def files(self) -> Iterable[Path]:
         return self.tables.files()
@@ -177,7 +181,7 @@ class StepTimes:
     def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
         if pool.speculation != "none":
             raise BadHardware("pool.speculation", pool.speculation, f"none with {self.name}", "leave it out")
-        return whole_step(self.tables, shape, pool, self.device)
+        return with_block_copies(whole_step(self.tables, shape, pool, self.device), self.device, shape, pool)
 
     def files(self) -> Iterable[Path]:
         return (self.path,)

@@ -60,6 +60,10 @@ class TableChoice:
         values = {name: getattr(self, field) for name, field in _OPTIONS.items()}
         return {name: value for name, value in values.items() if value is not None}
 
+    def flags(self) -> dict[str, str]:
+        """Of the three, what was given, by its option on the command line."""
+        return {f"--{name.replace(' ', '-')}": value for name, value in self.given.items()}
+
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> TableChoice:
         """What `options` gave, among others."""

@@ -70,11 +70,7 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
         divided among more ranks than there are; BadTable: an operator was not measured.
     """
     found = _without_draft(source, shape, pool)
-    if pool.host_kv_blocks:
-        copy_s, note = _block_copy_s(source, shape, pool)
-        found = replace(
-            found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note)
-        )
+    found = with_block_copies(found, source, shape, pool)
     draft = draft_shape(pool)
     if draft is not None:
         own, notes = _draft_tables(source, shape, draft, pool, found.tables)
@@ -82,6 +78,14 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     if pool.speculation != "none":
         found = replace(found, not_modeled=(*found.not_modeled, *_SPECULATION_LEAVES_OUT))
     return found
+
+
+def with_block_copies(found: ModeledStep, source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
+    """The steps with what moving KV blocks between device and host takes, where the pool has blocks there."""
+    if not pool.host_kv_blocks:
+        return found
+    copy_s, note = _block_copy_s(source, shape, pool)
+    return replace(found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note))
 
 
 def _block_copy_s(source: Source, shape: ModelShape, pool: Pool) -> tuple[float, str]:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from ..default_paths import LEDGER
 from ..output import Speaker, speaks, table
+from . import two_pools
 from .machine import EXISTING, MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .run_words import milliseconds, protocol_options, room_text, samples_text, worst_text
@@ -77,6 +78,7 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
 @click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
 @click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
+@click.option("--size", is_flag=True, help="Of a prefill and a decode pool: also the replicas that hold at least cost.")
 @protocol_options
 @speaks
 def simulate(
@@ -92,6 +94,7 @@ def simulate(
     slos: tuple[str, ...],
     survive: int,
     ask_head_room: bool,
+    size: bool,
     warm_up_s: float,
     ramp_s: float,
     length_jitter: float,
@@ -118,6 +121,22 @@ def simulate(
     deployment = as_cataloged(load_deployment(spec_path))
     protocol = RunProtocol(warm_up_s, ramp_s, length_jitter)
     trace = protocol.applied(read(log))
+    targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
+    check_governed(trace, targets)
+    if (survive or ask_head_room or size) and not targets:
+        raise click.UsageError("--survive, --head-room and --size ask whether targets hold: give --slo")
+    k = k or k_of(target.metric for target in targets)
+    if deployment.is_disaggregated:
+        two_pools.check_options(
+            {"--calibration": calibration_path, **tables.flags(), "--survive": survive, "--head-room": ask_head_room}
+        )
+        two_pools.simulate_pools(
+            speaker, deployment, trace, protocol, profile_path=profile_path, prices_path=prices_path, targets=targets,
+            k=k, rate=rate, size=size,
+        )  # fmt: skip
+        return
+    if size:
+        raise click.UsageError("--size: for a spec with a prefill and a decode pool; `tune --cost sizing` has one pool")
     pool = deployment.pool
     sources = Sources.of(
         deployment.model,
@@ -128,11 +147,6 @@ def simulate(
         tables=tables,
     )
     modeled = sources.step_model(pool)
-    targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
-    check_governed(trace, targets)
-    if (survive or ask_head_room) and not targets:
-        raise click.UsageError("--survive and --head-room ask whether targets hold: give --slo")
-    k = k or k_of(target.metric for target in targets)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
     counted = protocol.counted(result.times)
     summary = summarize(result.times, counted)
