@@ -21,7 +21,7 @@ from .importers.step_rows import StepRows
 from .operator_source import OperatorSource
 from .operator_tables import BadTable
 from .table_choice import TableChoice
-from .tables import ModeledStep, step_tables, with_block_copies
+from .tables import ModeledStep, step_tables, with_adapters, with_block_copies
 from .vidur_step import vidur_step
 from .whole_steps import whole_step
 
@@ -158,7 +158,7 @@ class VidurTimes:
         _check_plain(pool, self.name)
         found = vidur_step(self.tables, shape, pool)
         assert self.tables.accelerator is not None
-        return with_block_copies(found, self.tables.accelerator, shape, pool)
+        return _with_data_sheet(found, self.tables.accelerator, shape, pool)
 
     def files(self) -> Iterable[Path]:
         return self.tables.files()
@@ -181,7 +181,7 @@ class StepTimes:
     def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
         if pool.speculation != "none":
             raise BadHardware("pool.speculation", pool.speculation, f"none with {self.name}", "leave it out")
-        return with_block_copies(whole_step(self.tables, shape, pool, self.device), self.device, shape, pool)
+        return _with_data_sheet(whole_step(self.tables, shape, pool, self.device), self.device, shape, pool)
 
     def files(self) -> Iterable[Path]:
         return (self.path,)
@@ -198,6 +198,11 @@ def _operator_times(where: str, device: Accelerator, engine: str, version: str |
             except BadTable:
                 continue  # an engine that was not measured there
     return OperatorTimes(OperatorSource(tables, tuple(beside)))
+
+
+def _with_data_sheet(found: ModeledStep, device: Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+    """What such tables know nothing of, as the data sheet has it: adapters, and blocks on their way to the host."""
+    return with_adapters(with_block_copies(found, device, shape, pool), device, shape, pool)
 
 
 def _check_plain(pool: Pool, name: str) -> None:

@@ -189,6 +189,15 @@ def test_whole_steps_hold_for_the_sharding_that_was_measured_alone(here: Path, c
         found.step_model(POOL.model_copy(update=change))
 
 
+def test_adapters_and_blocks_on_the_host_are_the_data_sheets_where_tables_know_nothing_of_them(here: Path) -> None:
+    pool = POOL.model_copy(update={"max_loras": 4, "host_kv_blocks": 100})
+    sheet = Sources.of("model", accelerator_name="H100").step_model(pool).tables
+    for name, place in (("operator_tables", "operators"), ("step_times", "steps.csv")):
+        found = sources(**{name: place}).step_model(pool).tables
+        assert (found.adapters, found.block_copy_s) == (sheet.adapters, sheet.block_copy_s)
+    assert sheet.adapters.token_s > 0 < sheet.block_copy_s
+
+
 def test_the_digest_follows_the_content_and_not_the_place(here: Path, tmp_path: Path) -> None:
     copy = tmp_path / "steps.csv"
     copy.write_bytes(Path("steps.csv").read_bytes())
