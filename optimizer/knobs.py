@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ..profiler.explain import Explained, token_gaps
 from ..profiler.hardware import BadHardware
+from ..profiler.operator_tables import BadTable
 from ..profiler.profile import BadProfile
 from ..profiler.simulator import simulate
 from ..runtime.spec import BadSpec, Deployment, Pool
@@ -123,7 +124,7 @@ def _effect(
             gaps = token_gaps(trace, changed, tables, policy=deployment.scheduler_policy, k=k, rate=rate)
             return Effect(change, relieves, before, percentile(gaps, explained.percentile), devices, note)
         result = simulate(trace, changed, tables, policy=deployment.scheduler_policy, k=k, rate=rate)
-    except (BadProfile, BadHardware, BadSpec, BadTrace, ValidationError) as error:
+    except (BadProfile, BadHardware, BadTable, BadSpec, BadTrace, ValidationError) as error:
         return Effect(change, relieves, before, math.nan, 0, f"not predicted: {_first_line(error)}")
     after = percentile(result.times.values(metric), explained.percentile)
     return Effect(change, relieves, before, after, devices, note)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiler.hardware import as_cataloged
 from ..profiler.live import measure_live
 from ..profiler.profile import Profile
+from ..profiler.table_choice import TableChoice
 from ..profiler.tile_file import TileFile
 from ..runtime.parallel import usable_cores
 from ..runtime.spec import CPU, Deployment, load_deployment, save_deployment
@@ -46,6 +47,7 @@ class Ask:
     slos        targets; none: those that the log carries
     survive     replicas that may be lost with the targets still held; of cost "sizing"
     finalists   candidates to serve and replay for real; 0: simulate only
+    tables      what takes the place of an accelerator's data sheet
     compare_prices  further price books, under which the winner is worked out again
     fresh       forget an earlier study of the name
     renew       forget it unless it has the same settings and was interrupted: then go on with it
@@ -67,6 +69,7 @@ class Ask:
     tiles_path: str | None = None
     prices_path: str | None = None
     calibration_path: str | None = None
+    tables: TableChoice = field(default_factory=TableChoice)
     compare_prices: tuple[str, ...] = ()
     study: str = "default"
     trials: int = 200
@@ -165,6 +168,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         profile_path=ask.profile_path,
         prices_path=ask.prices_path,
         calibration_path=ask.calibration_path,
+        tables=ask.tables,
     )
     metric, percentile = _axis(ask.metric)
     space = _space(ask, trace, sources)
@@ -188,6 +192,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
             "space": absolute(ask.space_path),
             "baseline": absolute(ask.baseline_path),
             "calibration": absolute(ask.calibration_path),
+            **ask.tables.absolute().options(),
             "max-devices": ask.max_devices,
             "trials": ask.trials,
             "measure": ask.finalists,
@@ -260,6 +265,7 @@ def kept(name: str, storage: str | os.PathLike[str]) -> Kept:
         profile_path=about["profile"],
         prices_path=about["prices"],
         calibration_path=about.get("options", {}).get("calibration"),
+        tables=TableChoice.of_options(about.get("options", {})),
         any_machine=True,
     )
     return Kept(study, trace, sources, about)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
-from .accelerator_step import BATCH_GRID, CONTEXT_GRID, TOKEN_GRID, Precision, engine_fusion, gpu_step
+from .accelerator_step import BATCH_GRID, CONTEXT_GRID, TOKEN_GRID, GpuStep, Precision, engine_fusion, gpu_step
 from .closed_loop import Host
-from .decoder_layout import decoder_layout
+from .decoder_layout import DecoderLayout, decoder_layout
 from .hardware import BadHardware
 from .importers import OperatorTables
 from .roofline import check_kv_blocks
@@ -75,7 +76,7 @@ def operator_step_tables(source: OperatorSource, shape: ModelShape, pool: Pool) 
     fusion = engine_fusion(source.tables.engine, shape.family)
     layout = decoder_layout(_config(shape), ranks, experts, _DTYPES[pool.weight_dtype], fusion)
     over_prompts = "fp8" if cache == "fp8" and source.tables.engine == "trtllm" else "bfloat16"
-    step = gpu_step(source.tables, layout, Precision(over_prompts, cache), source.routing, source.beside)
+    step = _step_of(source, layout, Precision(over_prompts, cache))
 
     def by_count(table: NDArray[np.float64], most: int) -> NDArray[np.float64]:
         count = np.arange(most + 1, dtype=np.float64)
@@ -96,6 +97,12 @@ def operator_step_tables(source: OperatorSource, shape: ModelShape, pool: Pool) 
         prefill_attention_s=np.maximum.accumulate(prefill_s),
         request_s=np.array([source.host.request_s, source.host.request_s]),
     )
+
+
+# A search asks for a thousand pools of a few shardings.
+@lru_cache(maxsize=64)
+def _step_of(source: OperatorSource, layout: DecoderLayout, precision: Precision) -> GpuStep:
+    return gpu_step(source.tables, layout, precision, source.routing, source.beside)
 
 
 def _bilinear(

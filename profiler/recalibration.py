@@ -139,6 +139,7 @@ class Calibration(BaseModel):
         return replace(
             modeled,
             tables=tables._replace(**bounded, request_s=request_s),
+            host_step_s=modeled.host_step_s * self.factors["tokens_s"] + self.step_s,
             relative_error=error,
             not_modeled=notes,
         )
@@ -243,8 +244,8 @@ def calibrate(
     )
 
 
-def _parts_of(steps: Sequence[LoggedStep], tables: StepTables) -> Floats:
-    """(n, 5) modeled seconds of each step's parts."""
+def step_parts_s(steps: Sequence[LoggedStep], tables: StepTables) -> Floats:
+    """(n, len(PARTS)) modeled seconds of each step's parts."""
 
     def of(step: LoggedStep) -> tuple[float, ...]:
         return (
@@ -269,9 +270,9 @@ def _from_steps(steps: Sequence[LoggedStep], tables: StepTables) -> dict[str, ob
     if len(usable) < LEAST_STEPS:
         found = f"{len(usable)} steps within the spec's limits"
         raise BadProfile("calibration", found, f"at least {LEAST_STEPS}", "record for longer, or give its own spec")
-    parts, measured_s = _parts_of(usable, tables), np.array([s.seconds for s in usable])
+    parts, measured_s = step_parts_s(usable, tables), np.array([s.seconds for s in usable])
     held_out = _held_out(len(usable))
-    factors, step_s = _fitted(parts[~held_out], measured_s[~held_out])
+    factors, step_s = fit_factors(parts[~held_out], measured_s[~held_out])
     truth = measured_s[held_out]
     return {
         "kind": "steps",
@@ -285,8 +286,12 @@ def _from_steps(steps: Sequence[LoggedStep], tables: StepTables) -> dict[str, ob
     }
 
 
-def _fitted(parts: Floats, measured_s: Floats) -> tuple[Floats, float]:
-    """Factors of the parts and the constant, seconds."""
+def fit_factors(parts: Floats, measured_s: Floats) -> tuple[Floats, float]:
+    """(len(PARTS),) factors of the parts, and the constant of a step in seconds, that explain measured steps best.
+
+    Args:
+        parts: (n, len(PARTS)) modeled seconds. measured_s: (n,) of the same steps.
+    """
     common = float(np.median(measured_s / parts.sum(axis=1)))
     constant_s = float(measured_s.min())
     design = np.hstack([parts, np.full((len(parts), 1), constant_s)]) / measured_s[:, None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ HELD_OUT_EVERY = 4
 CONFIDENCE = 0.9
 LEAST_POINTS = 12
 _ENOUGH = 5
+_APIECE = 2
 # Huber's weights (1964): residuals beyond this share of a step's time count by their size, not its square
 _DISTURBED = 0.05
 _REWEIGHTINGS = 6
@@ -83,25 +85,70 @@ def fit_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = Non
         least_s: of each point; left out: 0.
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
+    known = _ordered(points, least_s)
+    held_out = np.arange(len(points)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    fit, errors = _fitted(known, ~held_out)
+    largest = {part: float(known.values[:, i].max()) for i, part in enumerate(_PARTS)}
+    error = _error_of_means(errors[held_out], known.values[held_out])
+    return replace(fit, relative_error=error, errors=tuple(errors[held_out].tolist()), largest=largest)
+
+
+def fit_all_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = None) -> StepFit:
+    """The same where there are few points: fitted to all of them, with a knot for every _APIECE different values.
+
+    Its errors are those of each point, predicted without its quarter, in the order of _ordered; relative_error their
+    90 % quantile: where each composition was measured once, the errors of those that are alike do not cancel.
+
+    Raises: BadProfile: fewer than LEAST_POINTS points.
+    """
+    known = _ordered(points, least_s)
+    fold, errors = np.arange(len(points)) % HELD_OUT_EVERY, np.empty(len(points))
+    for each in range(HELD_OUT_EVERY):
+        _, wrong = _fitted(known, fold != each, _APIECE)
+        errors[fold == each] = wrong[fold == each]
+    fit, _ = _fitted(known, np.ones(len(points), np.bool_), _APIECE)
+    return replace(fit, relative_error=float(np.quantile(abs(errors), CONFIDENCE)), errors=tuple(errors.tolist()))
+
+
+class _Ordered(NamedTuple):
+    """Points from small to large: compositions (n, 5); seconds, how certain each is, and its least seconds, (n,)."""
+
+    values: Floats
+    measured_s: Floats
+    certain: Floats
+    least_s: Floats
+
+
+def _ordered(points: Sequence[StepPoint], least_s: Sequence[float] | None) -> _Ordered:
     if len(points) < LEAST_POINTS:
         todo = "measure for longer: `paretune profile`"
         raise BadProfile("profile: steps", f"{len(points)} points", f"at least {LEAST_POINTS}", todo)
     least = np.zeros(len(points)) if least_s is None else np.asarray(least_s, np.float64)
     order = sorted(range(len(points)), key=lambda i: tuple(getattr(points[i], part) for part in reversed(_PARTS)))
-    ordered, least = [points[i] for i in order], least[order]
+    ordered = [points[i] for i in order]
     values = np.array([[getattr(p, part) for part in _PARTS] for p in ordered], np.float64)
-    measured_s = np.array([p.median_s for p in ordered])
-    held_out = np.arange(len(ordered)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    knots = [_knots(values[~held_out, i]) for i in range(len(_PARTS))]
-    design = np.hstack([np.ones((len(ordered), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
-    relative = design[~held_out] / measured_s[~held_out, None]
-    beyond = 1 - least[~held_out] / measured_s[~held_out]
-    # a median of many steps counts more than a single one, and a step that something disturbed counts less
-    certain = np.sqrt(np.minimum(np.array([p.count for p in ordered])[~held_out], _ENOUGH))
+    # a median of many steps counts more than a single one
+    certain = np.sqrt(np.minimum(np.array([p.count for p in ordered]), _ENOUGH))
+    return _Ordered(values, np.array([p.median_s for p in ordered]), certain, least[order])
+
+
+def _fitted(known: _Ordered, of: NDArray[np.bool_], apiece: float = 0.0) -> tuple[StepFit, Floats]:
+    """The fit to some of the points, without its error, and how far off it is at all of them.
+
+    Args:
+        apiece: different values of a part that there are for each of its inner knots, at least.
+    """
+    values, measured_s = known.values[of], known.measured_s[of]
+    knots = [_thinned(_knots(values[:, i]), values[:, i], apiece) for i in range(len(_PARTS))]
+    design = np.hstack([np.ones((len(values), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
+    relative = design / measured_s[:, None]
+    beyond = 1 - known.least_s[of] / measured_s
+    certain = known.certain[of]
     weights = certain
     for _ in range(_REWEIGHTINGS):
         rises = non_negative_least_squares(relative * weights[:, None], beyond * weights)
         residuals = np.abs(relative @ rises - beyond)
+        # a step that something disturbed counts less
         weights = certain * np.sqrt(np.minimum(1.0, _DISTURBED / np.maximum(residuals, 1e-12)))
     lines, start = [], 1
     for part in knots:
@@ -111,8 +158,7 @@ def fit_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = Non
     tokens, rows, samples, decode, prefill = lines
     largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
     fit = StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
-    errors = (least[held_out] + fit.seconds(values[held_out])) / measured_s[held_out] - 1
-    return replace(fit, relative_error=_error_of_means(errors, values[held_out]), errors=tuple(errors.tolist()))
+    return fit, (known.least_s + fit.seconds(known.values)) / known.measured_s - 1
 
 
 def _error_of_means(errors: Floats, values: Floats) -> float:
@@ -131,6 +177,16 @@ def _knots(values: Floats) -> Floats:
     octaves = 2.0 ** np.unique(np.round(np.log2(np.maximum(values[values > 0], 1.0))))
     inner = octaves[octaves < 0.75 * largest]
     return np.concatenate([[0.0], inner, [largest]])
+
+
+def _thinned(knots: Floats, values: Floats, apiece: float) -> Floats:
+    """Fewer knots between the ends where there are few values, evenly; a knot of a single point only repeats it."""
+    inner = knots[1:-1]
+    most = int(len(np.unique(values[values > 0])) // apiece) if apiece else len(inner)
+    if len(inner) <= most:
+        return knots
+    kept = np.unique(np.round(np.linspace(0, len(inner) - 1, most + 2)[1:-1])).astype(np.int64)
+    return np.concatenate([knots[:1], inner[kept], knots[-1:]])
 
 
 def _rises(x: Floats, knots: Floats) -> Floats:

@@ -71,14 +71,8 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
         divided among more ranks than there are; BadTable: an operator was not measured.
     """
     found = _without_draft(source, shape, pool)
-    if pool.host_kv_blocks:
-        copy_s, note = _block_copy_s(source, shape, pool)
-        found = replace(
-            found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note)
-        )
-    if pool.max_loras:
-        times, note = _adapter_times(source, shape, pool)
-        found = replace(found, tables=found.tables._replace(adapters=times), not_modeled=(*found.not_modeled, note))
+    found = with_block_copies(found, source, shape, pool)
+    found = with_adapters(found, source, shape, pool)
     draft = draft_shape(pool)
     if draft is not None:
         own, notes = _draft_tables(source, shape, draft, pool, found.tables)
@@ -86,6 +80,22 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     if pool.speculation != "none":
         found = replace(found, not_modeled=(*found.not_modeled, *_SPECULATION_LEAVES_OUT))
     return found
+
+
+def with_block_copies(found: ModeledStep, source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
+    """The steps with what moving KV blocks between device and host takes, where the pool has blocks there."""
+    if not pool.host_kv_blocks:
+        return found
+    copy_s, note = _block_copy_s(source, shape, pool)
+    return replace(found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note))
+
+
+def with_adapters(found: ModeledStep, source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
+    """The steps with what LoRA adapters add to them, where the pool takes some."""
+    if not pool.max_loras:
+        return found
+    times, note = _adapter_times(source, shape, pool)
+    return replace(found, tables=found.tables._replace(adapters=times), not_modeled=(*found.not_modeled, note))
 
 
 def _block_copy_s(source: Source, shape: ModelShape, pool: Pool) -> tuple[float, str]:
@@ -153,7 +163,7 @@ def _without_draft(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep
             raise BadHardware("pool.enable_expert_parallel", True, allowed, "leave it out")
     if isinstance(source, OperatorSource):
         tables = operator_step_tables(source, shape, pool)
-        return ModeledStep(tables, False, OPERATOR_ERROR, source.not_modeled)
+        return ModeledStep(tables, False, OPERATOR_ERROR, source.not_modeled, source.host.step_s)
     left_out = [
         *_left_out_of_experts(shape, pool),
         *_left_out_of_attention(shape),
@@ -256,7 +266,7 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
     peaks = profile.peaks_of(pool.num_threads)
     fit = _fit(configuration.steps, _least_s(configuration.steps, shape, pool, peaks))
     bound = bound_tables(shape, pool, peaks)
-    tables = _fitted(fit, bound)
+    tables = fitted_tables(fit, bound)
     notes = []
     for table, head in ((tables.tokens_s, False), (tables.samples_s, True)):
         delta_s, unknown = _tile_difference(shape, pool, configuration, len(table) - 1, head=head)
@@ -281,16 +291,8 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
                 notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
         tables, error = _served(tables, serving, error, _slowing(profile, serving, shape, pool), pool.max_num_seqs)
     # serving may take less time than the profile's steps did, and other tiles may: never less than physics
-    least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
-    bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name in least}
-    tables = tables._replace(**bounded)
-    tables.tokens_s[0] = 0.0
-    most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
-    if pool.speculation != "none":
-        most_of["num_samples"] = pool.max_num_samples
-    for part, most in most_of.items():
-        if most > fit.largest[part]:
-            notes.append(f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured")
+    tables = not_faster(tables, bound)
+    notes += extrapolated(fit, pool)
     beside = profile.replicas_beside(pool)
     if configuration.replicas > beside:
         notes.append(f"{beside} replicas on one machine: taken as {configuration.replicas}, so too slow")
@@ -313,12 +315,32 @@ def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTa
     return max(0.0, float(tables.tokens_s[1]) - linear_s)
 
 
+def not_faster(tables: StepTables, bound: StepTables) -> StepTables:
+    """The tables with no step faster than the bound, part by part; a step of no tokens takes no time."""
+    least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
+    found = tables._replace(**{name: np.maximum(getattr(tables, name), table) for name, table in least.items()})
+    found.tokens_s[0] = 0.0
+    return found
+
+
+def extrapolated(fit: StepFit, pool: Pool) -> list[str]:
+    """Which steps of a pool are larger than any that was measured, for people."""
+    most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
+    if pool.speculation != "none":
+        most_of["num_samples"] = pool.max_num_samples
+    return [
+        f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured"
+        for part, most in most_of.items()
+        if most > fit.largest[part]
+    ]
+
+
 @lru_cache(maxsize=256)
 def _fit(steps: tuple[StepPoint, ...], least_s: tuple[float, ...]) -> StepFit:
     return fit_steps(steps, least_s)
 
 
-def _fitted(fit: StepFit, bound: StepTables) -> StepTables:
+def fitted_tables(fit: StepFit, bound: StepTables) -> StepTables:
     """What physics allows at least, and what was measured beyond it."""
     tokens, seqs, samples = (
         np.arange(len(table), dtype=np.float64) for table in (bound.tokens_s, bound.rows_s, bound.samples_s)
@@ -332,7 +354,7 @@ def _fitted(fit: StepFit, bound: StepTables) -> StepTables:
     )
 
 
-def _large_enough(pool: Pool, steps: Sequence[StepPoint | LivePoint]) -> Pool:
+def large_enough(pool: Pool, steps: Sequence[StepPoint | LivePoint]) -> Pool:
     """The pool with limits that let such steps be, and without speculation."""
     return pool.model_copy(
         update={
@@ -343,7 +365,8 @@ def _large_enough(pool: Pool, steps: Sequence[StepPoint | LivePoint]) -> Pool:
     )
 
 
-def _seconds(tables: StepTables, steps: Sequence[StepPoint | LivePoint]) -> tuple[float, ...]:
+def seconds_of(tables: StepTables, steps: Sequence[StepPoint | LivePoint]) -> tuple[float, ...]:
+    """Of each step by the tables, which must be large enough for it."""
     return tuple(
         composed_time_s(tables, s.num_tokens, s.num_rows, s.num_samples, s.decode_context, s.prefill_pairs)
         for s in steps
@@ -352,7 +375,7 @@ def _seconds(tables: StepTables, steps: Sequence[StepPoint | LivePoint]) -> tupl
 
 def _least_s(steps: tuple[StepPoint, ...], shape: ModelShape, pool: Pool, peaks: Peaks) -> tuple[float, ...]:
     """Of each measured step what the machine's peaks allow at least."""
-    return _seconds(bound_tables(shape, _large_enough(pool, steps), peaks), steps)
+    return seconds_of(bound_tables(shape, large_enough(pool, steps), peaks), steps)
 
 
 def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> tuple[float, float]:
@@ -367,11 +390,11 @@ def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) 
             "profile: serving.measured_on", serving.measured_on, known, "measure again: `paretune profile`"
         )
     key = found[0]
-    alone = _large_enough(pool.model_copy(update=key._asdict()), serving.points)
+    alone = large_enough(pool.model_copy(update=key._asdict()), serving.points)
     steps = profile.configuration(alone).steps
     peaks = profile.peaks_of(alone.num_threads)
     fit = _fit(steps, _least_s(steps, shape, alone, peaks))
-    modeled_s = np.array(_seconds(_fitted(fit, bound_tables(shape, alone, peaks)), serving.points))
+    modeled_s = np.array(seconds_of(fitted_tables(fit, bound_tables(shape, alone, peaks)), serving.points))
     count = np.array([point.count for point in serving.points])
     measured_s = np.array([point.mean_s for point in serving.points])
     prompts = np.array([point.prefill_pairs > 0 for point in serving.points])

@@ -51,7 +51,7 @@ class ReportData:
     chosen, default   the pick, and what would run without it
     targets           what had to hold
     profile           name of the profile and its machine, or the accelerator's data sheet
-    profile_measured  False: step times are estimated from a data sheet, not measured
+    profile_measured  False: step times are estimated from a data sheet or single operators, not measured
     prices, prices_as_of   source and date of the price book
     bill              winners by price sheet, energy and token prices, one sentence each
     search            how the curve was found, one sentence each

@@ -219,8 +219,8 @@ def confidence(data: ReportData) -> tuple[str, ...]:
         sentences.append(f"Of {count(len(verdicts), 'measured value')}, {sum(verdicts)} lie inside their interval.")
     if not data.profile_measured:
         sentences.append(
-            "Step times are not measured: they are estimated from the peak rates of a data sheet, which real hardware "
-            "does not reach."
+            f"Step times are not measured: they are estimated from the {data.profile}, and real hardware takes longer "
+            "than peak rates or single operators let it expect."
         )
     if beyond < LEAST_BEYOND:
         sentences.append(

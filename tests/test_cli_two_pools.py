@@ -120,7 +120,13 @@ def test_explain_says_what_part_is_transfer(here: Path) -> None:
     assert set(data["pools"]) == {"prefill", "decode"}
     steps = [json.loads(line) for line in Path("steps.jsonl").read_text().splitlines()]
     assert {step["pool"] for step in steps} == {"prefill", "decode"}
-    for arguments, words in ((("--metric", "itl:p99"), "itl"), (("--analyze", "."), "--analyze")):
+    told = (
+        (("--metric", "itl:p99"), "itl"),
+        (("--analyze", "."), "--analyze"),
+        (("--operator-tables", "somewhere"), "--operator-tables"),
+        (("--calibration", "spec.yaml"), "--calibration"),
+    )
+    for arguments, words in told:
         refused = paretune("explain", "spec.yaml", "log.csv", *arguments)
         assert refused.exit_code == 2
         assert words in refused.stderr

@@ -17,6 +17,7 @@ from paretune.profiler.engine_tables import Link, engine_step
 from paretune.profiler.hardware import BadHardware
 from paretune.profiler.importers.llmservingsim import EngineProfile, find_profile, read_profile
 from paretune.profiler.operator_tables import BadTable
+from paretune.profiler.table_choice import TableChoice
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
 
@@ -154,10 +155,11 @@ def test_layer_times_take_the_place_of_the_data_sheet_but_not_of_this_machine(tm
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
-    sources = Sources.of(str(model), accelerator_name="RTX PRO 6000", layer_times=tmp_path / "perf")
+    tables = TableChoice(layer_times=str(tmp_path / "perf"))
+    sources = Sources.of(str(model), accelerator_name="RTX PRO 6000", tables=tables)
     assert sources.step_model(POOL).tables.batch is not None
     with pytest.raises(BadHardware, match="layer times"):
-        Sources.of(str(model), layer_times=tmp_path / "perf")
+        Sources.of(str(model), tables=tables)
 
 
 def test_the_profile_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from paretune.profiler.hardware import BadHardware, accelerator
@@ -18,6 +16,8 @@ from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
+
+from .operator_table_examples import write_operators
 
 LLAMA_8B = ModelShape.from_config(
     {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -36,41 +36,10 @@ STEPS = [
 ]
 
 
-def bandwidth_s(bytes_moved: float) -> float:
-    return bytes_moved / 3.35e12
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> OperatorSource:
     """Every operator at twice its bound, and 5 µs."""
-    folder = tmp_path_factory.mktemp("tables")
-
-    def write(family: str, stem: str, rows: list[dict[str, float | str]]) -> None:
-        path = folder / "h100_sxm" / family / "vllm" / "1.0"
-        path.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_parquet(path / f"{stem}.parquet")
-
-    gemms: list[dict[str, float | str]] = []
-    for m in (1, 64, 512, 4096, 32768):
-        for n in (32, 4096, 28672, 128256):
-            for k in (4096, 14336):
-                bound = max(2.0 * m * n * k / 989e12, bandwidth_s(2.0 * (n * k + m * k + m * n)))
-                gemms.append({"gemm_dtype": "bfloat16", "m": m, "n": n, "k": k, "latency": 1e3 * (2 * bound + 5e-6)})
-    write("gemm", "gemm_perf", gemms)
-    same = {"num_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "attn_dtype": "bfloat16",
-            "kv_cache_dtype": "bfloat16", "window_size": 0}  # fmt: skip
-    prefill: list[dict[str, float | str]] = []
-    decode: list[dict[str, float | str]] = []
-    for b in (1, 8, 64, 1024):
-        for t in (16, 256, 4096, 131072):
-            moved = bandwidth_s(b * t * (4.0 * 8 * 128 + 4.0 * 32 * 128))
-            pairs = max(2.0 * b * 32 * 128 * t * (t + 1) / 989e12, moved)
-            prefill.append({**same, "batch_size": b, "isl": t, "step": 0, "latency": 1e3 * (2 * pairs + 5e-6)})
-            read = bandwidth_s(b * (t * 4.0 * 8 * 128 + 4.0 * 32 * 128))
-            decode.append({**same, "batch_size": b, "isl": 1, "step": t - 1, "latency": 1e3 * (2 * read + 5e-6)})
-    write("attention", "context_attention_perf", prefill)
-    write("attention", "generation_attention_perf", decode)
-    return OperatorSource(read_tables(Path(folder), "H100", "vllm"))
+    return OperatorSource(read_tables(write_operators(tmp_path_factory.mktemp("tables")), "H100", "vllm"))
 
 
 @pytest.mark.parametrize("step", STEPS)

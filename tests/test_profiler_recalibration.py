@@ -1,6 +1,7 @@
 """A step-time model fitted anew to a server's own records: known factors come back, errors are told, physics holds."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from click.testing import CliRunner
 from paretune.cli import cli
 from paretune.optimizer.sources import Sources
 from paretune.profiler.calibration import LoggedStep
+from paretune.profiler.hardware import accelerator
 from paretune.profiler.profile import BadProfile
 from paretune.profiler.recalibration import PARTS, Calibration, RecordedRun, calibrate, read_recorded
 from paretune.profiler.simulator import simulate
 from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import ModeledStep, step_bounds, step_tables
+from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Deployment, Pool, save_deployment
 from paretune.traces import Trace
 from paretune.traces.metrics import TPOT, TTFT
@@ -184,3 +187,26 @@ def test_a_damaged_calibration_is_refused(tmp_path) -> None:
         path.write_text(content)
         with pytest.raises(BadProfile):
             Calibration.load(path)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_recorded_steps_of_a_gpu_are_nearer_to_the_data_sheet_after_calibrating(eager: bool) -> None:
+    results = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    recorded = json.loads((results / "gpu_steps.json").read_text())
+    rows = [dict(zip(recorded["columns"], row, strict=True)) for row in recorded["steps"]]
+    steps = [
+        LoggedStep(replica=0, started_s=float(i), **{k: v for k, v in row.items() if k != "eager"})
+        for i, row in enumerate(rows)
+        if bool(row["eager"]) == eager
+    ]
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, **recorded["model"]}
+    pool = Pool(
+        accelerator="H200", max_model_len=4096, max_num_seqs=128, max_num_batched_tokens=4096, num_kv_blocks=16640,
+        enforce_eager=eager, enable_prefix_caching=False,
+    )  # fmt: skip
+    sheet = step_tables(accelerator("H200"), ModelShape.from_config(config), pool)
+    deployed = Deployment(model="random", pools=(pool,))
+    found = calibrate(steps, sheet, deployed, recorded_in="gpu_steps.json", source="x", source_name="data sheet")
+    before, after = found.before["step"], found.after["step"]
+    assert after.median < before.median / 2
+    assert after.p90 < before.p90

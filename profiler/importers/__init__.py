@@ -4,6 +4,7 @@ what is odd is flagged, both are counted and listed. Times become seconds, messa
 from .aiconfigurator import ENGINES, UNDERSTOOD, OperatorTables, installed_folder, read_tables, systems
 from .checks import Finding, by_file
 from .imported_file import write_tables
+from .step_rows import write_steps
 
 __all__ = [
     "ENGINES",
@@ -14,5 +15,6 @@ __all__ = [
     "installed_folder",
     "read_tables",
     "systems",
+    "write_steps",
     "write_tables",
 ]

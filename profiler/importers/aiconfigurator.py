@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..hardware import Accelerator, accelerator
 from ..operator_tables import BadTable, Bound, OperatorTable, Origin
+from ..table_choice import INSTALLED
 from . import bounds
 from .checks import Finding, drops, faster_than_physics
 
@@ -58,6 +59,11 @@ def installed_folder() -> Path:
         todo = "pip install 'paretune[operator-tables]', or give the folder"
         raise BadTable("aiconfigurator-core", "not installed", "an installed package", todo)
     return Path(found.submodule_search_locations[0]) / "systems" / "data"
+
+
+def folder_of(where: str) -> Path:
+    """A folder as named, or of "aiconfigurator-core" that of the installed package. Raises: BadTable: not installed."""
+    return installed_folder() if where == INSTALLED else Path(where)
 
 
 def systems(folder: Path) -> dict[str, str]:

@@ -14,6 +14,10 @@ Floats = NDArray[np.float64]
 DROP = 0.5
 """A time that halves where an axis grows is no noise of a single value: the larger operator contains the smaller."""
 
+UNIT_BELOW, UNIT_ABOVE = 0.1, 200.0
+"""Shares of the bound between which some time of a table lies: the largest operators reach more than a hundredth of the
+peak, and operands that a cache kept are read less than ten times as fast as from device memory."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -56,6 +60,26 @@ def faster_than_physics(seconds: Floats, bound_s: Floats) -> NDArray[np.bool_]:
     """Rows below the least time: arithmetic above the peak rate, or bytes above the bandwidth of device memory (also
     where a repeated measurement found its operands in a cache, which a serving step does not)."""
     return np.asarray(~(seconds >= bound_s), np.bool_)
+
+
+def disordered(least: Floats, median: Floats, most: Floats) -> NDArray[np.bool_]:
+    """Rows whose statistics contradict each other, or that have none: what is written there is no measurement."""
+    return np.asarray(~((least > 0) & (least <= median) & (median <= most)), np.bool_)
+
+
+def other_unit(seconds: Floats, bound_s: Floats) -> str | None:
+    """What times of a whole table look like where their unit is another one than was taken; None: like times.
+
+    One mistaken row is a row; a thousandth, or a thousand times, in every row is a unit.
+    """
+    if not len(seconds):
+        return None
+    ratio = seconds / bound_s
+    if ratio.max() < UNIT_BELOW:
+        return f"no time above {ratio.max():.1g} of what physics allows, as if in a larger unit"
+    if ratio.min() > UNIT_ABOVE:
+        return f"no time below {ratio.min():,.0f} times what physics allows, as if in a smaller unit"
+    return None
 
 
 def drops(frame: pd.DataFrame, axes: Sequence[str], seconds: str) -> NDArray[np.bool_]:

@@ -11,11 +11,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .default_paths import LEDGER, PROFILE
+from .profiler.table_choice import INSTALLED, TableChoice
 from .runtime.safe_yaml import BadYaml, load_yaml
 from .runtime.spec import SMALL_MODEL
 
 FILE_NAME = "paretune.yaml"
-_PATHS = ("log", "model", "profile", "calibration", "tiles", "prices", "space", "spec", "storage", "decisions")
+_PATHS = (
+    "log", "model", "profile", "calibration", "operator_tables", "layer_times", "step_times", "tiles", "prices",
+    "space", "spec", "storage", "decisions",
+)  # fmt: skip
+
+_NO_PATHS = (SMALL_MODEL, INSTALLED)
 
 
 class Project(BaseModel):
@@ -33,6 +39,11 @@ class Project(BaseModel):
     accelerator: str = "cpu"
     profile: str = PROFILE
     calibration: str | None = None
+    operator_tables: str | None = Field(None, description="measured operators for an accelerator's data sheet")
+    layer_times: str | None = Field(None, description="layer times of vLLM for it")
+    step_times: str | None = Field(None, description="whole steps for it")
+    tables_engine: str = Field("vllm", description="whose kernels, of aiconfigurator's operator tables")
+    tables_version: str | None = None
     tiles: str | None = None
     prices: str | None = None
     space: str | None = None
@@ -42,6 +53,13 @@ class Project(BaseModel):
     study: str = "default"
     trials: int = Field(200, ge=1)
     measure: int = Field(0, ge=0, description="finalists to serve and replay for real")
+
+    @property
+    def tables(self) -> TableChoice:
+        """What takes the place of the accelerator's data sheet."""
+        return TableChoice(
+            self.operator_tables, self.layer_times, self.step_times, self.tables_engine, self.tables_version
+        )
 
 
 def load_project(path: str | Path = FILE_NAME) -> Project:
@@ -55,7 +73,8 @@ def load_project(path: str | Path = FILE_NAME) -> Project:
         raise BadYaml(f"{Path(path).name}: {field}", first.get("input"), first["msg"]) from None
     folder = Path(path).parent
     given = {name: value for name in _PATHS if (value := getattr(project, name)) is not None}
-    paths = {name: str(folder / value) for name, value in given.items() if value != SMALL_MODEL and "://" not in value}
+    named = {name: value for name, value in given.items() if value not in _NO_PATHS and "://" not in value}
+    paths = {name: str(folder / value) for name, value in named.items()}
     return project.model_copy(update=paths)
 
 
@@ -63,9 +82,16 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
     """The settings as defaults of the commands' options (click's default_map)."""
     study = {"storage": project.storage, "study": project.study}
     sources = {"model": project.model, "accelerator": project.accelerator, "profile_path": project.profile}
+    tables = {
+        name: value
+        for name in ("operator_tables", "layer_times", "step_times", "tables_engine", "tables_version")
+        if (value := getattr(project, name)) is not None
+    }
+    corrected = {} if project.calibration is None else {"calibration_path": project.calibration}
     tune = {
         **study,
         **sources,
+        **tables,
         "slos": list(project.slo),
         "metric": project.metric,
         "cost": project.cost,
@@ -83,10 +109,9 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
         "front": study,
         "pick": {**study, "output": project.spec},
         "report": study,
-        "simulate": {
-            "profile_path": project.profile,
-            **({} if project.calibration is None else {"calibration_path": project.calibration}),
-        },
+        "simulate": {"profile_path": project.profile, **corrected, **tables},
+        "explain": {"profile_path": project.profile, **corrected, **tables},
+        "calibrate": {"profile_path": project.profile, **tables},
         "profile": {"run": {"model": project.model, "output": project.profile}},
         "kernels": {"tune": {"model": project.model}},
     }

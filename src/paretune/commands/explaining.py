@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..output import Speaker, speaks, table
+from . import two_pools
 from .machine import EXISTING, OUTPUT
 from .numbers import POSITIVE
 from .run_words import milliseconds
-from .studies import NOT_MEASURED, profile_option
+from .source_options import calibration_option, profile_option, table_options
+from .studies import NOT_MEASURED
 from .traces import LOG
 
 if TYPE_CHECKING:
     from ..optimizer.knobs import Effect
     from ..profiler.analyze import Analyzed
     from ..profiler.explain import Explained, Explanation
+    from ..profiler.host_share import HostShare
+    from ..profiler.table_choice import TableChoice
     from ..runtime.spec import Deployment
     from ..traces.metrics import Metric
     from ..traces.trace import Trace
@@ -32,6 +36,8 @@ _LEAST_SHARE = 0.005
 @click.argument("spec", type=EXISTING)
 @click.argument("log", metavar="TRACE", type=LOG)
 @profile_option
+@calibration_option
+@table_options
 @click.option("--metric", "metrics", multiple=True, help="Such as ttft:p95; default: the log's targets, else p95s.")
 @click.option("--rate", type=POSITIVE, help="Arrivals that many times as fast; default: 1, or that of --analyze.")
 @click.option("--analyze", "run_folder", type=FOLDER, help="A recorded run: `verify --record`, or `replay --record`.")
@@ -43,6 +49,8 @@ def explain(
     spec: str,
     log: str,
     profile_path: str,
+    calibration_path: str | None,
+    tables: TableChoice,
     metrics: tuple[str, ...],
     rate: float | None,
     run_folder: str | None,
@@ -61,6 +69,7 @@ def explain(
     from ..profiler.explain import default_asked, parse_asked
     from ..profiler.explain import explain as run
     from ..profiler.hardware import as_cataloged
+    from ..profiler.host_share import host_shares
     from ..profiler.step_limits import LABELS_ARE_INFERRED, draft_limit_tables, limit_tables
     from ..runtime.spec import load_deployment
     from ..traces import read
@@ -71,6 +80,7 @@ def explain(
     if deployment.is_disaggregated:
         if run_folder is not None:
             raise click.UsageError("--analyze: for a spec of one pool; this one has a prefill and a decode pool")
+        two_pools.check_options({"--calibration": calibration_path, **tables.flags()})
         asked_of_both = tuple(parse_asked(text) for text in metrics)
         _explain_pools(speaker, deployment, trace, profile_path, asked_of_both, rate or 1.0, step_log)
         return
@@ -81,11 +91,17 @@ def explain(
     if recorded is not None:
         k, rate = recorded.times.k if not asked else k, rate or recorded.rate
     rate = rate or 1.0
-    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    sources = Sources.of(
+        deployment.model,
+        accelerator_name=pool.accelerator,
+        profile_path=profile_path,
+        calibration_path=calibration_path,
+        tables=tables,
+    )
+    sources.check_explained()
     modeled = sources.step_model(pool)
-    source = sources.profile or sources.device
-    assert source is not None, "one of the two is always given"
-    limits, draft_limits = limit_tables(source, sources.shape, pool, modeled), draft_limit_tables(source, pool, modeled)
+    limits = limit_tables(sources.peaks, sources.shape, pool, modeled)
+    draft_limits = draft_limit_tables(sources.peaks, pool, modeled)
     with speaker.progress("explaining") as report:
         found, steps = run(
             trace, pool, modeled, limits, asked or default_asked(trace, k), draft_limits=draft_limits,
@@ -106,12 +122,14 @@ def explain(
     not_modeled = (*modeled.not_modeled, LABELS_ARE_INFERRED)
     lines = [_metric_text(each, effects.get(_name(each), ()), analyzed) for each in found.metrics]
     lines.append(_steps_text(found))
+    shares = host_shares(pool, modeled, policy=deployment.scheduler_policy)
+    lines.append(host_text(shares))
     if analyzed is not None:
         lines.append(_analyzed_text(analyzed))
     if not modeled.measured:
         lines.append(NOT_MEASURED)
     lines.append("\n".join(f"not modeled: {each}" for each in not_modeled))
-    speaker.result(_data(found, effects, analyzed, not_modeled, rate), "\n\n".join(lines))
+    speaker.result(_data(found, effects, analyzed, shares, not_modeled, rate), "\n\n".join(lines))
 
 
 def _explain_pools(
@@ -236,6 +254,16 @@ def _steps_text(found: Explanation) -> str:
                       f"{found.result.preemptions:,} preemptions"])  # fmt: skip
 
 
+def host_text(shares: Sequence[HostShare]) -> str:
+    """What the host takes of the unloaded time to first token, by prompt length."""
+    rows = [
+        [f"{each.prompt_tokens:,}", milliseconds(each.ttft_s), milliseconds(each.host_steps_s),
+         milliseconds(each.host_request_s), f"{each.share:.0%}"]
+        for each in shares
+    ]  # fmt: skip
+    return table(["prompt alone, ms; tokens", "ttft", "host in steps", "host beside them", "host's share"], rows)
+
+
 def _analyzed_text(analyzed: Analyzed) -> str:
     rows = []
     for each in analyzed.steps:
@@ -249,6 +277,7 @@ def _data(
     found: Explanation,
     effects: dict[str, tuple[Effect, ...]],
     analyzed: Analyzed | None,
+    shares: Sequence[HostShare],
     not_modeled: tuple[str, ...],
     rate: float,
 ) -> dict[str, Any]:
@@ -260,6 +289,7 @@ def _data(
         "busy_share": found.busy_share,
         "preemptions": found.result.preemptions,
         "analyzed": analyzed,
+        "host_share": [{**vars(each), "share": each.share} for each in shares],
         "not_modeled": not_modeled,
     }
 

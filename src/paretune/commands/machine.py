@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,10 @@ from ..default_paths import PROFILE
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..output import Speaker, speaks, table
 from .numbers import POSITIVE
+from .source_options import profile_option, table_options
+
+if TYPE_CHECKING:
+    from ..profiler.table_choice import TableChoice
 
 TILES_PATH = "out/tiles.json"
 KV_CACHE_DTYPES = ("fp32", "bf16", "fp8", "int8")
@@ -103,51 +108,85 @@ def profile_run(
 
 
 @profile.command("import")
-@click.argument("source")
-@click.option("--system", required=True, help="As the folder calls it (h100_sxm), or the catalog (H100).")
-@click.option("--engine", required=True, help="Whose kernels: trtllm, vllm or sglang.")
-@click.option("--version", help="Of the engine. Default: the newest of each table.")
-@click.option("-o", "--output", type=OUTPUT, help="Write the rows that passed the checks here (Parquet).")
+@click.argument("what", nargs=-1, required=True, metavar="[KIND] SOURCE")
+@click.option("--system", help="A device, as the folder calls it (h100_sxm, a100) or the catalog (H100).")
+@click.option("--engine", help="Of aiconfigurator: whose kernels, trtllm, vllm or sglang.")
+@click.option("--version", help="Of that engine. Default: the newest of each table.")
+@click.option("--model", "model_path", type=click.Path(exists=True, file_okay=False),
+              help="Of LLMServingSim: a folder with the profiled model's config.json.")  # fmt: skip
+@click.option("-o", "--output", type=OUTPUT,
+              help="Write the rows that passed the checks here (Parquet; whole steps also as CSV).")  # fmt: skip
 @speaks
 def profile_import(
-    speaker: Speaker, source: str, system: str, engine: str, version: str | None, output: str | None
+    speaker: Speaker,
+    what: tuple[str, ...],
+    system: str | None,
+    engine: str | None,
+    version: str | None,
+    model_path: str | None,
+    output: str | None,
 ) -> None:
-    """Read other people's measured operator tables, and list the rows that cannot be true.
+    """Read other people's measurements, and list the rows that cannot be true.
 
-    SOURCE is a folder with SYSTEM/FAMILY/ENGINE/VERSION/*.parquet as aiconfigurator keeps them, or
-    "aiconfigurator-core" for the installed package. Rows faster than peak FLOP/s or memory bandwidth allow are refused;
-    a larger operator in less than half the time of a smaller one is flagged.
+    SOURCE lies as its project lays it out; KIND is seen from that, or one of: aiconfigurator (a folder with
+    SYSTEM/FAMILY/ENGINE/VERSION/*.parquet, or "aiconfigurator-core", the installed package), vidur (compute/ and
+    network/), llmservingsim (meta.yaml with tpN/), splitwise (a CSV of prompt and token times), steps (a file of
+    `profile export`). Rows that need more than peak FLOP/s or bandwidth are refused; what is odd is flagged.
 
     \b
     Example: paretune profile import aiconfigurator-core --system H100 --engine vllm
     """
-    from pathlib import Path
+    from ..profiler.importers import by_file, write_steps, write_tables
+    from ..profiler.importers.kinds import KINDS, ImportAsk, imported, kind_of
+    from ..runtime.model_shape import ModelShape, resolve_model
 
-    from ..profiler.importers import UNDERSTOOD, by_file, installed_folder, read_tables, write_tables
-
-    folder = installed_folder() if source == "aiconfigurator-core" else Path(source)
-    tables = read_tables(folder, system, engine, version)
-    with speaker.progress("reading and checking tables"):
-        read = list(tables.every())
-    points: dict[str, int] = {}
-    for each in read:
-        points[each.operator] = points.get(each.operator, 0) + len(each.seconds)
-    rows = [[name, tables.versions[f"{name}_perf"], f"{count:,}"] for name, count in points.items()]
-    lines = [
-        table(["operator", "version", "points"], rows),
-        "",
-        *(str(finding) for finding in by_file(tables.findings)),
-    ]
-    refused = sum(finding.rows for finding in tables.findings if finding.refused)
-    flagged = sum(finding.rows for finding in tables.findings if not finding.refused)
+    if len(what) > 2 or (len(what) == 2 and what[0] not in KINDS):
+        raise click.UsageError(f"[KIND] SOURCE: {' '.join(what)}; allowed: one source, after one of {', '.join(KINDS)}")
+    source = what[-1]
+    kind = what[0] if len(what) == 2 else kind_of(source)
+    shape = None if model_path is None else ModelShape.load(resolve_model(model_path))
+    with speaker.progress("reading and checking"):
+        read = imported(source, kind, ImportAsk(system, engine, version, shape))
+    rows = [[name, read.versions.get(name, "-"), f"{count:,}"] for name, count in read.points.items()]
+    findings = by_file(read.findings)
+    lines = [table([kind, "version", "points"], rows), "", *(str(finding) for finding in findings)]
+    refused = sum(finding.rows for finding in read.findings if finding.refused)
+    flagged = sum(finding.rows for finding in read.findings if not finding.refused)
     lines.append(f"{refused} rows refused, {flagged} flagged")
-    ignored = sorted(set(tables.files) - set(UNDERSTOOD))
-    if ignored:
-        lines.append(f"not read: {', '.join(ignored)}")
+    if read.not_read:
+        lines.append(f"not read: {', '.join(read.not_read)}")
     if output is not None:
-        lines.append(f"wrote {output}: {write_tables(Path(output), read):,} points")
-    found = {"points": points, "findings": tables.findings, "refused": refused, "flagged": flagged}
-    speaker.result({**found, "not_read": ignored, "written": output}, "\n".join(lines))
+        path = Path(output)
+        count = write_tables(path, read.operators) if read.operators else write_steps(path, read.steps)
+        lines.append(f"wrote {output}: {count:,} points")
+    found = {"kind": kind, "points": read.points, "findings": read.findings, "refused": refused, "flagged": flagged}
+    speaker.result({**found, "not_read": read.not_read, "written": output}, "\n".join(lines))
+
+
+@profile.command("export")
+@click.argument("path", type=EXISTING, default=PROFILE)
+@click.option("-o", "--output", type=OUTPUT, default="out/steps.csv", show_default=True, help="CSV or .parquet.")
+@click.option("--model", "model_path", type=click.Path(exists=True, file_okay=False),
+              help="Folder of the profiled model, where it has moved.")  # fmt: skip
+@speaks
+def profile_export(speaker: Speaker, path: str, output: str, model_path: str | None) -> None:
+    """Write a profile's whole steps as a plain table, for others to read; `profile import` reads it back.
+
+    The columns are in docs/operator-tables.md. Such a table, of any engine on any accelerator of the catalog, is what
+    `--step-times` takes.
+
+    \b
+    Example: paretune profile export out/profile.json -o out/steps.csv
+    """
+    from ..profiler.importers import write_steps
+    from ..profiler.importers.step_rows import of_profile
+    from ..profiler.profile import Profile
+    from ..runtime.model_shape import ModelShape, resolve_model
+
+    found = Profile.load(path, any_machine=True)
+    shape = ModelShape.load(resolve_model(model_path or found.model))
+    rows = write_steps(Path(output), of_profile(found, shape))
+    speaker.result({"written": output, "rows": rows, "digest": found.digest()}, f"wrote {output}: {rows:,} steps")
 
 
 def _profile_text(found: object) -> str:
@@ -180,15 +219,30 @@ def _profile_text(found: object) -> str:
 @click.argument("path", type=EXISTING, default=PROFILE)
 @speaks
 def profile_show(speaker: Speaker, path: str) -> None:
-    """Show what a profile holds.
+    """Show what a profile holds, and what the host takes of the time to first token by prompt length.
 
     \b
     Example: paretune profile show out/profile.json
     """
+    from ..profiler.host_share import PROMPTS, shares_of_profile
     from ..profiler.profile import Profile
+    from ..runtime.model_shape import BadModel, ModelShape, resolve_model
 
     found = Profile.load(path, any_machine=True)
-    speaker.result(found.model_dump(mode="json"), _profile_text(found))
+    lines, shares = [_profile_text(found)], {}
+    try:
+        shares = shares_of_profile(found, ModelShape.load(resolve_model(found.model)))
+    except BadModel as error:
+        lines.append(f"the host's share by prompt length needs the model's sizes: {error}")
+    if shares:
+        rows = [
+            [name, *(next((f"{s.share:.0%}" for s in each if s.prompt_tokens == n), "-") for n in PROMPTS)]
+            for name, each in shares.items()
+        ]
+        heads = ["host's share of the TTFT of a prompt alone; tokens", *(f"{n:,}" for n in PROMPTS)]
+        lines.append(table(heads, rows))
+    by_configuration = {name: [{**vars(s), "share": s.share} for s in each] for name, each in shares.items()}
+    speaker.result({**found.model_dump(mode="json"), "host_share": by_configuration}, "\n".join(lines))
 
 
 @profile.command("check")
@@ -210,10 +264,13 @@ def profile_check(speaker: Speaker, path: str) -> None:
 @click.option("--from", "recording", type=EXISTING, required=True,
               help="Step log, or request log with timings, of the server.")  # fmt: skip
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment that it served.")
-@click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
+@profile_option
+@table_options
 @click.option("-o", "--output", type=OUTPUT, default="out/calibration.json", show_default=True)
 @speaks
-def calibrate(speaker: Speaker, recording: str, spec_path: str, profile_path: str, output: str) -> None:
+def calibrate(
+    speaker: Speaker, recording: str, spec_path: str, profile_path: str, tables: TableChoice, output: str
+) -> None:
     """Correct the modeled step times by what your own server recorded, and say how wrong they were and are.
 
     A step log has a factor for every part of a step in it; a request log with timings one factor for all steps, and the
@@ -230,7 +287,7 @@ def calibrate(speaker: Speaker, recording: str, spec_path: str, profile_path: st
 
     deployment = as_cataloged(load_deployment(spec_path))
     pool = deployment.pool
-    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+    sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path, tables=tables)
     found = fit(
         read_recorded(recording),
         sources.step_model(pool),

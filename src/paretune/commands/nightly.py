@@ -93,6 +93,7 @@ def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, d
         tiles_path=project.tiles,
         prices_path=project.prices,
         calibration_path=project.calibration,
+        tables=project.tables,
         study=f"{project.study}-nightly",
         storage=project.storage,
         trials=project.trials,

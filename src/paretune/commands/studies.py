@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..default_paths import LEDGER, PROFILE
+from ..default_paths import LEDGER
 from ..output import Speaker, speaks, table
 from . import two_pools
 from .machine import EXISTING, MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .run_words import milliseconds, protocol_options, room_text, samples_text, worst_text
+from .source_options import calibration_option, profile_option, table_options
 from .traces import LOG
 
 if TYPE_CHECKING:
     from ..optimizer.front import Evaluation
     from ..optimizer.study import Study
+    from ..profiler.table_choice import TableChoice
     from ..runtime.spec import Prediction
     from ..traces.metrics import RequestTimes, Summary
     from ..traces.trace import Trace
@@ -29,14 +31,10 @@ OUT_OF_TIME = 75
 
 # Reasons may name all that would have been allowed; --json has them whole.
 REASON_LENGTH = 100
-NOT_MEASURED = "NOT MEASURED: step times come from a data sheet"
+NOT_MEASURED = "NOT MEASURED: step times come from a data sheet, or from single operators"
 
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
-profile_option = click.option("--profile", "profile_path", type=OUTPUT, default=PROFILE, show_default=True)
 prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
-calibration_option = click.option(
-    "--calibration", "calibration_path", type=EXISTING, help="Step times as `calibrate` corrected them."
-)
 compare_prices_option = click.option(
     "--compare-prices", multiple=True, type=EXISTING, help="Further price books: the winner under each of their sheets."
 )
@@ -73,14 +71,10 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
 @profile_option
 @calibration_option
+@table_options
 @prices_option
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
 @click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
-@click.option(
-    "--layer-times",
-    type=click.Path(exists=True, file_okay=False),
-    help="Layer times of vLLM on the spec's accelerator (a folder of LLMServingSim's profiler) for its data sheet.",
-)
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
 @click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
 @click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
@@ -93,7 +87,7 @@ def simulate(
     spec_path: str,
     profile_path: str,
     calibration_path: str | None,
-    layer_times: str | None,
+    tables: TableChoice,
     prices_path: str | None,
     rate: float,
     k: int | None,
@@ -134,9 +128,8 @@ def simulate(
     k = k or k_of(target.metric for target in targets)
     if deployment.is_disaggregated:
         two_pools.check_options(
-            {"--calibration": calibration_path, "--layer-times": layer_times, "--survive": survive,
-             "--head-room": ask_head_room}
-        )  # fmt: skip
+            {"--calibration": calibration_path, **tables.flags(), "--survive": survive, "--head-room": ask_head_room}
+        )
         two_pools.simulate_pools(
             speaker, deployment, trace, protocol, profile_path=profile_path, prices_path=prices_path, targets=targets,
             k=k, rate=rate, size=size,
@@ -151,7 +144,7 @@ def simulate(
         profile_path=profile_path,
         prices_path=prices_path,
         calibration_path=calibration_path,
-        layer_times=layer_times,
+        tables=tables,
     )
     modeled = sources.step_model(pool)
     result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
@@ -276,6 +269,7 @@ def price_words(source: str, as_of: str) -> str:
 @profile_option
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Tiles that `kernels tune` found.")
 @calibration_option
+@table_options
 @prices_option
 @compare_prices_option
 @click.option("--study", default="default", show_default=True)

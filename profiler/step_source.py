@@ -1,0 +1,216 @@
+"""What takes the place of an accelerator's data sheet: tables that others measured, of operators, layers or steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from ..kernels.weight_formats import WEIGHT_FORMATS
+from ..runtime.model_shape import ModelShape
+from ..runtime.spec import Pool
+from .engine_tables import engine_step
+from .hardware import Accelerator, BadHardware
+from .importers import aiconfigurator, vidur
+from .importers.kinds import AICONFIGURATOR, LLMSERVINGSIM, VIDUR, kind_of, read_step_table
+from .importers.llmservingsim import EngineProfile, find_profile, read_profile
+from .importers.step_rows import StepRows
+from .operator_source import OperatorSource
+from .operator_tables import BadTable
+from .table_choice import TableChoice
+from .tables import ModeledStep, step_tables, with_adapters, with_block_copies
+from .vidur_step import vidur_step
+from .whole_steps import whole_step
+
+
+class StepSource(Protocol):
+    """Step times of one accelerator.
+
+    name          for people
+    measured      whole steps or layers of an engine were; False: inferred from single operators
+    unexplained   why `explain` cannot take its steps apart; empty: it can
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def measured(self) -> bool: ...
+    @property
+    def unexplained(self) -> str: ...
+    def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
+        """Step times of a pool. Raises: BadTable, BadHardware, BadProfile: what was not measured."""
+        ...
+
+    def files(self) -> Iterable[Path]:
+        """All that its times come from."""
+        ...
+
+
+def open_tables(choice: TableChoice, device: Accelerator) -> StepSource | None:
+    """What was chosen, opened; None: nothing was, so the data sheet it is.
+
+    Raises: BadTable: several, or none of the accelerator; BadHardware: tables for "cpu"; OSError.
+    """
+    given = choice.given
+    if len(given) > 1:
+        raise BadTable("step times of an accelerator", " and ".join(given), "one of them", "leave out the others")
+    if given and not device.peak_bytes_per_s:
+        todo = "name one: its data sheet is what they take the place of"
+        raise BadHardware(next(iter(given)), device.name, "an accelerator of the catalog", todo)
+    if choice.layer_times is not None:
+        return LayerTimes(find_profile(Path(choice.layer_times)))
+    if choice.step_times is not None:
+        path = Path(choice.step_times)
+        return StepTimes(path, read_step_table(path)[0], device)
+    if choice.operator_tables is None:
+        return None
+    kind = kind_of(choice.operator_tables)
+    if kind == VIDUR:
+        return VidurTimes(vidur.read_tables(Path(choice.operator_tables), device.name))
+    if kind == AICONFIGURATOR:
+        return _operator_times(choice.operator_tables, device, choice.engine, choice.engine_version)
+    instead = "layer times" if kind == LLMSERVINGSIM else "step times"
+    raise BadTable(choice.operator_tables, kind, "tables of aiconfigurator or Vidur", f"give it as {instead}")
+
+
+def digest_of(source: StepSource) -> str:
+    """Hex digits that name the content of all files of a source."""
+    found = hashlib.sha256(source.name.encode())
+    for path in sorted(source.files()):
+        found.update(path.name.encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Layers of an engine, timed one by one (importers/llmservingsim.py)."""
+
+    folder: Path
+    measured: bool = field(default=True, init=False)
+    unexplained: str = field(
+        default="steps of layer times depend on the batch as a whole, so no part of them is one request's", init=False
+    )
+
+    @property
+    def name(self) -> str:
+        return f"layer times of {self.folder.name}"
+
+    def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
+        _check_plain(pool, self.name)
+        profile = _engine_profile(self.folder, shape, pool.tensor_parallel_size)
+        if profile.accelerator is not None and profile.accelerator.name != pool.accelerator:
+            todo = "give the tables of the pool's"
+            raise BadHardware("pool.accelerator", pool.accelerator, profile.accelerator.name, todo)
+        variant = str(profile.meta["variant"])
+        if variant in WEIGHT_FORMATS and pool.weight_dtype != variant:
+            raise BadHardware("pool.weight_dtype", pool.weight_dtype, f"{variant}, which was profiled", "choose it")
+        if pool.host_kv_blocks:
+            raise BadHardware("pool.host_kv_blocks", pool.host_kv_blocks, f"0 with {self.name}", "leave it out")
+        return engine_step(profile, shape, pool)
+
+    def files(self) -> Iterable[Path]:
+        return (path for path in self.folder.rglob("*") if path.is_file())
+
+
+@lru_cache(maxsize=16)
+def _engine_profile(folder: Path, shape: ModelShape, ranks: int) -> EngineProfile:
+    return read_profile(folder, shape, ranks)
+
+
+@dataclass(frozen=True)
+class OperatorTimes:
+    """Sums of single operators (importers/aiconfigurator.py)."""
+
+    source: OperatorSource
+    measured: bool = field(default=False, init=False)
+    unexplained: str = field(default="", init=False)
+
+    @property
+    def name(self) -> str:
+        tables = self.source.tables
+        return f"operator tables of {tables.system} with {tables.engine}"
+
+    def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
+        return step_tables(self.source, shape, pool)
+
+    def files(self) -> Iterable[Path]:
+        for tables in (self.source.tables, *self.source.beside):
+            yield from (path for path, _ in tables.files.values())
+
+
+@dataclass(frozen=True)
+class VidurTimes:
+    """Sums of single operators (importers/vidur.py)."""
+
+    tables: vidur.VidurTables
+    measured: bool = field(default=False, init=False)
+    unexplained: str = field(default="", init=False)
+
+    @property
+    def name(self) -> str:
+        return f"Vidur's operator tables of {self.tables.device}"
+
+    def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
+        _check_plain(pool, self.name)
+        found = vidur_step(self.tables, shape, pool)
+        assert self.tables.accelerator is not None
+        return _with_data_sheet(found, self.tables.accelerator, shape, pool)
+
+    def files(self) -> Iterable[Path]:
+        return self.tables.files()
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Whole steps (importers/step_rows.py)."""
+
+    path: Path
+    tables: tuple[StepRows, ...]
+    device: Accelerator
+    measured: bool = field(default=True, init=False)
+    unexplained: str = field(default="", init=False)
+
+    @property
+    def name(self) -> str:
+        return f"whole steps of {self.path.name}"
+
+    def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
+        if pool.speculation != "none":
+            raise BadHardware("pool.speculation", pool.speculation, f"none with {self.name}", "leave it out")
+        return _with_data_sheet(whole_step(self.tables, shape, pool, self.device), self.device, shape, pool)
+
+    def files(self) -> Iterable[Path]:
+        return (self.path,)
+
+
+def _operator_times(where: str, device: Accelerator, engine: str, version: str | None) -> OperatorTimes:
+    folder = aiconfigurator.folder_of(where)
+    tables = aiconfigurator.read_tables(folder, device.name, engine, version)
+    beside = []
+    for other in aiconfigurator.ENGINES:
+        if other != engine:
+            try:
+                beside.append(aiconfigurator.read_tables(folder, device.name, other, families=("gemm",)))
+            except BadTable:
+                continue  # an engine that was not measured there
+    return OperatorTimes(OperatorSource(tables, tuple(beside)))
+
+
+def _with_data_sheet(found: ModeledStep, device: Accelerator, shape: ModelShape, pool: Pool) -> ModeledStep:
+    """What such tables know nothing of, as the data sheet has it: adapters, and blocks on their way to the host."""
+    return with_adapters(with_block_copies(found, device, shape, pool), device, shape, pool)
+
+
+def _check_plain(pool: Pool, name: str) -> None:
+    """Raises: BadHardware: what a pool asks for beside tensor parallelism, which these tables know nothing of."""
+    plain = {
+        "pipeline_parallel_size": 1, "context_parallel_size": 1, "enable_expert_parallel": False, "speculation": "none",
+    }  # fmt: skip
+    for field_name, value in plain.items():
+        if getattr(pool, field_name) != value:
+            allowed = f"{value} with {name}"
+            raise BadHardware(f"pool.{field_name}", getattr(pool, field_name), allowed, "leave it out")
