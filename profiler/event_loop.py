@@ -281,16 +281,22 @@ def run_replica(
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
     until_s: float,
+    stop_at_end: bool,
 ) -> int:
     """The event loop of one replica; returns why it ended. No step begins at until_s or later.
+
+    stop_at_end: pause after the step with which a request ends, before anybody else is admitted.
 
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
     many as the cursor says; cursor (7,) int64: in the places named above; clock (2, or more,) float64: now, and busy
     seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
     client_s = tables.request_s[1]
+    seen = cursor[ENDED]
     while True:
         now_s = clock[0]
+        if stop_at_end and cursor[ENDED] > seen:
+            return PAUSED
         if not admit(state, requests, queue, cursor, now_s):
             return OUT_OF_SLOTS
         if not has_room(state, gaps, cursor, 1):
@@ -298,11 +304,11 @@ def run_replica(
         if now_s >= until_s:
             return PAUSED
         waits = cursor[ARRIVED] < cursor[QUEUED]
-        coming_s = requests.arrival_s[queue[cursor[ARRIVED]]] if waits else until_s
+        coming_s = min(requests.arrival_s[queue[cursor[ARRIVED]]], until_s) if waits else until_s
 
         if jump and begin_decode_run(state, plan):
             steps, going_on = _decode(
-                state, plan, tables, requests, times, gaps, bounds, k, coming_s, ended, cursor, clock
+                state, plan, tables, requests, times, gaps, bounds, k, coming_s, ended, cursor, clock, stop_at_end
             )
             if not going_on:
                 return GAVE_UP
@@ -344,6 +350,7 @@ def _decode(
     ended: NDArray[np.int64],
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
+    stop_at_end: bool,
 ) -> tuple[int, bool]:
     """Jump through a run of decode steps, from one request's end to the next, until somebody else may be admitted.
 
@@ -391,7 +398,13 @@ def _decode(
                 finish_decode_run(state, plan, done)
             context -= end_in_decode_run(state, plan, done)
             going_on = note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s)
-            if not lazily or plan.counts[PLAN_SIZE] == 0 or state.counts[NUM_WAITING] > 0 or not going_on:
+            if (
+                not lazily
+                or plan.counts[PLAN_SIZE] == 0
+                or state.counts[NUM_WAITING] > 0
+                or not going_on
+                or stop_at_end
+            ):
                 break
             least = least_num_tokens(plan)
         if not lazily or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
@@ -447,6 +460,7 @@ def run_pipeline(
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
     until_s: float,
+    stop_at_end: bool,
 ) -> int:
     """`run_replica` for several pipeline stages: as many steps as there are stages begin before the first of them ends.
 
@@ -457,7 +471,11 @@ def run_pipeline(
     stages = len(plans)
     now_s = clock[0]
     client_s = tables.request_s[1]
+    seen = cursor[ENDED]
     while True:
+        if stop_at_end and cursor[ENDED] > seen:
+            status = PAUSED
+            break
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break

@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str], *, format: str | None = None) -> Trace:
     data = read_bytes(path)
     name = path.name
     format = sniff(data, name) if format is None else format
-    return read_parquet(data, name) if format == "parquet" else _TEXT_READERS[format](data, name)
+    return read_parquet(data, path) if format == "parquet" else _TEXT_READERS[format](data, name)
 
 
 def write(trace: Trace, path: str | os.PathLike[str]) -> None:
