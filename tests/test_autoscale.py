@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from paretune.profiler.autoscale import (
     Autoscaler,
     BadAutoscaler,
+    ElasticFleet,
     Past,
     default_target,
     desired_replicas,
@@ -146,6 +147,32 @@ def test_who_leaves_finishes_its_requests_and_no_sooner_than_after_the_window() 
     assert result.times.finished.all()
     busiest_s = max(each.asked_s for each in result.held)
     assert min(each.leaves_s for each in left) >= busiest_s + 300.0 - 15.0
+
+
+def test_replicas_that_never_get_ready_change_nothing_but_the_bill() -> None:
+    limits, requests = pool(router="least_outstanding_tokens"), trace(150, 10.0, 4)
+    step = tables(limits)
+    alone = simulate(requests, limits, step)
+    result = simulate(requests, limits, step, autoscaler=scaler(target=1.0, sync_period_s=1.0, cold_start_s=1e9))
+    np.testing.assert_allclose(result.times.end_s, alone.times.end_s, rtol=1e-12)
+    assert len(result.held) > 1
+    assert all(math.isinf(each.ready_s) or each.ready_s >= 1e9 for each in result.held[1:])
+
+
+def test_requests_go_to_replicas_that_are_ready_and_do_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, float]] = []
+    send = ElasticFleet.send
+
+    def noted(self: ElasticFleet, row: int, arrival_s: float) -> Any:
+        chosen = send(self, row, arrival_s)
+        sent.append((self.replicas.index(chosen), arrival_s))
+        return chosen
+
+    monkeypatch.setattr(ElasticFleet, "send", noted)
+    result = run(step_load(10, 2000, 100.0, 0.05), scaler(max_replicas=4, target=6.0, cold_start_s=20.0))
+    assert len(sent) == len(result.times)
+    assert all(result.held[i].ready_s <= at_s < result.held[i].leaves_s for i, at_s in sent)
+    assert {i for i, _ in sent} == set(range(len(result.held)))
 
 
 @settings(max_examples=15, deadline=None)
