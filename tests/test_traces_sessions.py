@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paretune.traces.agent_formats import read_llmservingsim
 from paretune.traces.columns import BadTrace, Labels
 from paretune.traces.formats import read, write
 from paretune.traces.jsonl_formats import read_mooncake, read_openai
@@ -170,6 +171,56 @@ def test_the_sessions_of_aiperf_are_read_with_their_delays() -> None:
     np.testing.assert_array_equal(trace.pause_s, [np.nan, np.nan, np.nan, 2.0])
     assert any("have no time" in note for note in trace.notes)
     assert sessions(trace).pause_s.tolist() == [0, 0, 0, 2]
+
+
+def test_the_sessions_of_llmservingsim_are_read_with_the_time_of_their_tools(tmp_path: Any) -> None:
+    ids = list(range(32))
+    lines = [
+        {
+            "session_id": "s",
+            "arrival_time_ns": 1_000_000_000,
+            "sub_requests": [
+                {"input_toks": 32, "output_toks": 5, "tool_duration_ns": 500_000_000, "input_tok_ids": ids},
+                {"input_toks": 9, "output_toks": 0, "tool_duration_ns": 250_000_000},
+                {"input_toks": 48, "output_toks": 7, "tool_duration_ns": 0, "input_tok_ids": [*ids, *range(16)]},
+            ],
+        },
+        {"input_toks": 10, "output_toks": 3, "arrival_time_ns": 1_200_000_000},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trace = read(tmp_path / "log.jsonl")
+    assert trace.session is not None
+    assert trace.prefix is not None
+    assert trace.session.values() == ["s", None, "s"]
+    np.testing.assert_allclose(trace.arrival_s, [0.0, 0.2, 0.75])
+    np.testing.assert_allclose(sessions(trace).pause_s, [0.0, 0.0, 0.75])  # with that of the call without an answer
+    assert trace.prefix.counts.tolist() == [2, 0, 3]
+    assert (trace.prefix.row(2)[:2] == trace.prefix.row(0)).all()
+    assert any("1 of 4 requests left out" in note for note in trace.notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ({"input_toks": -1, "output_toks": 3, "arrival_time_ns": 0}, "input_toks"),
+        ({"input_toks": 2, "output_toks": 3}, "arrival_time_ns"),
+        ({"session_id": "s", "arrival_time_ns": 0, "sub_requests": 3}, "sub_requests"),
+        ({"input_toks": 2, "output_toks": 3, "arrival_time_ns": 0, "input_tok_ids": [1]}, "input_tok_ids"),
+        ({"session_id": "s", "arrival_time_ns": 0, "sub_requests": [
+            {"input_toks": 2, "output_toks": 3, "tool_duration_ns": "soon"}]}, "tool_duration_ns"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_of_llmservingsim_is_refused_by_its_place(line: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadTrace) as raised:
+        read_llmservingsim(json.dumps(line).encode(), "log")
+    assert raised.value.where == f"log:1: {field}"
+
+
+def test_llmservingsims_requests_are_read(data_dir: Any) -> None:
+    trace = read(data_dir / "traces" / "llmservingsim" / "example_trace.jsonl")
+    assert (trace.input_tokens[0], trace.output_tokens[0]) == (10, 70)
+    assert trace.session is None
+    assert len(read(data_dir / "traces" / "llmservingsim" / "workload_me2_01_mixed.jsonl")) > 100
 
 
 def test_our_own_request_log_knows_its_pauses() -> None:
