@@ -8,9 +8,13 @@ machine does from one quarter of an hour to the next, and an error counts only b
 
     python benchmarks/prediction_local.py            scores the recorded replays with the code as it is now
     python benchmarks/prediction_local.py --fresh    measures all of it again: about an hour on two quiet cores; what
-                                                     was measured is kept after every pass, --resume goes on from there
+                                                     was measured is kept after every pass, --resume goes on from there,
+                                                     --one-pass stops after the next one
 
 Cost at the SLO is money per token; on one machine all configurations have the same price, so it falls with capacity.
+
+What is served is the very trace that was simulated, so the intervals that are scored hold the error of the step times
+alone. A study's are wider: they also hold what another hour of like traffic may bring; their coverage stands beside.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import numpy as np
 import psutil
 
 from bars import RESULTS, Bar, finish, machine
-from paretune.optimizer.intervals import predicted, sampled
+from paretune.optimizer.intervals import Band, predicted, sampled
 from paretune.optimizer.live_capacity import bracket
 from paretune.profiler.calibration import calibrate_serving
 from paretune.profiler.live import live_server, warm_server
@@ -46,6 +50,7 @@ from paretune.traces.whole_file import write_whole
 
 RECORD = RESULTS / "prediction_local_record.json"
 PROFILE = RESULTS / "prediction_local_profile.json"
+RAW = Path("out/prediction_local")
 TARGET = Target.parse("ttf30:p95<=400ms")
 LENGTHS = 0.2
 MAX_TOKENS = 1024
@@ -136,20 +141,21 @@ def profiled() -> Profile:
         progress=lambda what, share: print(f"  {share:.0%} {what}", file=sys.stderr),
         command=" ".join(["benchmarks/prediction_local.py", *sys.argv[1:]]),
     )
-    for threads in (1, 2):
-        profile = calibrate_serving(profile, deployment((1, threads, "bf16", 32, 1024)))
+    for ranks, threads in ((1, 1), (1, 2), (2, 1)):
+        profile = calibrate_serving(profile, deployment((ranks, threads, "bf16", 32, 1024)))
     return profile
 
 
-def record(resume: bool) -> None:
-    """Measure pass after pass; what is done is on disk after each."""
+def record(resume: bool, passes: int) -> None:
+    """Measure so many more passes; what is done is on disk after each."""
     traces, begin = windows(), time.monotonic()
     kept: dict[str, Any] = {"trace": {key: trace.digest() for key, trace in traces.items()}, "passes": [], "loads": {}}
     profiles: list[Profile] = []
     if resume:
         kept = json.loads(RECORD.read_text())
         profiles = [Profile.load(path) for path in sorted(RESULTS.glob(f"{PROFILE.stem}_*.json"))]
-    while len(kept["passes"]) < PASSES:
+    while len(kept["passes"]) < PASSES and passes > 0:
+        passes -= 1
         profiles = [*profiles[: len(kept["passes"])], profiled()]
         profiles[-1].save(PROFILE.with_name(f"{PROFILE.stem}_{len(profiles)}.json"))
         if not kept["loads"]:  # of the first profile, and then the same in every pass
@@ -158,27 +164,44 @@ def record(resume: bool) -> None:
                 kept["loads"][json.dumps(each)] = LOAD * rate
         first = not kept["passes"]
         rows = []
-        for each in CANDIDATES:
-            rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first)})
+        RAW.mkdir(parents=True, exist_ok=True)
+        for i, each in enumerate(CANDIDATES):
+            raw = RAW / f"pass{len(profiles)}_candidate{i}"
+            rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first, raw)})
             print(f"{time.monotonic() - begin:5.0f} s {json.dumps(rows[-1])}", file=sys.stderr)
         kept["passes"].append({"machine": machine(), "rows": rows})
         write_whole(RECORD, json.dumps(kept, indent=1) + "\n")
+    if len(kept["passes"]) < PASSES:
+        return
     merged(profiles).save(PROFILE)
     for path in RESULTS.glob(f"{PROFILE.stem}_*.json"):
         path.unlink()
 
 
-def replayed(candidate: Candidate, traces: dict[str, Trace], rate: float, with_capacity: bool) -> dict[str, Any]:
+def replayed(
+    candidate: Candidate, traces: dict[str, Trace], rate: float, with_capacity: bool, raw: Path
+) -> dict[str, Any]:
+    """Latencies by window, and whether the target was held by rate; steps and requests go to files that begin as `raw`.
+
+    They are for whoever wants to know where an error comes from, and are not committed.
+    """
     asked = deployment(candidate)
     token_ids = prompt_token_ids(resolve_model(asked.model))
     held: dict[str, bool] = {}
-    with live_server(asked) as server:
+    with live_server(asked, step_log=raw.with_suffix(".steps.jsonl")) as server:
         warm_server(server, traces[WINDOWS[0]], token_ids)
 
         def times(piece: Trace, rate: float) -> RequestTimes:
             return replay(piece, server.url, rate=rate, model=server.model, token_ids=token_ids).times
 
-        found = {key: latencies(times(trace.select(slice(0, REQUESTS)), rate)) for key, trace in traces.items()}
+        found = {}
+        for key, trace in traces.items():
+            served = replay(
+                trace.select(slice(0, REQUESTS)), server.url, rate=rate, model=server.model, token_ids=token_ids
+            )
+            found[key] = latencies(served.times)
+            times_of = {name: value for name, value in vars(served.times).items() if isinstance(value, np.ndarray)}
+            np.savez(f"{raw}.{key.replace(' ', '_')}.npz", started_s=served.started_s, **times_of)
         if with_capacity:
             trace = traces[WINDOWS[0]]
 
@@ -211,8 +234,8 @@ def predicted_capacity(model: ModeledStep, trace: Trace, candidate: Candidate, s
 
 def predicted_latencies(
     model: ModeledStep, trace: Trace, candidate: Candidate, rate: float
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Values, and 90 % intervals as a study gives them (optimizer/evaluate.py: refine)."""
+) -> tuple[dict[str, float], dict[str, Band], dict[str, Band]]:
+    """Values; their 90 % intervals for this very trace; and a study's (optimizer/evaluate.py: refine)."""
     piece, pool = trace.select(slice(0, REQUESTS)), deployment(candidate).pool
 
     def run(factor: float) -> RequestTimes:
@@ -224,8 +247,13 @@ def predicted_latencies(
         for factor in (1 - model.relative_error, 1 + model.relative_error)
     ]
     found = sampled(central, piece, (), np.random.default_rng(0))
-    bands = predicted(found, *({key: each[key] for key in found} for each in ends))
-    return latencies(central), {name(metric, p): bands[f"{metric}:p{p}"] for metric, p in LATENCIES}
+    flat = [{key: each[key] for key in found} for each in ends]
+    same_trace = predicted({key: (value, (value, value)) for key, (value, _) in found.items()}, *flat)
+    studies = predicted(found, *flat)
+    of_this, of_study = (
+        {name(metric, p): bands[f"{metric}:p{p}"] for metric, p in LATENCIES} for bands in (same_trace, studies)
+    )
+    return latencies(central), of_this, of_study
 
 
 # --- scoring ---
@@ -264,14 +292,16 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
     raw: dict[str, list[float]] = {name(*each): [] for each in LATENCIES}
     beyond: dict[str, list[float]] = {key: [] for key in raw}
     spreads: dict[str, list[float]] = {key: [] for key in raw}
-    inside, rows = [], []
+    inside: list[list[bool]] = []
+    in_study: list[bool] = []
+    rows = []
     order: tuple[list[float], list[float]] = ([], [])
     passes = [{json.dumps(row["candidate"]): row for row in each["rows"]} for each in kept["passes"]]
     for candidate in CANDIDATES:
         key = json.dumps(candidate)
         model, rate = model_of(profile, candidate), kept["loads"][key]
         for part, trace in traces.items():
-            values, bands = predicted_latencies(model, trace, candidate, rate)
+            values, bands, wider = predicted_latencies(model, trace, candidate, rate)
             inside.append([])
             for metric in raw:
                 runs = [each[key]["latencies"][part][metric] for each in passes]
@@ -281,6 +311,7 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
                 beyond[metric].append(max(0.0, abs(values[metric] - truth) - noise) / truth)
                 spreads[metric].append(noise / truth)
                 inside[-1].append(bands[metric][0] <= truth <= bands[metric][1])
+                in_study.append(wider[metric][0] <= truth <= wider[metric][1])
                 rows.append([candidate, part, metric, values[metric], runs, bands[metric]])
         low, high = measured_capacity(passes[0][key]["held"])
         order[0].append(predicted_capacity(model, traces[WINDOWS[0]], candidate, 2 * rate, 12))
@@ -300,7 +331,11 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
         bars.append(Bar(f"{metric}: median error beyond the run-to-run spread", error, MEDIAN_ERROR, at_least=False))
         error = float(np.quantile(beyond[metric], 0.9))
         bars.append(Bar(f"{metric}: p90 error beyond the run-to-run spread", error, P90_ERROR, at_least=False))
-    print(f"coverage of 90 % intervals: {share:.1%} ({low:.1%} to {high:.1%}); Kendall tau {tau:.2f}", file=sys.stderr)
+    print(
+        f"coverage of 90 % intervals: {share:.1%} ({low:.1%} to {high:.1%}), of a study's for like traffic "
+        f"{statistics.fmean(in_study):.1%}; Kendall tau {tau:.2f}",
+        file=sys.stderr,
+    )
     bars.append(Bar("coverage of 90 % intervals, upper end of its own interval", high, CONFIDENCE))
     bars.append(Bar("coverage of 90 % intervals, lower end of its own interval", low, CONFIDENCE, at_least=False))
     bars.append(Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", tau, TAU))
@@ -310,6 +345,7 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
         "errors_beyond_spread": beyond,
         "run_to_run_spread": spreads,
         "coverage": [share, low, high],
+        "coverage_of_study_intervals": statistics.fmean(in_study),
         "capacities": list(zip(map(json.dumps, CANDIDATES), *order)),
         "rows": rows,
     }
@@ -318,7 +354,7 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
 
 def main() -> int:
     if "--fresh" in sys.argv or "--resume" in sys.argv:
-        record("--resume" in sys.argv)
+        record("--resume" in sys.argv, 1 if "--one-pass" in sys.argv else PASSES)
     traces = windows()
     why = ""
     if not (RECORD.exists() and PROFILE.exists()):

@@ -55,6 +55,7 @@ class Question:
     k            of TTF-k in every run
     max_devices  most devices of a deployment, or None
     part         of the trace, for the capacities of candidates that may not win; None: the whole
+    survive      replicas that may be lost: sizing adds them to the fewest that hold the targets
     """
 
     trace: Trace
@@ -67,6 +68,7 @@ class Question:
     step_model: StepModel
     price: Callable[[Pool], Price]
     part: Trace | None = None
+    survive: int = 0
 
     def usd_per_hour(self, pool: Pool) -> float:
         return sizing_cost_usd_per_hour(pool.devices_per_replica, pool.replicas, self.price(pool).usd_per_hour)
@@ -160,23 +162,34 @@ def _with_capacity(
 
 def _sized(question: Question, deployment: Deployment, guess: float) -> Evaluation:
     pool = deployment.pool
+    spare = question.survive
     most = question.most_replicas(pool)
+    if most <= spare:
+        reason = f"of {most} replicas at most none is left when {spare} are lost"
+        return _unknown(question, deployment.with_pool(replicas=most), reason)
     found = sizing(
         question.trace,
         pool,
         question.step_model,
         question.targets,
-        most=most,
+        most=most - spare,
         guess=math.ceil(1 / max(guess, 1e-9)),
         policy=deployment.scheduler_policy,
         k=question.k,
     )
     if found.result is None:
-        return _unknown(
-            question, deployment.with_pool(replicas=most), f"no number of replicas up to {most}: {found.reason}"
-        )
-    chosen = deployment.with_pool(replicas=found.replicas)
-    return replace(_of(question, chosen, found.result, ""), replicas_needed=found.replicas)
+        left = f" that are left of {most}" if spare else ""
+        reason = f"no number of replicas up to {most - spare}{left}: {found.reason}"
+        return _unknown(question, deployment.with_pool(replicas=most), reason)
+    chosen = deployment.with_pool(replicas=found.replicas + spare)
+    result = found.result
+    if spare:
+        try:
+            tables = question.step_model(chosen.pool).tables
+        except BadProfile as unmeasured:
+            return _unknown(question, chosen, str(unmeasured))
+        result = simulate(question.trace, chosen.pool, tables, policy=chosen.scheduler_policy, k=question.k)
+    return replace(_of(question, chosen, result, ""), replicas_needed=chosen.pool.replicas)
 
 
 def _unknown(question: Question, deployment: Deployment, reason: str) -> Evaluation:
@@ -332,11 +345,11 @@ def _size_band(question: Question, evaluation: Evaluation, error: float) -> Band
             pool,
             model,
             question.targets,
-            most=question.most_replicas(pool),
-            guess=round(pool.replicas * factor),
+            most=max(1, question.most_replicas(pool) - question.survive),
+            guess=round((pool.replicas - question.survive) * factor),
             policy=evaluation.deployment.scheduler_policy,
             k=question.k,
         )
         per_replica = question.usd_per_hour(pool) / pool.replicas
-        ends.append(found.replicas * per_replica if found.replicas else math.inf)
+        ends.append((found.replicas + question.survive) * per_replica if found.replicas else math.inf)
     return min(*ends, evaluation.usd_per_hour), max(*ends, evaluation.usd_per_hour)

@@ -112,7 +112,8 @@ class TpeAndNeighbors:
         )
 
     def _suggestion(self) -> int | None:
-        for _ in range(PATIENCE):
+        # the fewer are left, the more of them TPE repeats
+        for _ in range(math.ceil(PATIENCE * len(self._untried) / len(self._points))):
             trial = self._study.ask(self._distributions)
             index = self._index.get(tuple(trial.params[name] for name in self._distributions))
             if index in self._untried:

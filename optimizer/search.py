@@ -20,7 +20,7 @@ from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import Metric, Target
 from ..traces.trace import Trace
 from . import finalists as final
-from .capacity import PART_SLACK, StepModel, busiest_part, check_question
+from .capacity import PART_SLACK, BadQuestion, StepModel, busiest_part, check_question
 from .evaluate import Question, evaluate, refine, sharpen
 from .finalists import Measure
 from .front import Cost, Evaluation, Fidelity, Front, pareto
@@ -44,6 +44,7 @@ def tune(
     percentile: float = 95.0,
     targets: Sequence[Target] | None = None,
     cost: Cost = "capacity",
+    survive: int = 0,
     trials: int = 200,
     seed: int = 0,
     jobs: int = 2,
@@ -70,6 +71,8 @@ def tune(
         price: pool -> price of one of its devices.
         metric, percentile: the latency axis: ttft, ttf-k, tpot or e2e at p50, p90, p95 or p99.
         targets: what must hold; the trace's own if left out.
+        survive: replicas that a deployment may lose with its targets still held; of cost "sizing" alone, which buys
+            so many more.
         trials: candidates to simulate, the default included.
         jobs: threads; the simulator releases the GIL. Does not change the result.
         ledger, study: where trials are kept, under which name; without a ledger nothing is kept.
@@ -84,6 +87,9 @@ def tune(
     """
     asked = tuple(trace.targets if targets is None else targets)
     k = check_question(trace, asked, metric, percentile)
+    if survive and (cost != "sizing" or not asked):
+        asked_for = f"cost {cost} with {len(asked)} targets"
+        raise BadQuestion(f"survive {survive}", asked_for, "cost sizing and a target to hold", "give both")
 
     @functools.lru_cache(maxsize=1024)
     def cached_model(pool: Pool) -> ModeledStep:
@@ -93,7 +99,8 @@ def tune(
         flags = {"enable_chunked_prefill": True, "enable_prefix_caching": True}
         return cached_model(pool.model_copy(update=flags))
 
-    question = Question(trace, asked, metric, percentile, cost, k, space.max_devices, model, price, busiest_part(trace))
+    part = busiest_part(trace)
+    question = Question(trace, asked, metric, percentile, cost, k, space.max_devices, model, price, part, survive)
     settings = {
         "trace": trace.digest(),
         "space": space.digest(),
@@ -104,6 +111,7 @@ def tune(
         "seed": seed,
         "profile": profile,
         "prices": prices,
+        **({"survive": survive} if survive else {}),
     }
     about = {**(about or {}), "price": asdict(price(space.default.pool))}
     book = _Book(ledger, study, settings, about, renew)

@@ -44,6 +44,7 @@ class Ask:
     storage     the ledger: a file or a database URL
     metric      the latency axis with its percentile, such as "ttf30:p95"
     slos        targets; none: those that the log carries
+    survive     replicas that may be lost with the targets still held; of cost "sizing"
     finalists   candidates to serve and replay for real; 0: simulate only
     compare_prices  further price books, under which the winner is worked out again
     fresh       forget an earlier study of the name
@@ -57,6 +58,7 @@ class Ask:
     slos: tuple[str, ...] = ()
     metric: str = "ttf30:p95"
     cost: Cost = "capacity"
+    survive: int = 0
     space_path: str | None = None
     baseline_path: str | None = None
     accelerator: str = CPU
@@ -182,6 +184,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         "options": {
             "metric": ask.metric,
             "cost": ask.cost,
+            "survive": ask.survive or None,
             "space": absolute(ask.space_path),
             "baseline": absolute(ask.baseline_path),
             "calibration": absolute(ask.calibration_path),
@@ -206,6 +209,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
         metric=metric,
         percentile=percentile,
         cost=ask.cost,
+        survive=ask.survive,
         trials=ask.trials,
         seed=ask.seed,
         jobs=ask.jobs or usable_cores(),

@@ -1,18 +1,20 @@
 """What serving over HTTP adds to the steps, measured with one short replay against a live server and its step log.
 
-Three things: how much slower steps are while HTTP, text and a client take their part of the cores; the time between two
-steps; and the time before and after them. No more: what differs between configurations beyond that is in their profile.
+Three things: what steps take while HTTP, text and a client take their part of the cores; the time between two steps;
+and the time before and after them. No more: what differs between configurations beyond that is in their profile.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.spec import Deployment
 from ..traces.trace import Trace
 from .live import measure_live
-from .profile import BadProfile, Profile, Serving
+from .profile import BadProfile, Key, LivePoint, Profile, Serving
 from .replay import Progress, ReplayResult
 from .simulator import simulate
 from .step_time import StepTables, composed_time_s
@@ -64,14 +66,13 @@ def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[L
 
 
 def serving_from(
-    trace: Trace, result: ReplayResult, steps: Sequence[LoggedStep], tables: StepTables, *, cores: int, measured_on: str
+    trace: Trace, result: ReplayResult, steps: Sequence[LoggedStep], tables: StepTables, key: Key
 ) -> Serving:
     """What serving added, from a replay and the steps that its server logged.
 
     Args:
         tables: as modeled without serving.
-        cores: that the replicas compute on.
-        measured_on: for people.
+        key: the configuration that served.
     Raises: BadProfile: too few steps, or too few requests that were alone in the server.
     """
     again = "calibrate with a longer replay"
@@ -86,21 +87,42 @@ def serving_from(
     )
     blocks = np.array_split(np.argsort([step.started_s for step in steps], kind="stable"), _BLOCKS)
     ratios = np.array([measured_s[block].sum() / modeled_s[block].sum() for block in blocks])
-    contention = float(measured_s.sum() / modeled_s.sum())
     low, high = np.quantile(ratios, (0.05, 0.95))
     before_s, after_s = _lone_requests(trace, result, steps)
     if len(before_s) < _LEAST_LONE_REQUESTS:
         raise BadProfile("calibration: lone requests", len(before_s), f"at least {_LEAST_LONE_REQUESTS}", again)
     return Serving(
-        cores=cores,
-        contention=contention,
-        contention_spread=float(high - low) / 2 / contention,
+        cores=key.cores,
+        ranks=key.ranks,
+        points=live_points(steps),
+        spread=float(high - low) / 2 / float(measured_s.sum() / modeled_s.sum()),
         between_steps_s=_between_steps_s(steps),
         to_scheduler_s=max(0.0, float(np.median(before_s))),
         to_client_s=max(0.0, float(np.median(after_s))),
         steps=len(steps),
         requests=len(before_s),
-        measured_on=measured_on,
+        measured_on=str(key),
+    )
+
+
+def live_points(steps: Sequence[LoggedStep]) -> tuple[LivePoint, ...]:
+    """The steps by composition: those alike in rows and samples, and within a quarter of an octave in the rest."""
+    alike: dict[tuple[int, ...], list[LoggedStep]] = {}
+    for step in steps:
+        sizes = (step.num_tokens, step.decode_context, step.prefill_pairs)
+        parts = (round(4 * math.log2(1 + size)) for size in sizes)
+        alike.setdefault((step.num_rows, step.num_samples, *parts), []).append(step)
+    return tuple(
+        LivePoint(
+            num_tokens=round(fmean(step.num_tokens for step in found)),
+            num_rows=found[0].num_rows,
+            num_samples=found[0].num_samples,
+            decode_context=fmean(step.decode_context for step in found),
+            prefill_pairs=fmean(step.prefill_pairs for step in found),
+            mean_s=fmean(step.seconds for step in found),
+            count=len(found),
+        )
+        for _, found in sorted(alike.items())
     )
 
 
@@ -173,7 +195,8 @@ def calibrate_serving(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
-    """The profile with what serving adds where a deployment's number of cores computes; other numbers are kept.
+    """The profile with what serving adds where a deployment's number of cores computes, with as many ranks; other
+    numbers are kept.
 
     Args:
         seconds: of the loaded part of the replay; starting the server and the lone requests come on top.
@@ -188,8 +211,8 @@ def calibrate_serving(
         log = Path(folder) / "steps.jsonl"
         result = measure_live(deployment, trace, step_log=log, seed=seed, progress=progress)
         steps = read_step_log(log, result.started_s)
-    cores = pool.replicas * pool.devices_per_replica
-    measured_on = str(profile.configuration(pool).key)
-    serving = serving_from(trace, result, steps, modeled.tables, cores=cores, measured_on=measured_on)
-    kept = [other for other in profile.serving if other.cores != cores]
-    return profile.model_copy(update={"serving": tuple(sorted([*kept, serving], key=lambda s: s.cores))})
+    serving = serving_from(trace, result, steps, modeled.tables, profile.configuration(pool).key)
+    mine = (serving.cores, serving.ranks)
+    kept = [other for other in profile.serving if (other.cores, other.ranks) != mine]
+    ordered = sorted([*kept, serving], key=lambda each: (each.cores, each.ranks))
+    return profile.model_copy(update={"serving": tuple(ordered)})

@@ -25,6 +25,7 @@ from ..runtime.scheduler import add_request, commit, schedule
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
     NUM_WAITING,
+    PLAN_COPIES,
     PLAN_FINISHED,
     PLAN_PREEMPTED,
     PLAN_SIZE,
@@ -32,7 +33,7 @@ from ..runtime.scheduler_state import (
     Plan,
     State,
 )
-from .step_time import StepTables, composed_time_s, composition, decode_steps
+from .step_time import StepTables, composed_time_s, composition, copies_s, decode_steps
 
 # why the event loop returned
 DRAINED = 0
@@ -306,6 +307,8 @@ def run_replica(
         waits = cursor[ARRIVED] < cursor[QUEUED]
         coming_s = min(requests.arrival_s[queue[cursor[ARRIVED]]], until_s) if waits else until_s
 
+        # looking whether somebody may be admitted finds blocks for those that run, which can push others to the host
+        plan.counts[PLAN_COPIES] = 0
         if jump and begin_decode_run(state, plan):
             steps, going_on = _decode(
                 state, plan, tables, requests, times, gaps, bounds, k, coming_s, ended, cursor, clock, stop_at_end
@@ -314,7 +317,9 @@ def run_replica(
                 return GAVE_UP
             if steps > 0:
                 continue
+        copied = plan.counts[PLAN_COPIES]
         schedule(state, plan)
+        plan.counts[PLAN_COPIES] += copied
         size = plan.counts[PLAN_SIZE]
         if size == 0:
             if plan.counts[PLAN_PREEMPTED] > 0:
@@ -325,6 +330,7 @@ def run_replica(
             continue
         samples, context, pairs = composition(plan, tables.prompt_pairs)
         step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
+        step_s += copies_s(tables, plan)
         ended_s = now_s + step_s
         note_tokens(state, plan, times, gaps, cursor, k, now_s, ended_s, client_s)
         _note_run(gaps, cursor, step_s, 0.0, 1, ended_s + client_s)
@@ -356,6 +362,8 @@ def _decode(
 
     Returns: steps; 0 where blocks do not suffice for one. And False where a target can no longer be met.
     """
+    if plan.counts[PLAN_COPIES] > 0:
+        return 0, True  # they are part of a step of their own
     client_s = tables.request_s[1]
     now_s, began_s = clock[0], clock[0]
     going_on = True
@@ -379,6 +387,8 @@ def _decode(
         if not lazily:
             if done > 0:
                 break
+            if tables.block_copy_s > 0.0:
+                return 0, True  # what is evicted goes to the host, step by step
             steps = affordable_steps(state, plan, steps)
             if steps == 0:
                 return 0, True
@@ -495,6 +505,7 @@ def run_pipeline(
                 break
             samples, context, pairs = composition(plan, tables.prompt_pairs)
             step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
+            step_s += copies_s(tables, plan)
             clock[2] = max(now_s + step_s, clock[2] + step_s / stages)
             clock[3 + number] = clock[2]
             now_s += step_s / stages

@@ -40,6 +40,7 @@ WORDS = {
     "recompute": "recompute after preemption",
     "preempted": "preempted, waiting for blocks",
     "draft": "draft model",
+    "copies": "KV blocks to and from the host",
     "pipeline": "pipeline stages busy",
     "to_client": "to the client (HTTP, text)",
 }

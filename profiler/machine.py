@@ -65,7 +65,7 @@ def profile_machine(
         command=command,
     )
     for number, key in enumerate(loads):
-        tell((len(keys) + _SERVING_JOBS * number) / whole, f"live server on {key.cores} cores")
+        tell((len(keys) + _SERVING_JOBS * number) / whole, f"live server, {key}")
         pool = Pool(
             **key._asdict(),
             max_model_len=min(max_model_len, shape.max_position_embeddings),
@@ -77,9 +77,9 @@ def profile_machine(
 
 
 def _loads(keys: Sequence[Key]) -> tuple[Key, ...]:
-    """For each number of cores the configuration measured live: one replica, threads before ranks, bf16 first."""
+    """For each number of cores, and of ranks on them, the configuration measured live: one replica, bf16 first."""
     chosen = []
-    for cores in sorted({key.cores for key in keys if key.cores <= usable_cores()}):
-        same = [key for key in keys if key.cores == cores]
-        chosen.append(min(same, key=lambda key: (key.weight_dtype != "bf16", key.replicas, -key.num_threads)))
+    for cores, ranks in sorted({(key.cores, key.ranks) for key in keys if key.cores <= usable_cores()}):
+        same = [key for key in keys if (key.cores, key.ranks) == (cores, ranks)]
+        chosen.append(min(same, key=lambda key: (key.replicas, key.weight_dtype != "bf16", -key.num_threads)))
     return tuple(chosen)

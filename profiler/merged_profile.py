@@ -7,21 +7,21 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .profile import BadProfile, Configuration, OperatorPoint, Peaks, Profile, Serving
+from .profile import BadProfile, Configuration, LivePoint, OperatorPoint, Peaks, Profile, Serving
 
 
 def merged(profiles: Sequence[Profile]) -> Profile:
     """Profiles of the same configurations as one.
 
     Steps of all of them stand side by side, so that what a fit leaves includes how far they lie apart; of peaks the
-    best counts, of operators and of what serving adds the median. The spread of contention grows by its range.
+    best counts, of operators and of what serving adds the median. The spread of its steps grows by their distance.
 
     Raises: BadProfile: of different machines, models or configurations.
     """
     first = profiles[0]
     for other in profiles[1:]:
         mine, its = (
-            (p.machine, p.shape, [c.key for c in p.configurations], [s.cores for s in p.serving])
+            (p.machine, p.shape, [c.key for c in p.configurations], [(s.cores, s.ranks) for s in p.serving])
             for p in (first, other)
         )
         if mine != its:
@@ -67,10 +67,23 @@ def _together(same: Sequence[Configuration]) -> Configuration:
 
 
 def _middle(same: Sequence[Serving]) -> Serving:
-    names = ("contention", "between_steps_s", "to_scheduler_s", "to_client_s")
+    names = ("between_steps_s", "to_scheduler_s", "to_client_s")
     middle = {name: statistics.median(getattr(each, name) for each in same) for name in names}
-    contentions = [each.contention for each in same]
-    apart = (max(contentions) - min(contentions)) / 2 / middle["contention"]
-    within = statistics.median(each.contention_spread for each in same)
+    within = statistics.median(each.spread for each in same)
     counts = {name: sum(getattr(each, name) for each in same) for name in ("steps", "requests")}
-    return same[0].model_copy(update={**middle, **counts, "contention_spread": math.hypot(apart, within)})
+    points = tuple(point for each in same for point in each.points)
+    return same[0].model_copy(update={**middle, **counts, "points": points, "spread": math.hypot(_apart(same), within)})
+
+
+def _apart(same: Sequence[Serving]) -> float:
+    """Half the range of step times, relative, of the compositions that all of them have; 0 where there are none."""
+    times = [{_kind(point): point for point in each.points} for each in same]
+    common = set.intersection(*map(set, times))
+    weight = {kind: sum(each[kind].count for each in times) for kind in common}
+    sums = [sum(weight[kind] * each[kind].mean_s for kind in common) for each in times]
+    return (max(sums) - min(sums)) / 2 / statistics.median(sums) if common else 0.0
+
+
+def _kind(point: LivePoint) -> tuple[int, ...]:
+    sizes = (point.num_tokens, point.decode_context, point.prefill_pairs)
+    return (point.num_rows, point.num_samples, *(round(2 * math.log2(1 + size)) for size in sizes))

@@ -23,7 +23,7 @@ from ..runtime.pool import Tiles
 from ..runtime.spec import Pool
 from ..traces.whole_file import write_whole
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FLAGS_THAT_MATTER = (
     "avx2",
     "fma",
@@ -78,8 +78,12 @@ class Key(NamedTuple):
     @property
     def cores(self) -> int:
         """That it computes on, all replicas together."""
-        ranks = self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
-        return ranks * self.num_threads * self.replicas
+        return self.ranks * self.num_threads * self.replicas
+
+    @property
+    def ranks(self) -> int:
+        """Of one replica."""
+        return self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
 
 
 class Peaks(_Part):
@@ -173,12 +177,26 @@ class Configuration(_Part):
         return Key(*(getattr(self, name) for name in Key._fields))
 
 
+class LivePoint(_Part):
+    """Steps of one composition, or nearly, that a live server computed; mean seconds."""
+
+    num_tokens: int = Field(ge=1)
+    num_rows: int = Field(ge=1)
+    num_samples: int = Field(ge=0)
+    decode_context: float = Field(ge=0)
+    prefill_pairs: float = Field(ge=0)
+    mean_s: float = Field(gt=0)
+    count: int = Field(ge=1)
+
+
 class Serving(_Part):
     """What serving over HTTP adds to the steps, from one replay (calibration.calibrate_serving).
 
     cores               that the replicas computed on; what is left of the machine is the server's and the client's
-    contention          step time under live load / modeled step time, all steps together
-    contention_spread   half of its 90 % range over blocks of steps, relative to the median
+    ranks               of a replica: processes that wait for each other, so that all lose what one of them does
+    points              what steps took there: beside what the configuration's own steps took it tells how much the
+                        server and its clients slow them down
+    spread              half of the 90 % range, over blocks of time, of step time to modeled step time; relative
     between_steps_s     from the end of a step to the start of the next while there is work, median
     to_scheduler_s      from the scheduled arrival until the scheduler sees the request, median
     to_client_s         from the end of a token's step until the client has the token, median
@@ -186,8 +204,9 @@ class Serving(_Part):
     """
 
     cores: int = Field(ge=1)
-    contention: float = Field(gt=0)
-    contention_spread: float = Field(ge=0)
+    ranks: int = Field(ge=1)
+    points: tuple[LivePoint, ...] = Field(min_length=1)
+    spread: float = Field(ge=0)
     between_steps_s: float = Field(ge=0)
     to_scheduler_s: float = Field(ge=0)
     to_client_s: float = Field(ge=0)

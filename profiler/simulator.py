@@ -44,7 +44,7 @@ class SimulationResult:
     swaps              of these, times that its blocks went to the host; the others are computed again
     prefix_hit_tokens  tokens that were found in the prefix cache, on the device
     host_hit_tokens    tokens that were found in the prefix cache, on the host only
-    blocks_to_host, blocks_from_host  blocks copied. The time that this takes is not modeled
+    blocks_to_host, blocks_from_host  blocks copied, which steps wait for
     drafts, draft_tokens, accepted_tokens  of speculation, as in runtime.speculated
     rejected           requests longer than max_model_len
     gave_up            stopped early, because a target could no longer be met: the times are incomplete

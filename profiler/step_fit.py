@@ -1,5 +1,8 @@
 """Fits the parts of a step's time to measured whole steps: monotone, non-negative, robust relative least squares.
 
+What physics allows at least is no part of the fit but stands below it: a fit alone cannot tell reading the weights from
+reading the first cached token, and raising each of its parts to its bound afterwards would count the weights twice.
+
 Each part (tokens, rows, samples, context decoded, pairs prefilled) is a broken line that never falls, with knots at
 powers of two: linear layers read their weights once whatever the rows, and grow with them later; caches end
 somewhere. Every fourth point is held out of the fit, and only these say how wrong it is.
@@ -22,6 +25,7 @@ _ENOUGH = 5
 # Huber's weights (1964): residuals beyond this share of a step's time count by their size, not its square
 _DISTURBED = 0.05
 _REWEIGHTINGS = 6
+_ALIKE = 5  # held-out points whose mean error counts
 _PARTS = ("num_tokens", "num_rows", "num_samples", "decode_context", "prefill_pairs")
 
 Floats = NDArray[np.float64]
@@ -47,9 +51,10 @@ class BrokenLine:
 
 @dataclass(frozen=True)
 class StepFit:
-    """Seconds of a step = step_s + the five parts.
+    """Seconds of a step beyond what was given as least = step_s + the five parts.
 
-    relative_error  90 % quantile of |predicted / measured - 1| over the held-out points
+    relative_error  90 % quantile, over groups of held-out points that are alike, of how far their mean is off: any
+                    percentile of a run's latencies is a sum of many steps, and single steps' errors cancel in it
     errors          of each held-out point, predicted / measured - 1
     largest         largest value measured, by part
     """
@@ -71,27 +76,32 @@ class StepFit:
         return np.asarray(self.step_s + sum(parts, np.zeros(len(values))), np.float64)
 
 
-def fit_steps(points: Sequence[StepPoint]) -> StepFit:
-    """The parts that explain measured steps best.
+def fit_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = None) -> StepFit:
+    """The parts that explain best what measured steps take beyond the least that is possible.
 
+    Args:
+        least_s: of each point; left out: 0.
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
     if len(points) < LEAST_POINTS:
         todo = "measure for longer: `paretune profile`"
         raise BadProfile("profile: steps", f"{len(points)} points", f"at least {LEAST_POINTS}", todo)
-    ordered = sorted(points, key=lambda p: tuple(getattr(p, part) for part in reversed(_PARTS)))
+    least = np.zeros(len(points)) if least_s is None else np.asarray(least_s, np.float64)
+    order = sorted(range(len(points)), key=lambda i: tuple(getattr(points[i], part) for part in reversed(_PARTS)))
+    ordered, least = [points[i] for i in order], least[order]
     values = np.array([[getattr(p, part) for part in _PARTS] for p in ordered], np.float64)
     measured_s = np.array([p.median_s for p in ordered])
     held_out = np.arange(len(ordered)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     knots = [_knots(values[~held_out, i]) for i in range(len(_PARTS))]
     design = np.hstack([np.ones((len(ordered), 1)), *(_rises(values[:, i], knots[i]) for i in range(len(_PARTS)))])
     relative = design[~held_out] / measured_s[~held_out, None]
+    beyond = 1 - least[~held_out] / measured_s[~held_out]
     # a median of many steps counts more than a single one, and a step that something disturbed counts less
     certain = np.sqrt(np.minimum(np.array([p.count for p in ordered])[~held_out], _ENOUGH))
     weights = certain
     for _ in range(_REWEIGHTINGS):
-        rises = non_negative_least_squares(relative * weights[:, None], weights)
-        residuals = np.abs(relative @ rises - 1)
+        rises = non_negative_least_squares(relative * weights[:, None], beyond * weights)
+        residuals = np.abs(relative @ rises - beyond)
         weights = certain * np.sqrt(np.minimum(1.0, _DISTURBED / np.maximum(residuals, 1e-12)))
     lines, start = [], 1
     for part in knots:
@@ -101,8 +111,16 @@ def fit_steps(points: Sequence[StepPoint]) -> StepFit:
     tokens, rows, samples, decode, prefill = lines
     largest = {part: float(values[:, i].max()) for i, part in enumerate(_PARTS)}
     fit = StepFit(float(rises[0]), tokens, rows, samples, decode, prefill, 0.0, (), largest)
-    errors = fit.seconds(values[held_out]) / measured_s[held_out] - 1
-    return replace(fit, relative_error=float(np.quantile(np.abs(errors), CONFIDENCE)), errors=tuple(errors.tolist()))
+    errors = (least[held_out] + fit.seconds(values[held_out])) / measured_s[held_out] - 1
+    return replace(fit, relative_error=_error_of_means(errors, values[held_out]), errors=tuple(errors.tolist()))
+
+
+def _error_of_means(errors: Floats, values: Floats) -> float:
+    """Points are alike that decode, or have prompts, of about as many tokens."""
+    tokens, pairs = values[:, 0], values[:, 4]
+    order = np.lexsort((tokens, pairs > 0))
+    groups = np.array_split(errors[order], max(1, len(errors) // _ALIKE))
+    return float(np.quantile([abs(group.mean()) for group in groups], CONFIDENCE))
 
 
 def _knots(values: Floats) -> Floats:

@@ -33,7 +33,7 @@ from ..runtime.scheduler_state import (
     State,
 )
 from .event_loop import Requests
-from .step_limits import HOST, RESOURCES, LimitTables
+from .step_limits import HOST, LINKS, RESOURCES, LimitTables
 from .step_time import WORK_GRID, composition, grid_place, row_pairs
 
 PARTS = (
@@ -50,6 +50,7 @@ PARTS = (
     "recompute",
     "preempted",
     "draft",
+    "copies",
     "pipeline",
     "to_client",
 )
@@ -67,6 +68,7 @@ PARTS = (
     RECOMPUTE,
     PREEMPTED,
     DRAFT,
+    COPIES,
     PIPELINE,
     TO_CLIENT,
 ) = range(len(PARTS))
@@ -81,8 +83,8 @@ SUMS_ROWS = 7
 QUEUES, WAS_PREEMPTED, RUNS = 0, 1, 2
 
 # rows of the scratch
-_FULL, _DECODES, _WITH, _ALONE, _DRAFT = range(5)
-SCRATCH_ROWS = 5
+_FULL, _DECODES, _WITH, _ALONE, _DRAFT, _COPIES = range(6)
+SCRATCH_ROWS = 6
 
 # columns of the step log
 STEP_FLOATS = ("started_s", "ended_s", "decode_context", "prefill_pairs", *RESOURCES)
@@ -313,6 +315,7 @@ def count_step(
     limits: LimitTables,
     draft_limits: LimitTables,
     drafts: bool,
+    copied_s: float,
     record: Record,
     sums: ReplicaSums,
     number: int,
@@ -346,23 +349,25 @@ def count_step(
     draft_s = 0.0
     for r in range(resources):
         scratch[_DRAFT, r] = 0.0
+        scratch[_COPIES, r] = copied_s if r == LINKS else 0.0
     if drafts:
         for r in range(resources):
             scratch[_DRAFT, r] = _draft_s(draft_limits, plan, r)
             draft_s += scratch[_DRAFT, r]
-    step_s = full_s + draft_s
+    step_s = full_s + draft_s + copied_s
     began_s = sums.began_s[number]
 
     grown = 0.0
     for r in range(resources):
         grown += max(0.0, scratch[_FULL, r] - scratch[_DECODES, r])
     for r in range(resources):
-        sums.seconds[sums.reason[number], r] += scratch[_FULL, r] + scratch[_DRAFT, r]
-        sums.seconds[_BY_DECODE, r] += scratch[_DECODES, r] + scratch[_DRAFT, r]
+        beside_s = scratch[_DRAFT, r] + scratch[_COPIES, r]
+        sums.seconds[sums.reason[number], r] += scratch[_FULL, r] + beside_s
+        sums.seconds[_BY_DECODE, r] += scratch[_DECODES, r] + beside_s
         if grown > 0.0:
             share = max(0.0, scratch[_FULL, r] - scratch[_DECODES, r]) / grown
             sums.seconds[_BY_PREFILL, r] += (full_s - decodes_s) * share
-        sums.seconds[_LAST, r] = scratch[_FULL, r] + scratch[_DRAFT, r]
+        sums.seconds[_LAST, r] = scratch[_FULL, r] + beside_s
 
     for row in range(size):
         slot = plan.slot[row]
@@ -402,6 +407,7 @@ def count_step(
             _add_change(record.parts, scratch, request, OTHERS_PREFILL, _FULL, full_s, _WITH, with_s, factor)
         for r in range(resources):
             record.parts[request, DRAFT, r] += scratch[_DRAFT, r] * factor
+            record.parts[request, COPIES, r] += scratch[_COPIES, r] * factor
             if span_s > step_s:
                 record.parts[request, PIPELINE, r] += (span_s - step_s) * sums.seconds[_LAST, r] / step_s
         _see(record.seen, record.last_s, sums.seconds, request, now_s)

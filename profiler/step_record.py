@@ -56,7 +56,7 @@ from .step_parts import (
     count_wait,
     why_they_queue,
 )
-from .step_time import StepTables, composed_time_s, composition
+from .step_time import StepTables, composed_time_s, composition, copies_s
 
 LOG_FULL = 5  # why the loop returned, beside event_loop's reasons
 
@@ -133,6 +133,7 @@ def record_replica(
                     record.waits[state.request_id[slot]] = RUNS
                 samples += plan.num_drafts[row] * speculates
             step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
+            step_s += copies_s(tables, plan)
             if drafts:
                 step_s += draft_time_s(draft_tables, plan)
             sums.reason[number] = why_they_queue(state, plan)
@@ -159,7 +160,9 @@ def record_replica(
         clock[1] += now_s - began_s
         if speculates:
             accept(state, plan, chances)
-        count_step(state, plan, limits, draft_limits, drafts, record, sums, number, stages, k, now_s)
+        count_step(
+            state, plan, limits, draft_limits, drafts, copies_s(tables, plan), record, sums, number, stages, k, now_s
+        )
         note_token_times(state, plan, times, k, now_s + client_s)
         commit(state, plan)
         cursor[STEPS] += 1

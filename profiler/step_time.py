@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler_state import PLAN_SIZE, Plan
+from ..runtime.scheduler_state import PLAN_COPIES, PLAN_SIZE, Plan
 from .batch_time import BatchTables
 
 POINTS_PER_OCTAVE = 4
@@ -53,6 +53,7 @@ class StepTables(NamedTuple):
     prompt_pairs         how rows with several tokens count in prefill_attention_s; measured tables: by their pairs
     batch                where step times by the whole batch are known: the simulator takes these, screening the sums
                          above
+    block_copy_s         to move one KV block between device and host, either way, before the step that asks for it
     """
 
     tokens_s: NDArray[np.float64]
@@ -64,6 +65,13 @@ class StepTables(NamedTuple):
     draft: StepTables | None = None
     prompt_pairs: PromptPairs = PromptPairs()
     batch: BatchTables | None = None
+    block_copy_s: float = 0.0
+
+
+@njit
+def copies_s(tables: StepTables, plan: Plan) -> float:
+    """Seconds that a plan's copies of KV blocks take, which are made before anything is computed."""
+    return float(tables.block_copy_s * plan.counts[PLAN_COPIES])
 
 
 @njit

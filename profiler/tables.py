@@ -6,6 +6,7 @@ allow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -24,15 +25,15 @@ from .hardware import Accelerator, BadHardware
 from .operator_source import RELATIVE_ERROR as OPERATOR_ERROR
 from .operator_source import OperatorSource, operator_step_tables
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
-from .profile import Configuration, Peaks, Profile, Serving, StepPoint
+from .profile import BadProfile, Configuration, LivePoint, Peaks, Profile, Serving, StepPoint
 from .roofline import LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_bounds, roofline_tables
 from .step_fit import StepFit, fit_steps
-from .step_time import WORK_GRID, StepTables
+from .step_time import WORK_GRID, StepTables, composed_time_s
 
 Floats = NDArray[np.float64]
 Source = Profile | Accelerator | OperatorSource
 
-_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch")
+_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
@@ -69,6 +70,11 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
         divided among more ranks than there are; BadTable: an operator was not measured.
     """
     found = _without_draft(source, shape, pool)
+    if pool.host_kv_blocks:
+        copy_s, note = _block_copy_s(source, shape, pool)
+        found = replace(
+            found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note)
+        )
     draft = draft_shape(pool)
     if draft is not None:
         own, notes = _draft_tables(source, shape, draft, pool, found.tables)
@@ -76,6 +82,19 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
     if pool.speculation != "none":
         found = replace(found, not_modeled=(*found.not_modeled, *_SPECULATION_LEAVES_OUT))
     return found
+
+
+def _block_copy_s(source: Source, shape: ModelShape, pool: Pool) -> tuple[float, str]:
+    """Least time to move a KV block of a rank between device and host, and what it leaves out."""
+    block_bytes = pool.block_size * kv_bytes_per_token(shape, pool.tensor_parallel_size, pool.kv_cache_dtype)
+    calls = "blocks to and from the host: what starting each copy takes"
+    if isinstance(source, Profile):
+        rates = source.peaks_of(pool.num_threads).read_bytes
+        return 2 * block_bytes / max(rates)[1], f"{calls}; read and written as fast as memory was read"
+    device = source.tables.accelerator if isinstance(source, OperatorSource) else source
+    if device.host_link is None:
+        return 0.0, f"blocks to and from the host: no source gives the link of {device.name} to its host"
+    return block_bytes / device.host_link.bytes_per_s, calls
 
 
 def step_bounds(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
@@ -205,13 +224,11 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
     profile.check_shape(shape)
     configuration = profile.configuration(pool)
     peaks = profile.peaks_of(pool.num_threads)
-    fit = _fit(configuration.steps)
+    fit = _fit(configuration.steps, _least_s(configuration.steps, shape, pool, peaks))
+    bound = bound_tables(shape, pool, peaks)
+    tables = _fitted(fit, bound)
     notes = []
-    tokens = np.arange(pool.max_num_batched_tokens + 1, dtype=np.float64)
-    seqs = np.arange(pool.max_num_seqs + 1, dtype=np.float64)
-    tokens_s = fit.step_s + fit.tokens(tokens)
-    samples_s = fit.samples(np.arange(pool.max_num_samples + 1, dtype=np.float64))
-    for table, head in ((tokens_s, False), (samples_s, True)):
+    for table, head in ((tables.tokens_s, False), (tables.samples_s, True)):
         delta_s, unknown = _tile_difference(shape, pool, configuration, len(table) - 1, head=head)
         table[1:] += delta_s[1:]
         notes += unknown
@@ -222,24 +239,18 @@ def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
         notes.append("tiles of the experts: taken as those of the profile")
     if shape.experts:
         notes.append("experts: taken as touched by the profile's random prompts, not by the trace's")
-    tables = StepTables(
-        tokens_s=tokens_s,
-        rows_s=fit.rows(seqs),
-        samples_s=samples_s,
-        decode_attention_s=fit.decode(WORK_GRID),
-        prefill_attention_s=fit.prefill(WORK_GRID),
-        request_s=np.zeros(2),
-    )
     error = fit.relative_error
     if not profile.serving:
         notes.append("serving over HTTP: time outside the steps and its share of the cores were not measured")
     else:
         cores = configuration.replicas * pool.devices_per_replica
-        serving = min(profile.serving, key=lambda s: (abs(s.cores - cores), s.cores))
-        if serving.cores != cores:
-            notes.append(f"serving over HTTP: taken as measured where {serving.cores} cores compute, not {cores}")
-        tables, error = _served(tables, serving, error)
-    bound = bound_tables(shape, pool, peaks)
+        ranks = configuration.key.ranks
+        serving = min(profile.serving, key=lambda s: (abs(s.cores - cores), abs(s.ranks - ranks), s.cores, s.ranks))
+        for what, measured, asked in (("cores", serving.cores, cores), ("ranks", serving.ranks, ranks)):
+            if measured != asked:
+                notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
+        tables, error = _served(tables, serving, error, _slowing(profile, serving, shape, pool), pool.max_num_seqs)
+    # serving may take less time than the profile's steps did, and other tiles may: never less than physics
     least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
     bounded = {name: np.maximum(table, least[name]) for name, table in tables._asdict().items() if name in least}
     tables = tables._replace(**bounded)
@@ -273,16 +284,88 @@ def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTa
 
 
 @lru_cache(maxsize=256)
-def _fit(steps: tuple[StepPoint, ...]) -> StepFit:
-    return fit_steps(steps)
+def _fit(steps: tuple[StepPoint, ...], least_s: tuple[float, ...]) -> StepFit:
+    return fit_steps(steps, least_s)
 
 
-def _served(tables: StepTables, serving: Serving, error: float) -> tuple[StepTables, float]:
-    busy = scaled(tables, serving.contention)
+def _fitted(fit: StepFit, bound: StepTables) -> StepTables:
+    """What physics allows at least, and what was measured beyond it."""
+    tokens, seqs, samples = (
+        np.arange(len(table), dtype=np.float64) for table in (bound.tokens_s, bound.rows_s, bound.samples_s)
+    )
+    return bound._replace(
+        tokens_s=bound.tokens_s + fit.step_s + fit.tokens(tokens),
+        rows_s=bound.rows_s + fit.rows(seqs),
+        samples_s=bound.samples_s + fit.samples(samples),
+        decode_attention_s=bound.decode_attention_s + fit.decode(WORK_GRID),
+        prefill_attention_s=bound.prefill_attention_s + fit.prefill(WORK_GRID),
+    )
+
+
+def _large_enough(pool: Pool, steps: Sequence[StepPoint | LivePoint]) -> Pool:
+    """The pool with limits that let such steps be, and without speculation."""
+    return pool.model_copy(
+        update={
+            "max_num_batched_tokens": max(step.num_tokens for step in steps),
+            "max_num_seqs": max(max(step.num_rows, step.num_samples) for step in steps),
+            "num_speculative_tokens": 0,
+        }
+    )
+
+
+def _seconds(tables: StepTables, steps: Sequence[StepPoint | LivePoint]) -> tuple[float, ...]:
+    return tuple(
+        composed_time_s(tables, s.num_tokens, s.num_rows, s.num_samples, s.decode_context, s.prefill_pairs)
+        for s in steps
+    )
+
+
+def _least_s(steps: tuple[StepPoint, ...], shape: ModelShape, pool: Pool, peaks: Peaks) -> tuple[float, ...]:
+    """Of each measured step what the machine's peaks allow at least."""
+    return _seconds(bound_tables(shape, _large_enough(pool, steps), peaks), steps)
+
+
+def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> tuple[float, float]:
+    """Step time on a live server / step time of that configuration alone: of decode steps, and of those with prompts.
+
+    Raises: BadProfile: the configuration that served is not in the profile.
+    """
+    found = [each.key for each in profile.configurations if str(each.key) == serving.measured_on]
+    if not found:
+        known = "; ".join(str(each.key) for each in profile.configurations)
+        raise BadProfile(
+            "profile: serving.measured_on", serving.measured_on, known, "measure again: `paretune profile`"
+        )
+    key = found[0]
+    alone = _large_enough(pool.model_copy(update=key._asdict()), serving.points)
+    steps = profile.configuration(alone).steps
+    peaks = profile.peaks_of(alone.num_threads)
+    fit = _fit(steps, _least_s(steps, shape, alone, peaks))
+    modeled_s = np.array(_seconds(_fitted(fit, bound_tables(shape, alone, peaks)), serving.points))
+    count = np.array([point.count for point in serving.points])
+    measured_s = np.array([point.mean_s for point in serving.points])
+    prompts = np.array([point.prefill_pairs > 0 for point in serving.points])
+    whole = float((count @ measured_s) / (count @ modeled_s))
+    slowing = [
+        float((count[kind] @ measured_s[kind]) / (count[kind] @ modeled_s[kind])) if kind.any() else whole
+        for kind in (~prompts, prompts)
+    ]
+    return slowing[0], slowing[1]
+
+
+def _served(
+    tables: StepTables, serving: Serving, error: float, slowing: tuple[float, float], max_num_seqs: int
+) -> tuple[StepTables, float]:
+    """Decode steps have no more tokens than requests, so what lies beyond as many tokens is that of prompts."""
+    decode, prompts = slowing
+    busy = scaled(tables, decode)
+    few = tables.tokens_s[: max_num_seqs + 1]
+    busy.tokens_s[len(few) :] = decode * few[-1] + prompts * (tables.tokens_s[len(few) :] - few[-1])
     busy.tokens_s[1:] += serving.between_steps_s
     request_s = np.array([serving.to_scheduler_s, serving.to_client_s])
+    busy = busy._replace(request_s=request_s, prefill_attention_s=prompts * tables.prefill_attention_s)
     # two independent causes: what the fit misses, and how unevenly the server and its clients take the cores
-    return busy._replace(request_s=request_s), float(np.hypot(error, serving.contention_spread))
+    return busy, float(np.hypot(error, serving.spread))
 
 
 def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:

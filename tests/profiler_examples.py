@@ -6,9 +6,11 @@ from paretune.kernels.tiles import TileTable
 from paretune.profiler.operators import Composition, linears
 from paretune.profiler.profile import (
     Configuration,
+    LivePoint,
     OperatorPoint,
     Peaks,
     Profile,
+    Serving,
     StepPoint,
     now,
     shape_data,
@@ -61,6 +63,21 @@ def points(noise: float = 0.0, seed: int = 0) -> tuple[StepPoint, ...]:
         StepPoint(**step._asdict(), median_s=formula_s(step) * float(np.exp(noise * rng.normal())), iqr_s=0.0, count=5)
         for step in compositions()
     )
+
+
+def serving(
+    decode: float = 1.5, prompts: float = 1.5, *, cores: int = 1, measured_on: str = "TP 1 x 1 threads bf16/bf16"
+) -> Serving:
+    """A live server on which decode steps, and steps with prompts, take so many times as long as alone."""
+    steps = [step for step in compositions() if step.num_rows <= 16]
+    live = [
+        LivePoint(**step._asdict(), mean_s=formula_s(step) * (prompts if step.prefill_pairs else decode), count=3)
+        for step in steps
+    ]
+    return Serving(
+        cores=cores, ranks=1, points=live, spread=0.2, between_steps_s=1e-4, to_scheduler_s=2e-3, to_client_s=3e-3,
+        steps=3 * len(live), requests=10, measured_on=measured_on,
+    )  # fmt: skip
 
 
 def operator_points(tiles: dict[str, float], shape: ModelShape = SMALL, precision: str = "bf16") -> list[OperatorPoint]:

@@ -76,8 +76,22 @@ def test_the_parts_add_up_where_steps_of_a_pipeline_overlap() -> None:
         check_parts(trace(80, 6.0, seed), limits)
 
 
-def check_parts(requests: Trace, limits: Pool) -> None:
-    whole = tables(limits, request_s=REQUEST_S)
+def test_the_parts_add_up_where_steps_wait_for_blocks_from_the_host() -> None:
+    limits = pool(num_kv_blocks=40, host_kv_blocks=200, preemption="swap")
+    for seed in range(3):
+        check_parts(trace(60, 20.0, seed), limits, block_copy_s=2e-3)
+    whole = tables(limits, request_s=REQUEST_S)._replace(block_copy_s=2e-3)
+    recorder = Recorder(limits_of(whole))
+    result = simulate(trace(60, 20.0, 0), limits, whole, recorder=recorder)
+    assert recorder.record is not None
+    copies_s = recorder.record.parts[:, PARTS.index("copies")]
+    # every copy is waited for by at least one request, on the link to the host
+    assert copies_s[:, LINKS].sum() >= 2e-3 * (result.blocks_to_host + result.blocks_from_host) > 0
+    assert copies_s.sum() == copies_s[:, LINKS].sum()
+
+
+def check_parts(requests: Trace, limits: Pool, block_copy_s: float = 0.0) -> None:
+    whole = tables(limits, request_s=REQUEST_S)._replace(block_copy_s=block_copy_s)
     recorder = Recorder(limits_of(whole), gaps=Gaps(0.0, np.inf))
     seen = simulate(requests, limits, whole, recorder=recorder)
     plain = simulate(requests, limits, whole, jump=False)

@@ -187,6 +187,26 @@ def test_sizing_costs_whole_replicas_at_the_price_of_their_devices():
     assert each.usd_per_hour == pytest.approx(each.replicas_needed * 2 * 0.05)
 
 
+def test_sizing_that_must_survive_buys_as_many_more_and_waits_no_longer():
+    trace = poisson_trace(400, 60.0, targets=("ttf30:p95<=1s",))
+    plain = question(trace, trace.targets, "sizing")
+    least, spared = (evaluate(replace(plain, survive=lost), deployment(), saturation=0.5)[0] for lost in (0, 2))
+    assert spared.replicas_needed == spared.deployment.pool.replicas == least.replicas_needed + 2
+    assert spared.usd_per_hour == pytest.approx(spared.replicas_needed * 0.05)
+    assert spared.value(TTF30, 95) <= least.value(TTF30, 95)
+    left = spared.deployment.with_pool(replicas=spared.replicas_needed - 2)
+    assert assess(plain, left).feasible
+    assert not assess(plain, left.with_pool(replicas=left.pool.replicas - 1)).feasible
+
+
+def test_where_none_would_be_left_the_reason_says_so():
+    trace = poisson_trace(400, 60.0, targets=("ttf30:p95<=1s",))
+    ask = replace(question(trace, trace.targets, "sizing", max_devices=2), survive=2)
+    found = evaluate(ask, deployment(), saturation=0.5)[0]
+    assert not found.feasible
+    assert "none is left when 2 are lost" in found.reason
+
+
 def test_without_targets_every_load_is_a_point_with_its_label():
     trace = poisson_trace(400)
     found = evaluate(question(trace, ()), deployment(), saturation=2.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from paretune.optimizer.capacity import PART_SLACK
+from paretune.optimizer.capacity import PART_SLACK, BadQuestion
 from paretune.optimizer.evaluate import evaluate
 from paretune.optimizer.front import pareto
 from paretune.optimizer.sampler import ENUMERATION, TPE, Outcome, TpeAndNeighbors
@@ -68,6 +68,20 @@ def test_the_front_has_intervals_and_falls_with_cost(cost, targets):
             assert point.replicas_needed >= 1
             assert point.capacity_rate > 0
     assert found.default.intervals
+
+
+@pytest.mark.parametrize(("cost", "targets"), [("capacity", TARGETS), ("sizing", ())])
+def test_surviving_asks_for_sizing_and_for_something_to_hold(cost, targets):
+    with pytest.raises(BadQuestion) as raised:
+        study(poisson_trace(200, 3.0, targets=targets), cost=cost, survive=1)
+    assert raised.value.where == "survive 1"
+
+
+def test_a_study_that_must_survive_is_another_study(tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    study(cost="sizing", ledger=ledger, study="one")
+    with pytest.raises(NoSuchStudy, match="survive"):
+        study(cost="sizing", ledger=ledger, study="one", survive=1)
 
 
 @pytest.mark.parametrize("trials", [100, 14])

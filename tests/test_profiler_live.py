@@ -128,9 +128,10 @@ def test_a_trace_is_replayed_against_the_real_server_to_the_token(model_dir: Pat
 def test_serving_is_calibrated_on_the_real_server(profile: Profile, model_dir: Path) -> None:
     found = calibrate_serving(profile, deployment(model_dir), seconds=2.0)
     serving = found.serving[0]
-    assert serving.cores == 1
-    for found_s in (serving.contention, serving.to_scheduler_s, serving.to_client_s):
+    assert (serving.cores, serving.ranks) == (1, 1)
+    for found_s in (serving.to_scheduler_s, serving.to_client_s):
         assert 0 < found_s < math.inf
+    assert sum(point.count for point in serving.points) == serving.steps
     modeled = step_tables(found, ModelShape.load(model_dir), deployment(model_dir).pool)
     assert modeled.tables.request_s.tolist() == [serving.to_scheduler_s, serving.to_client_s]
 

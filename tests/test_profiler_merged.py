@@ -3,22 +3,10 @@
 import pytest
 
 from paretune.profiler.merged_profile import merged
-from paretune.profiler.profile import BadProfile, Serving
+from paretune.profiler.profile import BadProfile
 from paretune.profiler.step_fit import fit_steps
 
-from .profiler_examples import profile
-
-SERVING = Serving(
-    cores=1,
-    contention=1.1,
-    contention_spread=0.03,
-    between_steps_s=1e-4,
-    to_scheduler_s=2e-3,
-    to_client_s=1e-3,
-    steps=100,
-    requests=10,
-    measured_on="test",
-)
+from .profiler_examples import profile, serving
 
 
 def at_speed(factor: float):
@@ -30,8 +18,7 @@ def at_speed(factor: float):
         )
         for each in usual.configurations
     )
-    serving = SERVING.model_copy(update={"contention": SERVING.contention * factor})
-    return usual.model_copy(update={"configurations": slower, "serving": (serving,)})
+    return usual.model_copy(update={"configurations": slower, "serving": (serving(factor, factor),)})
 
 
 def test_of_one_profile_nothing_changes() -> None:
@@ -50,11 +37,12 @@ def test_steps_of_all_are_kept_and_their_distance_is_an_error() -> None:
     assert both.relative_error > alone.relative_error + 0.05
 
 
-def test_serving_is_the_middle_and_its_spread_has_the_range_added() -> None:
-    found = merged([at_speed(1.0), at_speed(1.0), at_speed(1.2)]).serving[0]
-    assert found.contention == pytest.approx(1.1)
-    assert found.contention_spread == pytest.approx((0.1**2 + 0.03**2) ** 0.5)
-    assert (found.steps, found.requests) == (300, 30)
+def test_all_live_steps_are_kept_and_their_spread_has_the_range_added() -> None:
+    hours = [at_speed(1.0), at_speed(1.0), at_speed(1.2)]
+    found = merged(hours).serving[0]
+    assert sum(point.count for point in found.points) == found.steps == 3 * hours[0].serving[0].steps
+    assert found.spread == pytest.approx((0.1**2 + 0.2**2) ** 0.5)
+    assert found.requests == 30
 
 
 def test_of_different_machines_none_is_made() -> None:

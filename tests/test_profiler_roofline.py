@@ -44,6 +44,15 @@ def test_an_8k_prompt_of_8b_needs_133_ms_of_an_h100() -> None:
     assert sum(bound.values()) > 0.133
 
 
+def test_a_block_moves_to_the_host_at_the_pace_of_the_link_and_each_rank_moves_its_part() -> None:
+    # 16 tokens x 131,072 bytes of KV a token (Llama-3-8B, bf16) over PCIe 5 x16, 64 GB/s in one direction
+    for ranks in (1, 2):
+        modeled = step_tables(H100, LLAMA_8B, pool(host_kv_blocks=100, tensor_parallel_size=ranks))
+        assert modeled.tables.block_copy_s == pytest.approx(16 * 131_072 / ranks / 64e9)
+        assert any("to and from the host" in note for note in modeled.not_modeled)
+    assert step_tables(H100, LLAMA_8B, pool()).tables.block_copy_s == 0.0
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(1, 4096),

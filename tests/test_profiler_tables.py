@@ -10,19 +10,26 @@ from hypothesis import strategies as st
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.hardware import BadHardware
 from paretune.profiler.operators import Composition, linears, step_work
-from paretune.profiler.profile import BadProfile, Peaks, Serving
+from paretune.profiler.profile import BadProfile, Peaks
 from paretune.profiler.step_fit import fit_steps, non_negative_least_squares
 from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import bound_tables, fastest_tiles, scaled, step_tables
 from paretune.runtime.spec import Pool
 
-from .profiler_examples import SMALL, compositions, formula_s, four_cores, operator_points, points, profile
+from .profiler_examples import (
+    FAST,
+    SMALL,
+    compositions,
+    formula_s,
+    four_cores,
+    operator_points,
+    points,
+    profile,
+    serving,
+)
 
 POOL = Pool(max_num_batched_tokens=1024, max_num_seqs=64)
-SERVING = Serving(
-    cores=1, contention=1.5, contention_spread=0.2, between_steps_s=1e-4, to_scheduler_s=2e-3, to_client_s=3e-3,
-    steps=100, requests=10, measured_on="a test",
-)  # fmt: skip
+SERVING = serving()
 
 
 def test_tables_give_back_the_steps_they_were_fitted_to() -> None:
@@ -155,20 +162,50 @@ def test_a_tile_that_was_not_measured_changes_nothing_and_that_is_said() -> None
 def test_serving_stretches_steps_and_adds_time_before_and_after() -> None:
     bare = step_tables(profile(), SMALL, POOL)
     served = step_tables(profile(serving=(SERVING,)), SMALL, POOL)
-    assert served.tables.tokens_s[16] == pytest.approx(1.5 * bare.tables.tokens_s[16] + 1e-4)
+    assert served.tables.tokens_s[16] == pytest.approx(1.5 * bare.tables.tokens_s[16] + 1e-4, rel=0.01)
     assert served.tables.request_s.tolist() == [2e-3, 3e-3]
     assert served.relative_error == pytest.approx(np.hypot(bare.relative_error, 0.2))
     assert any("serving over HTTP" in note for note in bare.not_modeled)
     assert not any("serving over HTTP" in note for note in served.not_modeled)
 
 
+def test_serving_may_slow_prompts_down_more_than_decoding() -> None:
+    served = step_tables(profile(serving=(serving(1.1, 1.4),)), SMALL, POOL).tables
+    for step in compositions():
+        slower = 1.4 if step.num_tokens > POOL.max_num_seqs else 1.1
+        if step.prefill_pairs == 0 or step.num_tokens > 4 * POOL.max_num_seqs:
+            assert composed_time_s(served, *step) == pytest.approx(slower * formula_s(step) + 1e-4, rel=0.08), step
+
+
+def test_a_server_that_was_measured_on_no_configuration_of_the_profile_is_refused() -> None:
+    with pytest.raises(BadProfile, match="measured_on"):
+        step_tables(profile(serving=(serving(measured_on="TP 9 x 1 threads bf16/bf16"),)), SMALL, POOL)
+
+
+def test_what_physics_asks_for_is_counted_once() -> None:
+    """Steps that take little more than to read the weights: a part raised to its bound would count them twice."""
+    close = FAST.model_copy(update={"read_bytes": ((1 << 20, 1e15), (1 << 22, 2.2e10))})
+
+    def step_s(step: Composition) -> float:
+        return formula_s(step) - 0.69e-3
+
+    steps = tuple(point.model_copy(update={"median_s": step_s(step)}) for point, step in zip(points(), compositions()))
+    measured = profile(peaks=close)
+    configuration = measured.configurations[0].model_copy(update={"steps": steps})
+    tables = step_tables(measured.model_copy(update={"configurations": (configuration,)}), SMALL, POOL).tables
+    assert bound_tables(SMALL, POOL, close).tokens_s[1] > 0.5 * tables.tokens_s[1]
+    for step in compositions():
+        if step.prefill_pairs == 0:
+            assert composed_time_s(tables, *step) == pytest.approx(step_s(step), rel=0.03), step
+
+
 def test_serving_is_taken_where_as_many_cores_compute_and_else_from_the_nearest_which_is_said() -> None:
-    other = SERVING.model_copy(update={"cores": 2, "contention": 9.0})
+    other = serving(9.0, 9.0, cores=2)
     both = step_tables(profile(serving=(SERVING, other)), SMALL, POOL)
     assert both.tables.request_s.tolist() == [2e-3, 3e-3]
     assert both.tables.tokens_s[16] < 2 * step_tables(profile(), SMALL, POOL).tables.tokens_s[16]
     modeled = step_tables(profile(serving=(other,)), SMALL, POOL)
-    assert any("taken as measured where 2 cores compute" in note for note in modeled.not_modeled)
+    assert any("taken as measured with 2 cores, not 1" in note for note in modeled.not_modeled)
 
 
 def test_replicas_taken_as_more_of_them_are_named() -> None:

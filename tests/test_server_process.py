@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from paretune.runtime.server import serve
+from paretune.runtime.server.process import listen
 from paretune.runtime.spec import Deployment, save_deployment
 from paretune.traces import read
 
@@ -313,6 +315,7 @@ def test_a_replica_that_cannot_load_ends_the_server_with_its_exit_code(tmp_path:
     code = f"""
 import sys
 from paretune.runtime.server import serve
+from paretune.runtime.server.process import listen
 from paretune.runtime.spec import Deployment
 
 sys.exit(serve(Deployment(model={str(broken)!r}), port=0))
@@ -321,6 +324,24 @@ sys.exit(serve(Deployment(model={str(broken)!r}), port=0))
     assert done.returncode == 2
     assert "safetensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_token_does_not_wait_for_the_acknowledgment_of_the_one_before() -> None:
+    """Nagle's algorithm is off on what the server accepts; clients delay acknowledgments by up to 40 ms."""
+
+    async def no_delay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(accept, sock=listener):
+            with socket.create_connection(listener.getsockname()):
+                return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(no_delay()) == 1
 
 
 # refused at the door: nothing is loaded, so these need no process of their own

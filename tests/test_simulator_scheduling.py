@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,12 @@ def repeated_prefixes(requests: Trace, seed: int) -> Trace:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), shared=st.booleans())
+@given(
+    seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), shared=st.booleans(),
+    block_copy_s=st.sampled_from([0.0, 2e-3]),
+)  # fmt: skip
 def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
-    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], shared: bool
+    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], shared: bool, block_copy_s: float
 ) -> None:
     policy, changes = chosen
     limits = pool(num_kv_blocks=40, **changes)
@@ -59,14 +63,29 @@ def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
     if shared:
         requests = repeated_prefixes(requests, seed)
     priority = np.random.default_rng(seed).integers(0, 3, len(requests)).tolist()
-    fast = simulate(requests, limits, tables(limits), policy=policy, priority=priority)
-    slow = simulate(requests, limits, tables(limits), policy=policy, priority=priority, jump=False)
+    times = tables(limits)._replace(block_copy_s=block_copy_s)
+    fast = simulate(requests, limits, times, policy=policy, priority=priority)
+    slow = simulate(requests, limits, times, policy=policy, priority=priority, jump=False)
     assert slow.times.finished.all()
     for name in ("steps", "preemptions", "swaps", "prefix_hit_tokens", "host_hit_tokens", "blocks_to_host"):
         assert getattr(fast, name) == getattr(slow, name), name
     np.testing.assert_allclose(fast.times.end_s, slow.times.end_s, rtol=1e-9)
-    again = simulate(requests, limits, tables(limits), policy=policy, priority=priority)
+    again = simulate(requests, limits, times, policy=policy, priority=priority)
     assert again.times.end_s.tobytes() == fast.times.end_s.tobytes()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_block_that_is_copied_takes_its_time(shared: bool) -> None:
+    """All requests are there from the beginning, so that time decides nothing, and only adds up."""
+    limits = pool(num_kv_blocks=40, host_kv_blocks=200, preemption="swap")
+    requests = trace(50, 20.0, 7)
+    requests = repeated_prefixes(requests, 7) if shared else requests
+    at_once = dataclasses.replace(requests, arrival_s=np.zeros(len(requests)))
+    free, priced = (simulate(at_once, limits, tables(limits)._replace(block_copy_s=seconds)) for seconds in (0.0, 2e-3))
+    copied = free.blocks_to_host + free.blocks_from_host
+    assert copied > 0
+    assert (priced.blocks_to_host, priced.blocks_from_host) == (free.blocks_to_host, free.blocks_from_host)
+    assert priced.busy_s - free.busy_s == pytest.approx(2e-3 * copied, rel=1e-9)
 
 
 def test_urgent_requests_wait_less() -> None:

@@ -326,7 +326,9 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before anything is loaded. Raises: CannotListen."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio switches Nagle's algorithm off only where the protocol is named; with it a token that follows another
+        # within a client's delayed acknowledgment waits for it: up to 40 ms
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise CannotListen(host, port, error.strerror or str(error)) from None
     try:

@@ -29,6 +29,7 @@ class Project(BaseModel):
     slo: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     metric: str = Field("ttf30:p95", description="the latency axis of the curve")
     cost: Literal["capacity", "sizing"] = "capacity"
+    survive: int = Field(0, ge=0, description="replicas that may be lost with `slo` still held; of cost sizing")
     accelerator: str = "cpu"
     profile: str = PROFILE
     calibration: str | None = None
@@ -68,6 +69,7 @@ def defaults(project: Project) -> dict[str, dict[str, Any]]:
         "slos": list(project.slo),
         "metric": project.metric,
         "cost": project.cost,
+        "survive": project.survive,
         "tiles_path": project.tiles,
         "prices_path": project.prices,
         "calibration_path": project.calibration,

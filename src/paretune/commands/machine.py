@@ -169,8 +169,8 @@ def _profile_text(found: object) -> str:
     lines = [found.name, table(["configuration", "points", "host per step", "held-out error (90 %)"], rows)]
     for live in found.serving:
         lines.append(
-            f"live server, {live.cores} cores computing: steps x {live.contention:.2f} "
-            f"(+- {live.contention_spread:.0%}), {live.between_steps_s * 1e3:.2f} ms between steps, "
+            f"live server, {live.cores} cores computing, {live.ranks} ranks a replica: {live.steps} steps "
+            f"(+- {live.spread:.0%}), {live.between_steps_s * 1e3:.2f} ms between them, "
             f"{live.to_scheduler_s * 1e3:.1f} ms to the scheduler, {live.to_client_s * 1e3:.1f} ms back"
         )
     return "\n".join(lines)

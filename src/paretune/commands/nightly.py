@@ -85,6 +85,7 @@ def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, d
         model=project.model,
         metric=project.metric,
         cost=project.cost,
+        survive=project.survive,
         space_path=project.space,
         baseline_path=project.spec,
         accelerator=project.accelerator,

@@ -279,6 +279,8 @@ def price_words(source: str, as_of: str) -> str:
 @click.option("--slo", "slos", multiple=True, help="What must hold, such as ttf30:p95<=600ms; else the log's targets.")
 @click.option("--metric", default="ttf30:p95", show_default=True, help="The latency axis of the curve.")
 @click.option("--cost", type=click.Choice(["capacity", "sizing"]), default="capacity", show_default=True)
+@click.option("--survive", type=click.IntRange(min=0), default=0,
+              help="Size so that the targets hold with so many replicas lost.")  # fmt: skip
 @click.option("--space", "space_path", type=EXISTING, help="YAML with the values to try for each field.")
 @click.option("--baseline", "baseline_path", type=EXISTING, help="Spec that runs today: trial 0.")
 @accelerator_option
