@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,41 +190,46 @@ def estimate_all(means: Sequence[Means], pools: Sequence[Pool], tables: Sequence
     Candidates mostly share their tables (the same object), and what a request takes alone depends, beyond these, on the
     largest chunk of a prompt and on the stages only: all that is computed once.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    alone: dict[tuple[int, int, int, int], Alone] = {}
-    chosen: list[Alone] = []
-    most_rows: list[int] = []
-    stages: list[int] = []
-    rates: list[float] = []
-    for i, (mean, pool, table) in enumerate(zip(means, pools, tables)):
-        inputs, outputs, most_tokens = mean.input_tokens, mean.output_tokens, pool.max_num_batched_tokens
-        by_cache = pool.num_kv_blocks * pool.block_size / (inputs + outputs)
-        by_tokens = most_tokens / (1 + inputs / outputs)
-        most_seqs = max(1, int(min(pool.max_num_seqs, by_cache)))
-        # at steps of their own, each with its share of the requests
-        own = pool.pipeline_parallel_size
-        parts = min(own, most_seqs)
-        stages.append(parts)
-        most_rows.append(max(1, int(min(most_seqs / parts, by_tokens))))
-        rates.append(mean.rate_per_s / pool.replicas / parts)
-        same = id(table), id(mean)
-        if same in groups:
-            groups[same].append(i)
-        else:
-            groups[same] = [i]
-        key = (*same, most_tokens, own)
-        if key not in alone:
-            alone[key] = _alone_of(mean, pool, table, k)
-        chosen.append(alone[key])
-    all_rows, rate_per_s = np.array(most_rows), np.array(rates)
+    limits = [
+        (p.max_num_batched_tokens, p.num_kv_blocks * p.block_size, p.max_num_seqs, p.pipeline_parallel_size, p.replicas)
+        for p in pools
+    ]
+    most_tokens, most_cached, most_seqs, own, replicas = np.array(limits, np.int64).reshape(-1, 5).T
+    traffic, which_traffic = _told_apart(means)
+    steps, which_steps = _told_apart(tables)
+    inputs, outputs, rate_per_s = (
+        np.array([getattr(mean, name) for mean in traffic])[which_traffic]
+        for name in ("input_tokens", "output_tokens", "rate_per_s")
+    )
+    by_cache = most_cached / (inputs + outputs)
+    by_tokens = most_tokens / (1 + inputs / outputs)
+    most_seqs = np.maximum(1, np.minimum(most_seqs, by_cache).astype(np.int64))
+    # at steps of their own, each with its share of the requests
+    stages = np.minimum(own, most_seqs)
+    most_rows = np.maximum(1, np.minimum(most_seqs / stages, by_tokens).astype(np.int64))
+    rate_per_s = rate_per_s / replicas / stages
+    same = which_steps * len(traffic) + which_traffic
     saturation_per_s, step_s = np.empty(len(pools)), np.empty(len(pools))
-    for members in groups.values():
-        mean, rows = means[members[0]], all_rows[members]
+    for each in np.unique(same).tolist():
+        members = np.flatnonzero(same == each)
+        mean, rows = traffic[each % len(traffic)], most_rows[members]
         found = np.empty(len(members)), np.empty(len(members))
-        traffic = (mean.input_tokens, mean.output_tokens, mean.prefill_pairs)
-        _mean_field(tables[members[0]], *traffic, rows, rate_per_s[members], np.empty(rows.max() + 1), *found)
+        taken = (mean.input_tokens, mean.output_tokens, mean.prefill_pairs)
+        table = steps[each // len(traffic)]
+        _mean_field(table, *taken, rows, rate_per_s[members], np.empty(rows.max() + 1), *found)
         saturation_per_s[members], step_s[members] = found
-    return list(map(Estimate, (saturation_per_s * np.array(stages)).tolist(), step_s.tolist(), chosen))
+    key = (same * (most_tokens.max(initial=0) + 1) + most_tokens) * (own.max(initial=0) + 1) + own
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    alone = [_alone_of(means[i], pools[i], tables[i], k) for i in first.tolist()]
+    chosen = [alone[i] for i in which.tolist()]
+    return list(map(Estimate, (saturation_per_s * stages).tolist(), step_s.tolist(), chosen))
+
+
+def _told_apart(objects: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """The objects, each once, and which of them stands at each place."""
+    ids = np.array([id(each) for each in objects], np.int64)
+    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
+    return [objects[i] for i in first.tolist()], which
 
 
 def _alone_of(means: Means, pool: Pool, tables: StepTables, k: int) -> Alone:
@@ -270,14 +275,17 @@ def loaded_s(
 
 def _least(metric: Metric, p: float, found: Sequence[Estimate], means: Sequence[Means]) -> NDArray[np.float64]:
     """A percentile of `alone_s` of each candidate, worked out once for those that share it."""
-    known: dict[tuple[int, int], float] = {}
-    values = []
-    for each, mean in zip(found, means):
-        key = id(each.alone), id(mean)
-        if key not in known:
-            known[key] = percentile(alone_s(metric, each.alone, mean), p)
-        values.append(known[key])
-    return np.array(values)
+    first, which = _sharing(found, means)
+    return np.array([percentile(alone_s(metric, found[i].alone, means[i]), p) for i in first])[which]
+
+
+def _sharing(found: Sequence[Estimate], means: Sequence[Means]) -> tuple[list[int], NDArray[np.int64]]:
+    """Which candidates agree in what a request takes alone and in the traffic: of each such group the first one, and
+    of each candidate its group."""
+    alone, which_alone = _told_apart([each.alone for each in found])
+    _, which_means = _told_apart(means)
+    _, first, which = np.unique(which_means * len(alone) + which_alone, return_index=True, return_inverse=True)
+    return first.tolist(), which
 
 
 @dataclass(frozen=True)
@@ -316,53 +324,59 @@ def screen(
         metric, p: the latency axis.
         most_replicas: of the candidate that a deployment may have: its own number, or (sizing) what the devices allow.
     """
-    dropped: dict[int, str] = {}
-    counts: Counter[str] = Counter()
-    margins = np.array([MARGIN * (1 + pool.num_speculative_tokens) for pool in pools])
-    least: dict[tuple[int, int], list[float]] = {}
-    for i, (found, mean, margin) in enumerate(zip(estimates, means, margins.tolist())):
-        key = id(found.alone), id(mean)
-        if key not in least:
-            least[key] = [
-                percentile(alone_s(target.metric, found.alone, mean)[rows], target.percentile)
-                for target, rows in zip(targets, mean.rows)
-            ]
-        kind, reason = _hopeless(found, mean, least[key], targets, most_replicas[i], margin)
-        if kind:
-            dropped[i] = reason
-            counts[kind] += 1
+    margins = MARGIN * (1 + np.array([pool.num_speculative_tokens for pool in pools]))
+    dropped = _hopeless(estimates, means, targets, np.asarray(most_replicas), margins)
+    counts = Counter(kind for kind, _ in dropped.values())
+    reasons = {i: reason for i, (_, reason) in dropped.items()}
     left = [i for i in range(len(estimates)) if i not in dropped]
+    which = ([estimates[i] for i in left], [means[i] for i in left])
     if targets and all(pool.replicas == most for pool, most in zip(pools, most_replicas)):
-        which = ([estimates[i] for i in left], [means[i] for i in left])
         latency = loaded_s(metric, p, *which, [most_replicas[i] for i in left])
     else:
         # the load of a replica is still open: what can be compared is a request alone
-        latency = _least(metric, p, [estimates[i] for i in left], [means[i] for i in left])
-    cost = np.array([usd_per_replica_hour[i] / max(1e-12, estimates[i].saturation_per_s) for i in left])
+        latency = _least(metric, p, *which)
+    saturation_per_s = np.array([found.saturation_per_s for found in which[0]])
+    cost = np.asarray(usd_per_replica_hour, np.float64)[left] / np.maximum(1e-12, saturation_per_s)
     for at in _beaten(latency, cost, margins[left]):
-        dropped[left[at]] = f"another is {margins[left[at]]:g} times better in both {metric}:p{p:g} and cost"
+        reasons[left[at]] = f"another is {margins[left[at]]:g} times better in both {metric}:p{p:g} and cost"
         counts["beaten in both latency and cost"] += 1
-    kept = tuple(i for i in left if i not in dropped)
-    return Screening(kept, dropped, dict(sorted(counts.items())))
+    kept = tuple(i for i in left if i not in reasons)
+    return Screening(kept, reasons, dict(sorted(counts.items())))
 
 
 def _hopeless(
-    found: Estimate,
-    means: Means,
-    least: Sequence[float],
+    estimates: Sequence[Estimate],
+    means: Sequence[Means],
     targets: Sequence[Target],
-    most_replicas: int,
-    margin: float,
-) -> tuple[str, str]:
+    most_replicas: NDArray[np.int64],
+    margins: NDArray[np.float64],
+) -> dict[int, tuple[str, str]]:
+    """Candidates that cannot carry the rate, or miss a target even idle: kind and reason."""
     if not targets:
-        return "", ""
-    share = found.saturation_per_s * most_replicas / means.rate_per_s
-    if share * margin < 1:
-        return "cannot carry the recorded rate", f"carries at most {share:.2f} of the recorded rate"
-    for target, least_s in zip(targets, least):
-        if least_s > target.limit_s * margin:
-            return "misses a target even when idle", f"{target}: {least_s:.3g} s even with one request at a time"
-    return "", ""
+        return {}
+    saturation_per_s = np.array([found.saturation_per_s for found in estimates])
+    share = saturation_per_s * most_replicas / np.array([mean.rate_per_s for mean in means])
+    first, which = _sharing(estimates, means)
+    least_s = np.array(
+        [
+            [
+                percentile(alone_s(target.metric, estimates[i].alone, means[i])[rows], target.percentile)
+                for target, rows in zip(targets, means[i].rows)
+            ]
+            for i in first
+        ]
+    ).reshape(-1, len(targets))[which]
+    late = least_s > np.array([target.limit_s for target in targets]) * margins[:, None]
+    slow = share * margins < 1
+    found: dict[int, tuple[str, str]] = {}
+    for i in np.flatnonzero(slow | late.any(axis=1)).tolist():
+        if slow[i]:
+            found[i] = "cannot carry the recorded rate", f"carries at most {share[i]:.2f} of the recorded rate"
+        else:
+            at = int(late[i].argmax())
+            reason = f"{targets[at]}: {least_s[i, at]:.3g} s even with one request at a time"
+            found[i] = "misses a target even when idle", reason
+    return found
 
 
 def _beaten(latency: NDArray[np.float64], cost: NDArray[np.float64], margins: NDArray[np.float64]) -> list[int]:

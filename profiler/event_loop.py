@@ -1,7 +1,7 @@
 """The simulator's event loop: one replica on a virtual clock, compiled together with the scheduler and the step tables.
 
 Between two events (an arrival, the end of a request, a lack of blocks) a pure decode batch does not change, so the loop
-jumps over many steps at once.
+jumps over many steps at once; beside a prompt it goes on as one (runtime/decode_runs.py).
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ from numpy.typing import NDArray
 
 from ..kernels.jit import njit
 from ..runtime.decode_runs import (
-    affordable_steps,
-    begin_decode_run,
-    end_in_decode_run,
-    finish_decode_run,
-    least_num_tokens,
-    needs_no_eviction,
+    NEVER,
+    NEXT_END,
+    ROWS,
+    STEP,
+    DecodeRun,
+    begin_run,
+    end_rows,
+    evicts,
+    join_run,
+    lacks_last_token,
+    leave_run,
+    next_decoding,
+    prepare_step,
+    take_blocks,
 )
-from ..runtime.scheduler import add_request, commit, schedule
+from ..runtime.scheduler import add_request, commit, schedule, schedule_behind
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
+    NUM_RUNNING,
     NUM_WAITING,
     PLAN_COPIES,
     PLAN_FINISHED,
@@ -32,10 +41,12 @@ from ..runtime.scheduler_state import (
     PLAN_TOKENS,
     Plan,
     State,
+    slot_at,
 )
 from .step_time import StepTables, composed_time_s, composition, copies_s, decode_steps
 
 # why the event loop returned
+_GOES_ON = -1
 DRAINED = 0
 OUT_OF_SLOTS = 1
 GAVE_UP = 2
@@ -86,7 +97,8 @@ class Gaps(NamedTuple):
     last_s         (slots,) float64  end of the step that brought a live request's last token
     Runs of steps without a pause, each step growth_s longer than the one before. Who got a token when a step began and
     again when it ended has a gap as long as the step:
-    run_first_s, run_growth_s (m,) float64; run_steps (m,) int64; run_end_s (m,) float64 with the way to the client
+    run_first_s, run_growth_s (m,) float64; run_steps (m,) int64; run_end_s (m,) float64 with the way to the client;
+    run_weight (m,) int64 how many they are
     Gaps of single requests, which took more than one step, or (speculation) none:
     request (g,) int64; from_s, to_s (g,) float64 with the way to the client
     """
@@ -96,6 +108,7 @@ class Gaps(NamedTuple):
     run_growth_s: NDArray[np.float64]
     run_steps: NDArray[np.int64]
     run_end_s: NDArray[np.float64]
+    run_weight: NDArray[np.int64]
     request: NDArray[np.int64]
     from_s: NDArray[np.float64]
     to_s: NDArray[np.float64]
@@ -134,6 +147,8 @@ def _is_late(requests: Requests, times: Times, bounds: Bounds, target: int, requ
 def _steps_until(arrival_s: float, now_s: float, first_s: float, growth_s: float, most: int) -> int:
     """Steps of first_s, first_s + growth_s, ... seconds until one ends at or after an arrival; 1 to `most`."""
     wait_s = arrival_s - now_s
+    if most * first_s + 0.5 * most * (most - 1) * growth_s <= wait_s:
+        return most  # mostly, and then what follows would keep all the rest waiting
     if growth_s * most < 1e-9 * first_s:
         steps = wait_s / first_s
     else:
@@ -203,27 +218,33 @@ def note_tokens(
     began_s: float,
     ended_s: float,
     client_s: float,
-) -> None:
+) -> int:
     """Write down what a step brings before it is committed: first and k-th tokens, and the gaps of their own.
 
     began_s, ended_s: of the step. Who got a token when it began has the gap of the step itself, which is not written
     down here; with a began_s that is none everybody's gap is.
+
+    Returns: how many have the gap of the step itself.
     """
     at_s = ended_s + client_s
+    weight = 0
     for row in range(plan.counts[PLAN_SIZE]):
         if plan.samples[row]:
-            slot = plan.slot[row]
+            slot = slot_at(plan.slot, row)
             before = state.num_tokens[slot] - state.num_prompt_tokens[slot]
             request = state.request_id[slot]
             if before == 0:
                 times.first_s[request] = at_s
-            elif gaps.last_s[slot] != began_s:
+            elif gaps.last_s[slot] == began_s:
+                weight += 1
+            else:
                 _note_gap(gaps, cursor, request, gaps.last_s[slot] + client_s, at_s)
             gaps.last_s[slot] = ended_s
             if before < k <= before + plan.accepted[row]:
                 times.kth_s[request] = at_s
             for _ in range(1, plan.accepted[row]):
                 _note_gap(gaps, cursor, request, at_s, at_s)
+    return weight
 
 
 @njit
@@ -250,12 +271,15 @@ def _note_gap(gaps: Gaps, cursor: NDArray[np.int64], request: int, from_s: float
 
 
 @njit
-def _note_run(gaps: Gaps, cursor: NDArray[np.int64], first_s: float, growth_s: float, steps: int, end_s: float) -> None:
+def _note_run(
+    gaps: Gaps, cursor: NDArray[np.int64], first_s: float, growth_s: float, steps: int, end_s: float, weight: int
+) -> None:
     place = cursor[RUNS]
     gaps.run_first_s[place] = first_s
     gaps.run_growth_s[place] = growth_s
     gaps.run_steps[place] = steps
     gaps.run_end_s[place] = end_s
+    gaps.run_weight[place] = weight
     cursor[RUNS] += 1
 
 
@@ -270,6 +294,7 @@ def has_room(state: State, gaps: Gaps, cursor: NDArray[np.int64], tokens: int) -
 def run_replica(
     state: State,
     plan: Plan,
+    run: DecodeRun,
     tables: StepTables,
     requests: Requests,
     times: Times,
@@ -286,173 +311,222 @@ def run_replica(
 ) -> int:
     """The event loop of one replica; returns why it ended. No step begins at until_s or later.
 
+    jump: requests that decode are a run while they can be. It is left before this returns.
     stop_at_end: pause after the step with which a request ends, before anybody else is admitted.
-
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
     many as the cursor says; cursor (7,) int64: in the places named above; clock (2, or more,) float64: now, and busy
     seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
     client_s = tables.request_s[1]
+    status = _GOES_ON
     seen = cursor[ENDED]
+    # of the run: tokens that its next step reads; count of steps at which the next k-th token comes
+    context, next_kth = 0, NEVER
+    # the run is to be left; the next step has to be scheduled whole
+    leaves, whole = False, False
+    copied = 0  # blocks, for the next step
+    run.counts[ROWS] = 0
     while True:
         now_s = clock[0]
+        if leaves or (status != _GOES_ON and run.counts[ROWS] > 0):
+            for row in range(run.counts[ROWS]):
+                gaps.last_s[state.running[row]] = now_s
+            leave_run(state, run)
+            context, leaves = 0, False
+        if status != _GOES_ON:
+            return status
         if stop_at_end and cursor[ENDED] > seen:
-            return PAUSED
+            status = PAUSED
+            continue
         if not admit(state, requests, queue, cursor, now_s):
-            return OUT_OF_SLOTS
+            status = OUT_OF_SLOTS
+            continue
         if not has_room(state, gaps, cursor, 1):
-            return OUT_OF_ROOM
+            status = OUT_OF_ROOM
+            continue
         if now_s >= until_s:
-            return PAUSED
+            status = PAUSED
+            continue
         waits = cursor[ARRIVED] < cursor[QUEUED]
         coming_s = min(requests.arrival_s[queue[cursor[ARRIVED]]], until_s) if waits else until_s
-
-        # looking whether somebody may be admitted finds blocks for those that run, which can push others to the host
-        plan.counts[PLAN_COPIES] = 0
-        if jump and begin_decode_run(state, plan):
-            steps, going_on = _decode(
-                state, plan, tables, requests, times, gaps, bounds, k, coming_s, ended, cursor, clock, stop_at_end
-            )
-            if not going_on:
-                return GAVE_UP
-            if steps > 0:
-                continue
-        copied = plan.counts[PLAN_COPIES]
-        schedule(state, plan)
+        if jump and not whole and run.counts[ROWS] == 0 and _came_together(state, gaps, now_s):
+            context = begin_run(state, run)
+            next_kth = _next_kth(state, run, k)
+        whole = False
+        rows = run.counts[ROWS]
+        waiting = state.counts[NUM_WAITING] > 0 and rows < state.limits[MAX_NUM_SEQS]
+        beside = waiting or state.counts[NUM_RUNNING] > rows
+        if rows > 0 and not prepare_step(state, plan, run, beside):
+            leaves, whole = True, True
+            copied += plan.counts[PLAN_COPIES]
+            continue
+        if rows == 0:
+            plan.counts[:] = 0
+        if rows == 0 or beside:
+            schedule_behind(state, plan, rows)  # of no rows: `schedule`
         plan.counts[PLAN_COPIES] += copied
+        copied = 0
         size = plan.counts[PLAN_SIZE]
         if size == 0:
-            if plan.counts[PLAN_PREEMPTED] > 0:
-                continue
-            if not waits:
-                return DRAINED
-            clock[0] = coming_s
+            if rows > 0:
+                own = (context, next_kth, coming_s, ended, cursor, clock, stop_at_end)
+                context, next_kth, goes_on = _decode(state, plan, run, tables, requests, times, gaps, bounds, k, *own)
+                status = _GOES_ON if goes_on else GAVE_UP
+            elif plan.counts[PLAN_PREEMPTED] == 0:
+                if waits:
+                    clock[0] = coming_s
+                else:
+                    status = DRAINED
             continue
-        samples, context, pairs = composition(plan, tables.prompt_pairs)
-        step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
+        samples, decode_context, pairs = composition(plan, tables.prompt_pairs)
+        step_s = composed_time_s(
+            tables, rows + plan.counts[PLAN_TOKENS], rows + size, rows + samples, context + decode_context, pairs
+        )
         step_s += copies_s(tables, plan)
         ended_s = now_s + step_s
-        note_tokens(state, plan, times, gaps, cursor, k, now_s, ended_s, client_s)
-        _note_run(gaps, cursor, step_s, 0.0, 1, ended_s + client_s)
+        weight = rows + note_tokens(state, plan, times, gaps, cursor, k, now_s, ended_s, client_s)
+        _note_run(gaps, cursor, step_s, 0.0, 1, ended_s + client_s, weight)
         clock[0] = ended_s
         clock[1] += step_s
         cursor[STEPS] += 1
+        if rows > 0:
+            if next_kth <= run.counts[STEP] + 1:
+                next_kth = _note_kth(state, run, times, k, 1, now_s, step_s, 0.0, client_s)
+            run.counts[STEP] += 1
+            context += rows
+            if run.counts[NEXT_END] == run.counts[STEP]:
+                context -= end_rows(state, plan, run)
         commit(state, plan)
         if not note_ended(state, plan, requests, times, bounds, k, ended, cursor, ended_s + client_s):
-            return GAVE_UP
+            status = GAVE_UP
+        rows = run.counts[ROWS]
+        while 0 < rows < state.counts[NUM_RUNNING]:
+            slot = slot_at(state.running, rows)
+            if not lacks_last_token(state, slot) or gaps.last_s[slot] != ended_s:
+                break
+            next_kth = min(next_kth, run.counts[STEP] + _to_kth(state, slot, k))
+            context += join_run(state, run)
+            rows += 1
+        leaves = rows > 0 and next_decoding(state, rows) < state.counts[NUM_RUNNING]
 
 
 @njit
-def _decode(
-    state: State,
-    plan: Plan,
-    tables: StepTables,
-    requests: Requests,
-    times: Times,
-    gaps: Gaps,
-    bounds: Bounds,
-    k: int,
-    coming_s: float,
-    ended: NDArray[np.int64],
-    cursor: NDArray[np.int64],
-    clock: NDArray[np.float64],
-    stop_at_end: bool,
-) -> tuple[int, bool]:
-    """Jump through a run of decode steps, from one request's end to the next, until somebody else may be admitted.
+def _came_together(state: State, gaps: Gaps, now_s: float) -> bool:
+    """Whether each running request that only decodes got its last token just now: otherwise its next gap is its own."""
+    for index in range(state.counts[NUM_RUNNING]):
+        slot = slot_at(state.running, index)
+        if lacks_last_token(state, slot) and gaps.last_s[slot] != now_s:
+            return False
+    return True
 
-    Returns: steps; 0 where blocks do not suffice for one. And False where a target can no longer be met.
-    """
-    if plan.counts[PLAN_COPIES] > 0:
-        return 0, True  # they are part of a step of their own
-    client_s = tables.request_s[1]
-    now_s, began_s = clock[0], clock[0]
-    going_on = True
-    done = 0
-    least = least_num_tokens(plan)
-    context = 0.0  # of the next step
-    kth = least + k  # steps until the next k-th token: a later one than this does not come before a request ends
-    for row in range(plan.counts[PLAN_SIZE]):
-        slot = plan.slot[row]
-        context += plan.start[row] + 1
-        if gaps.last_s[slot] != began_s:
-            return 0, True  # its next gap is its own
-        to_kth = k - (plan.start[row] + 1 - state.num_prompt_tokens[slot])
-        if to_kth > 0:
-            kth = min(kth, to_kth)
-    while True:
-        rows = plan.counts[PLAN_SIZE]
-        first_s, growth_s, steps = decode_steps(tables, rows, context)
-        steps = min(least - done, steps)
-        lazily = needs_no_eviction(state, rows, done + steps)
-        if not lazily:
-            if done > 0:
-                break
-            if tables.block_copy_s > 0.0:
-                return 0, True  # what is evicted goes to the host, step by step
-            steps = affordable_steps(state, plan, steps)
-            if steps == 0:
-                return 0, True
-        # with every lane taken a newcomer changes nothing before somebody ends
-        if steps > 1 and coming_s < math.inf and rows < state.limits[MAX_NUM_SEQS]:
-            steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
-        if done < kth <= done + steps:
-            kth = _note_kth(state, plan, times, k, done, steps, now_s, first_s, growth_s, client_s)
-        run_s = steps * first_s + 0.5 * steps * (steps - 1) * growth_s
-        now_s += run_s
-        clock[1] += run_s
-        done += steps
-        context += float(steps * rows)
-        _note_run(gaps, cursor, first_s, growth_s, steps, now_s + client_s)
-        if done == least:
-            if not lazily:
-                finish_decode_run(state, plan, done)
-            context -= end_in_decode_run(state, plan, done)
-            going_on = note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s)
-            if (
-                not lazily
-                or plan.counts[PLAN_SIZE] == 0
-                or state.counts[NUM_WAITING] > 0
-                or not going_on
-                or stop_at_end
-            ):
-                break
-            least = least_num_tokens(plan)
-        if not lazily or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
-            break
-    finish_decode_run(state, plan, done)
-    for row in range(plan.counts[PLAN_SIZE]):
-        gaps.last_s[plan.slot[row]] = now_s
-    clock[0] = now_s
-    cursor[STEPS] += done
-    return done, going_on
+
+@njit
+def _to_kth(state: State, slot: int, k: int) -> int:
+    """Steps until the k-th token of a request comes, whose tokens so far are written down."""
+    steps = k - (state.num_tokens[slot] - state.num_prompt_tokens[slot])
+    return int(steps) if steps > 0 else NEVER
+
+
+@njit
+def _next_kth(state: State, run: DecodeRun, k: int) -> int:
+    """Count of steps of a run just begun at which the first k-th token comes."""
+    first = NEVER
+    for row in range(run.counts[ROWS]):
+        first = min(first, _to_kth(state, slot_at(state.running, row), k))
+    return first
 
 
 @njit
 def _note_kth(
     state: State,
-    plan: Plan,
+    run: DecodeRun,
     times: Times,
     k: int,
-    done: int,
     steps: int,
     now_s: float,
     first_s: float,
     growth_s: float,
     client_s: float,
 ) -> int:
-    """Write down the k-th tokens that come in `steps` more steps of a run; returns how many steps after its begin the
-    next one comes, or more than any request has left."""
-    later = plan.num_tokens[0] + k
-    for row in range(plan.counts[PLAN_SIZE]):
-        slot = plan.slot[row]
-        to_kth = k - (plan.start[row] + 1 - state.num_prompt_tokens[slot])
-        if done < to_kth <= done + steps:
-            taken = to_kth - done
+    """Write down the k-th tokens that come in so many more steps of a run; returns at which count the next one comes,
+    of those that will not have ended by then."""
+    step = run.counts[STEP]
+    later = NEVER
+    for row in range(run.counts[ROWS]):
+        slot = slot_at(state.running, row)
+        taken = k - (run.start[row] + step + 1 - state.num_prompt_tokens[slot])
+        if 0 < taken <= steps:
             kth_s = taken * first_s + 0.5 * taken * (taken - 1) * growth_s
             times.kth_s[state.request_id[slot]] = now_s + kth_s + client_s
-        elif to_kth > done + steps:
-            later = min(later, to_kth)
+        elif taken > steps and step + taken <= run.end[row]:
+            later = min(later, step + taken)
     return int(later)
+
+
+@njit
+def _decode(
+    state: State,
+    plan: Plan,
+    run: DecodeRun,
+    tables: StepTables,
+    requests: Requests,
+    times: Times,
+    gaps: Gaps,
+    bounds: Bounds,
+    k: int,
+    context: int,
+    next_kth: int,
+    coming_s: float,
+    ended: NDArray[np.int64],
+    cursor: NDArray[np.int64],
+    clock: NDArray[np.float64],
+    stop_at_end: bool,
+) -> tuple[int, int, bool]:
+    """Jump through a run of decode steps, from one request's end to the next, until somebody else may be admitted or
+    blocks run out. There are blocks for the first step.
+
+    Returns: tokens that the run's next step reads; the count of steps at which the next k-th token comes; and False
+    where a target can no longer be met.
+    """
+    client_s = tables.request_s[1]
+    now_s, counts = clock[0], run.counts
+    copied_s = copies_s(tables, plan)  # for the first step
+    goes_on = True
+    while True:
+        rows, step = counts[ROWS], counts[STEP]
+        first_s, growth_s, steps = decode_steps(tables, rows, float(context))
+        steps = min(counts[NEXT_END] - step, steps)
+        # with every lane taken a newcomer changes nothing before somebody ends
+        if steps > 1 and coming_s < math.inf and rows < state.limits[MAX_NUM_SEQS]:
+            steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
+        if tables.block_copy_s > 0.0 and (copied_s > 0.0 or evicts(state, run, step + steps)):
+            steps = 1  # each step waits for the blocks that it pushes to the host
+        plan.counts[PLAN_COPIES] = 0
+        steps = take_blocks(state, plan, run, step + steps) - step
+        if steps == 0:
+            break
+        first_s += copied_s + copies_s(tables, plan)
+        copied_s = 0.0
+        if next_kth <= step + steps:
+            next_kth = _note_kth(state, run, times, k, steps, now_s, first_s, growth_s, client_s)
+        run_s = steps * first_s + 0.5 * steps * (steps - 1) * growth_s
+        now_s += run_s
+        clock[1] += run_s
+        counts[STEP] += steps
+        cursor[STEPS] += steps
+        context += steps * rows
+        _note_run(gaps, cursor, first_s, growth_s, steps, now_s + client_s, rows)
+        if counts[STEP] == counts[NEXT_END]:
+            plan.counts[PLAN_FINISHED] = 0
+            context -= end_rows(state, plan, run)
+            goes_on = note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s)
+            others = state.counts[NUM_WAITING] + state.counts[NUM_RUNNING] - counts[ROWS]
+            if counts[ROWS] == 0 or others > 0 or not goes_on or stop_at_end:
+                break
+        if coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
+            break
+    clock[0] = now_s
+    return context, next_kth, goes_on
 
 
 @njit

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.decode_runs import new_decode_run
 from ..runtime.scheduler_state import (
     NUM_BLOCKS_FROM_HOST,
     NUM_BLOCKS_TO_HOST,
@@ -105,6 +106,7 @@ class Replica:
         self.clock = np.zeros(3 + pool.pipeline_parallel_size)
         self._outstanding_tokens = 0
         self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
+        self._decode_run = new_decode_run(pool)
         self.run = run
         self._sums = None if run.recorder is None else run.recorder.replica(pool.pipeline_parallel_size)
         self._gone = 0
@@ -114,7 +116,7 @@ class Replica:
         runs, singles = 1024 + 6 * len(self.queue), 2 * pool.max_num_seqs * self._most_tokens
         self.gaps = Gaps(
             np.zeros(len(self.state.request_id)),
-            *(np.empty(runs), np.empty(runs), np.empty(runs, np.int64), np.empty(runs)),
+            *(np.empty(runs), np.empty(runs), np.empty(runs, np.int64), np.empty(runs), np.empty(runs, np.int64)),
             *(np.empty(singles, np.int64), np.empty(singles), np.empty(singles)),
         )
 
@@ -202,7 +204,7 @@ class Replica:
         more_runs = len(self.gaps.run_steps) if 2 * runs > len(self.gaps.run_steps) else 0
         more_singles = len(self.gaps.request) if singles + most_singles > len(self.gaps.request) // 2 else 0
         more = {"last_s": len(self.state.request_id) - len(self.gaps.last_s)}
-        more |= dict.fromkeys(("run_first_s", "run_growth_s", "run_steps", "run_end_s"), more_runs)
+        more |= dict.fromkeys(("run_first_s", "run_growth_s", "run_steps", "run_end_s", "run_weight"), more_runs)
         more |= dict.fromkeys(("request", "from_s", "to_s"), more_singles)
         return Gaps(
             **{
@@ -237,7 +239,7 @@ class Replica:
             draft = run.tables if run.draft_tables is None else run.draft_tables
             first = (self.state, self._plans[0], run.tables, draft, *shared[1:])
             return run_speculative(*first, run.chances, *own)
-        return run_replica(self.state, self._plans[0], *shared, run.jump, *own)
+        return run_replica(self.state, self._plans[0], self._decode_run, *shared, run.jump, *own)
 
     def totals(self) -> Totals:
         counted = self.state.counts[list(TOTALS.values())]
@@ -251,10 +253,12 @@ class Replica:
             noted.run_growth_s[:runs],
             noted.run_steps[:runs],
             noted.run_end_s[:runs],
+            noted.run_weight[:runs],
             noted.request[:singles],
             noted.from_s[:singles],
             noted.to_s[:singles],
             self.ended[: self.cursor[ENDED]],
+            bool(self.cursor[ENDED] == self.cursor[QUEUED]),
         )
 
 

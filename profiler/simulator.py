@@ -170,7 +170,7 @@ def _check_in_time(
         raise BadSpec("pools.0.replicas", pool.replicas, f"a multiple of {batch.ranks}, which step together")
 
 
-def _chances(trace: Trace, pool: Pool) -> Chances | None:
+def chances_of(trace: Trace, pool: Pool) -> Chances | None:
     """What speculation brings each request, as the trace recorded it; None: the pool does not speculate."""
     if pool.speculation == "none":
         return None
@@ -261,7 +261,7 @@ def simulate(
         priority=priorities,
         adapter=adapters,
     )
-    chances = _chances(trace, pool)
+    chances = chances_of(trace, pool)
     whole = tables._replace(draft=None, batch=None)  # with these in it, it would be another type to Numba
     run = Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances, recorder)
     if recorder is not None:

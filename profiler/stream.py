@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.scheduler_state import NUM_PREEMPTIONS, NUM_RUNNING, NUM_WAITING, WAITING_HEAD
+from ..runtime.scheduler_state import NUM_PREEMPTIONS
 from ..runtime.spec import BadSpec, Pool
 from ..traces.metrics import PERCENTILES, Summary
 from ..traces.trace import BadTrace, Trace
@@ -38,6 +38,7 @@ class Histogram:
 
     def __init__(self) -> None:
         self.counts = np.zeros(((_HIGH - _LOW) >> _SHIFT) + 1, np.int64)
+        self._entries = np.zeros_like(self.counts)
         self.zeros = 0
         self.total_s = 0.0
 
@@ -50,9 +51,9 @@ class Histogram:
     def add_runs(self, first_s: Floats, growth_s: Floats, steps: Ints, weight: Ints) -> None:
         """Count first_s, first_s + growth_s, ... (steps of them) of each run, each `weight` times."""
         before = int(self.counts.sum())
-        count_runs(first_s, growth_s, steps, weight, _LOW, _HIGH, _SHIFT, self.counts)
+        count_runs(first_s, growth_s, steps, weight, _LOW, _HIGH, _SHIFT, self.counts, self._entries)
         self.zeros += int(steps @ weight) - (int(self.counts.sum()) - before)
-        self.total_s += float(weight @ (steps * (first_s + 0.5 * (steps - 1) * growth_s)))
+        self.total_s += float((weight * steps * (first_s + 0.5 * (steps - 1) * growth_s)).sum())
 
     def distribution(self) -> dict[str, float]:
         """Mean and percentiles, as `traces.metrics.Summary` has them; the percentile is the value at the lower rank."""
@@ -106,7 +107,7 @@ class _Stream:
         self._times = Times(np.zeros(0), np.zeros(0), np.zeros(0))
         self._free = np.zeros(0, np.int64)
         self._replicas = [Replica(pool, self._run()) for _ in range(pool.replicas)]
-        self._live = [np.zeros(0, np.int64) for _ in self._replicas]
+        self._live = [0] * len(self._replicas)
         self._histograms = {name: Histogram() for name in ("ttft", f"ttf{k}", "tpot", "e2e", "itl")}
         self._counted = dict.fromkeys(("requests", "finished", "rejected", "short", "single", "tokens"), 0)
         self._span_s = [math.inf, -math.inf]
@@ -120,9 +121,9 @@ class _Stream:
                 raise BadTrace(f"{chunk.source}", "prefixes or adapters", "neither, streamed", "simulate it whole")
             last_s = float(chunk.arrival_s[-1])
             self._take(chunk)
-            for replica, live in zip(self._replicas, self._live):
+            for replica in self._replicas:
                 replica.advance(until_s + self._tables.request_s[0])
-                self._count_gaps(replica, live)
+                self._count_gaps(replica)
             self._forget_ended()
         return self._result()
 
@@ -156,8 +157,8 @@ class _Stream:
             mine = rows[first :: len(self._replicas)]
             waiting = replica.queue[replica.cursor[ARRIVED] : replica.cursor[QUEUED]]
             replica.queue = np.concatenate([waiting, mine])
-            self._live[index] = np.concatenate([self._live[index], mine])
-            replica.ended = np.zeros(len(self._live[index]), np.int64)
+            self._live[index] += len(mine)
+            replica.ended = np.zeros(self._live[index], np.int64)
             replica.cursor[[ARRIVED, ENDED, RUNS, SINGLES]] = 0
             replica.cursor[QUEUED] = len(replica.queue)
 
@@ -170,31 +171,19 @@ class _Stream:
         for replica in self._replicas:
             replica.run = self._run()
 
-    def _count_gaps(self, replica: Replica, live: Ints) -> None:
+    def _count_gaps(self, replica: Replica) -> None:
         """How long the steps were that this chunk took, each for as many requests as got a token before and after."""
         noted, runs, singles = replica.gaps, replica.cursor[RUNS], replica.cursor[SINGLES]
-        run_end_s = noted.run_end_s[:runs]
-        from_s, to_s = noted.from_s[:singles], noted.to_s[:singles]
-        # who was passed over when the chunk ended got its last token earlier; its gap is noted when the next one comes
-        state = replica.state
-        places = state.counts[WAITING_HEAD] + np.arange(state.counts[NUM_WAITING])
-        slots = np.concatenate([state.running[: state.counts[NUM_RUNNING]], state.waiting[places % len(state.waiting)]])
-        last_s = noted.last_s[slots[state.num_tokens[slots] > state.num_prompt_tokens[slots]]]
-        passed_over_s = last_s[last_s < replica.clock[0]] + self._tables.request_s[1]
-        begins_s = np.concatenate([self._times.first_s[live], to_s])
-        ends_s = np.concatenate([self._times.end_s[live], from_s, passed_over_s])
-        begin, end = (np.searchsorted(run_end_s, at_s, "right") for at_s in (begins_s, ends_s))
-        change = np.bincount(begin, minlength=runs + 1) - np.bincount(end, minlength=runs + 1)
         itl = self._histograms["itl"]
-        weight = np.cumsum(change)[:-1]
-        itl.add_runs(noted.run_first_s[:runs], noted.run_growth_s[:runs], noted.run_steps[:runs], weight)
-        itl.add(to_s - from_s)
+        steps, weight = noted.run_steps[:runs], noted.run_weight[:runs]
+        itl.add_runs(noted.run_first_s[:runs], noted.run_growth_s[:runs], steps, weight)
+        itl.add(noted.to_s[:singles] - noted.from_s[:singles])
 
     def _forget_ended(self) -> None:
         requests, times, k = self._requests, self._times, self._k
         for index, replica in enumerate(self._replicas):
             rows = replica.ended[: replica.cursor[ENDED]]
-            self._live[index] = self._live[index][np.isnan(times.end_s[self._live[index]])]
+            self._live[index] -= len(rows)
             self._free = np.concatenate([self._free, rows])
             scheduled_s, first_s, end_s = requests.scheduled_s[rows], times.first_s[rows], times.end_s[rows]
             answer = requests.max_num_tokens[rows] - requests.input_tokens[rows]

@@ -1,8 +1,9 @@
 """The gaps between tokens of simulated requests: exact, without a number for each token.
 
-Requests that decode together wait equally long for their next tokens. So the event loop notes runs of steps (Gaps in
-event_loop.py), and here it is counted how many requests were there at each: when a request got its first and its last
-token is known. Gaps that a request has for itself, because it was preempted or passed over, stand beside them.
+Requests that decode together wait equally long for their next tokens. So the event loop notes runs of steps, and how
+many requests were there at each (Gaps in event_loop.py). How many of some requests were there is counted here: when a
+request got its first and its last token is known. Gaps that a request has for itself, because it was preempted or
+passed over, stand beside them.
 """
 
 from __future__ import annotations
@@ -19,25 +20,29 @@ from ..traces.metrics import percentiles
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_BINS = 4096
+_BINS = 1 << 11
+_MOST_ENTRIES = 1 << 12  # that are sorted
 
 
 @dataclass(frozen=True)
 class ReplicaGaps:
     """What one replica's event loop noted, as in `event_loop.Gaps`, and which requests it served.
 
-    run_first_s, run_growth_s, run_end_s (m,) float64, run_steps (m,) int64; single_request (g,) int64, single_from_s,
-    single_to_s (g,) float64; served (r,) int64 rows of the requests that ended
+    run_first_s, run_growth_s, run_end_s (m,) float64, run_steps, run_weight (m,) int64; single_request (g,) int64,
+    single_from_s, single_to_s (g,) float64; served (r,) int64 rows of the requests that ended; all_ended: nobody else
+    has gaps
     """
 
     run_first_s: Floats
     run_growth_s: Floats
     run_steps: Ints
     run_end_s: Floats
+    run_weight: Ints
     single_request: Ints
     single_from_s: Floats
     single_to_s: Floats
     served: Ints
+    all_ended: bool
 
     def last_step_s(self) -> Floats:
         return self.run_first_s + (self.run_steps - 1) * self.run_growth_s
@@ -74,19 +79,22 @@ class StepGaps:
         for replica in self.replicas:
             weight, single_s = self._weights(replica, rows)
             run_s = replica.run_steps * (replica.run_first_s + 0.5 * (replica.run_steps - 1) * replica.run_growth_s)
-            total_s += float(weight @ run_s) + float(single_s.sum())
+            total_s += float((weight * run_s).sum()) + float(
+                single_s.sum()
+            )  # `@` wakes the threads of BLAS, which spin
             count += int(weight @ replica.run_steps) + len(single_s)
         return total_s / count if count else np.nan
 
     def percentiles(self, ps: Sequence[float], rows: NDArray[np.bool_] | None = None, infinite: int = 0) -> list[float]:
         """Percentiles of all gaps as `traces.metrics.percentiles` defines them; `infinite` values beside them."""
-        weights = [self._weights(replica, rows) for replica in self.replicas]
-        runs = _Runs(
-            np.concatenate([r.run_first_s for r in self.replicas] + [s for _, s in weights]),
-            np.concatenate([r.run_growth_s for r in self.replicas] + [np.zeros(len(s)) for _, s in weights]),
-            np.concatenate([r.run_steps for r in self.replicas] + [np.ones(len(s), np.int64) for _, s in weights]),
-            np.concatenate([w for w, _ in weights] + [np.ones(len(s), np.int64) for _, s in weights]),
-        )
+        parts = []
+        for replica in self.replicas:
+            weight, single_s = self._weights(replica, rows)
+            parts.append((replica.run_first_s, replica.run_growth_s, replica.run_steps, weight))
+            if len(single_s):
+                ones = np.ones(len(single_s), np.int64)
+                parts.append((single_s, np.zeros(len(single_s)), ones, ones))
+        runs = Runs(*(np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for arrays in zip(*parts)))
         count = int(runs.steps @ runs.weight)
         ranks = [p / 100 * (count + infinite - 1) for p in ps]
         if count == 0:
@@ -127,10 +135,12 @@ class StepGaps:
 
     def _weights(self, replica: ReplicaGaps, rows: NDArray[np.bool_] | None) -> tuple[Ints, Floats]:
         """How many of the chosen requests have a gap as long as each run's steps; and their single gaps."""
+        chosen = self.finished if rows is None else self.finished & rows
+        if replica.all_ended and chosen[replica.served].all():
+            return replica.run_weight, replica.single_to_s - replica.single_from_s
         _, begin, end = self._pieces(replica, rows)
         most = len(replica.run_steps) + 1
         change = np.bincount(begin, minlength=most) - np.bincount(end, minlength=most)
-        chosen = self.finished if rows is None else self.finished & rows
         single_s = (replica.single_to_s - replica.single_from_s)[chosen[replica.single_request]]
         return np.cumsum(change)[:-1], single_s
 
@@ -149,8 +159,8 @@ def _range_max(values: Floats, begin: Ints, end: Ints) -> Floats:
 
 
 @dataclass(frozen=True)
-class _Runs:
-    """Values first_s, first_s + growth_s, ... (steps of them), each `weight` times; (m,) all."""
+class Runs:
+    """Values first_s, first_s + growth_s, ... (steps of them), each `weight` times; (m,) all. Positive or 0."""
 
     first_s: Floats
     growth_s: Floats
@@ -158,42 +168,46 @@ class _Runs:
     weight: Ints
 
     def order_statistics(self, ranks: Sequence[int]) -> dict[int, float]:
-        """The values at these places, ascending, of all values in order; each run keeps what falls among its bins.
+        """The values at these places, ascending, of all values in order.
 
-        The order of positive floats is that of their bits: two rounds of counting by leading bits leave few values.
+        The order of such floats is that of their bits: what falls among equal parts of these is counted, and only the
+        parts that hold a place are looked at again, value by value or (of many) part by part.
         """
         last_s = self.first_s + (self.steps - 1) * self.growth_s
-        low = int(np.minimum(self.first_s, last_s).view(np.int64).min())
-        high = int(np.maximum(self.first_s, last_s).view(np.int64).max())
+        ends = np.minimum(self.first_s, last_s).view(np.int64), np.maximum(self.first_s, last_s).view(np.int64)
         found: dict[int, float] = {}
-        counts, shift = self._counted(low, high)
-        upto = np.cumsum(counts)
-        for number in np.unique(np.searchsorted(upto, ranks, "right")).tolist():
-            before = int(upto[number - 1]) if number else 0
-            inside = [rank for rank in ranks if before <= rank < upto[number]]
-            self._refine(low + (number << shift), low + ((number + 1) << shift) - 1, inside, before, found)
+        self._search(*ends, int(ends[0].min()), int(ends[1].max()), list(ranks), 0, found)
         return found
 
-    def _refine(self, low: int, high: int, ranks: list[int], before: int, found: dict[int, float]) -> None:
-        counts, shift = self._counted(low, high)
+    def _search(
+        self, least: Ints, most: Ints, low: int, high: int, ranks: list[int], before: int, found: dict[int, float]
+    ) -> None:
+        """Find the ranks whose values have bits from low to high; `before` values have less.
+
+        least, most: bits of each run's least and largest value.
+        """
+        shift = max(0, int(high - low).bit_length() - _BINS.bit_length() + 1)
+        counts, entries = (np.zeros(((high - low) >> shift) + 1, np.int64) for _ in range(2))
+        count_runs(*self._arrays(), low, high, shift, counts, entries)
         upto = before + np.cumsum(counts)
-        for number in np.unique(np.searchsorted(upto, ranks, "right")).tolist():
-            below = int(upto[number - 1]) if number else before
-            inside = [rank for rank in ranks if below <= rank < upto[number]]
+        bins = np.searchsorted(upto, ranks, "right")
+        if shift == 0:  # a part is one value
+            found.update(zip(ranks, (low + bins).view(np.float64).tolist()))
+            return
+        for number in np.unique(bins).tolist():
             first, last = low + (number << shift), low + ((number + 1) << shift) - 1
-            size = _values_between(*self._arrays(), first, last, np.empty(0), np.empty(0, np.int64))
-            values, weights = np.empty(size), np.empty(size, np.int64)
-            _values_between(*self._arrays(), first, last, values, weights)
+            inside = [rank for rank, bin_ in zip(ranks, bins) if bin_ == number]
+            below = int(upto[number] - counts[number])
+            at = np.flatnonzero((least <= last) & (most >= first))
+            part = Runs(self.first_s[at], self.growth_s[at], self.steps[at], self.weight[at])
+            if entries[number] > _MOST_ENTRIES:
+                part._search(least[at], most[at], first, last, inside, below, found)
+                continue
+            values, weights = np.empty(entries[number]), np.empty(entries[number], np.int64)
+            values_between(*part._arrays(), first, last, values, weights)
             order = np.argsort(values)
             place = np.searchsorted(below + np.cumsum(weights[order]), inside, "right")
             found.update(zip(inside, values[order][place].tolist()))
-
-    def _counted(self, low: int, high: int) -> tuple[Ints, int]:
-        """Values in each of at most _BINS equal parts of the bit patterns from low to high; bits of a part's width."""
-        shift = max(0, int(high - low).bit_length() - _BINS.bit_length() + 1)
-        counts = np.zeros(((high - low) >> shift) + 1, np.int64)
-        count_runs(*self._arrays(), low, high, shift, counts)
-        return counts, shift
 
     def _arrays(self) -> tuple[Floats, Floats, Ints, Ints]:
         return self.first_s, self.growth_s, self.steps, self.weight
@@ -206,8 +220,20 @@ def _bits(value: float) -> int:
 
 @njit
 def count_runs(
-    first_s: Floats, growth_s: Floats, steps: Ints, weight: Ints, low: int, high: int, shift: int, counts: Ints
+    first_s: Floats,
+    growth_s: Floats,
+    steps: Ints,
+    weight: Ints,
+    low: int,
+    high: int,
+    shift: int,
+    counts: Ints,
+    entries: Ints,
 ) -> None:
+    """Add to `counts` how many values there are in each part of the bits from low to high, of 2**shift bit patterns.
+
+    entries: how many of them are written down apart: of a run without growth one, of others each step.
+    """
     for run in range(first_s.shape[0]):
         if weight[run] == 0:
             continue
@@ -217,38 +243,34 @@ def count_runs(
             continue
         if min(begin, end) >= low and max(begin, end) <= high and (begin - low) >> shift == (end - low) >> shift:
             counts[(begin - low) >> shift] += steps[run] * weight[run]
+            entries[(begin - low) >> shift] += 1 if begin == end else steps[run]
             continue
         for step in range(steps[run]):
             value = _bits(first_s[run] + step * growth_s[run])
             if low <= value <= high:
                 counts[(value - low) >> shift] += weight[run]
+                entries[(value - low) >> shift] += 1
 
 
 @njit
-def _values_between(
-    first_s: Floats,
-    growth_s: Floats,
-    steps: Ints,
-    weight: Ints,
-    low: int,
-    high: int,
-    values: Floats,
-    weights: Ints,
-) -> int:
-    """Values whose bits lie from low to high, into `values` as far as they fit; returns how many there are."""
+def values_between(
+    first_s: Floats, growth_s: Floats, steps: Ints, weight: Ints, low: int, high: int, values: Floats, weights: Ints
+) -> None:
+    """The values whose bits lie from low to high, and how often each is there; as many as `entries` of count_runs."""
     size = 0
     for run in range(first_s.shape[0]):
         if weight[run] == 0:
             continue
         begin = _bits(first_s[run])
-        end = _bits(first_s[run] + (steps[run] - 1) * growth_s[run])
-        if max(begin, end) < low or min(begin, end) > high:
+        if begin == _bits(first_s[run] + (steps[run] - 1) * growth_s[run]):
+            if low <= begin <= high:
+                values[size] = first_s[run]
+                weights[size] = steps[run] * weight[run]
+                size += 1
             continue
         for step in range(steps[run]):
             value_s = first_s[run] + step * growth_s[run]
             if low <= _bits(value_s) <= high:
-                if size < values.shape[0]:
-                    values[size] = value_s
-                    weights[size] = weight[run]
+                values[size] = value_s
+                weights[size] = weight[run]
                 size += 1
-    return size

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from ..kernels.jit import njit
 from . import kv_cache
-from .request_blocks import block_hash, blocks_of, num_named_blocks
+from .request_blocks import blocks_of, num_named_blocks, span_hash
 from .scheduler_state import (
     ADMISSION,
     BLOCK_SIZE,
+    BLOCKS_PER_HASH,
     CHUNKED_PREFILL,
     ESTIMATED_PEAK,
     FIRST_CHUNK,
@@ -45,9 +46,8 @@ def first_tokens(state: State, slot: int, budget: int, most: int) -> tuple[int, 
     total = blocks_of(state, tokens)
     available = kv_cache.num_available(state.blocks)
     found = idle = 0
-    if state.num_swapped_blocks[slot] > 0:
-        computed = state.num_computed_tokens[slot]
-    else:
+    computed = state.num_computed_tokens[slot]  # whose KV is on the host, or came with the request
+    if computed == 0:
         # every hit saves a block, so a request that lacks blocks although all its named ones hit cannot be admitted
         named = num_named_blocks(state, slot) * limits[PREFIX_CACHING]
         if total - named > available and limits[ADMISSION] != FIRST_CHUNK:
@@ -78,16 +78,27 @@ def _prefix_hits(state: State, slot: int) -> tuple[int, int, int]:
     hits = found = idle = 0
     if state.limits[PREFIX_CACHING] == 0:
         return hits, found, idle
+    blocks, per_hash = state.blocks, state.limits[BLOCKS_PER_HASH]
     limit = min(num_named_blocks(state, slot), (state.num_tokens[slot] - 1) // state.limits[BLOCK_SIZE])
     while hits < limit:
-        content_hash = block_hash(state, slot, hits)
-        block = kv_cache.find(state.blocks, content_hash)
-        if block >= 0:
-            found += 1
-            idle += state.blocks.ref_count[block] == 0
-        elif kv_cache.find(state.host_blocks, content_hash) < 0:
+        content_hash = span_hash(state, slot, hits // per_hash)
+        span = kv_cache.find_span(blocks, content_hash)
+        if span < 0 and state.host_blocks.ref_count.shape[0] == 0:
             break
-        hits += 1
+        wanted = min(limit - hits, per_hash)
+        if span >= 0 and wanted == per_hash == blocks.span_named[span]:
+            found += per_hash
+            idle += blocks.span_idle[span]
+            hits += per_hash
+            continue
+        for place in range(wanted):
+            block = kv_cache.block_at(blocks, span, place)
+            if block >= 0:
+                found += 1
+                idle += blocks.ref_count[block] == 0
+            elif kv_cache.find(state.host_blocks, content_hash, place) < 0:
+                return hits, found, idle
+            hits += 1
     return hits, found, idle
 
 

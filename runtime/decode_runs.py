@@ -1,157 +1,321 @@
-"""Runs of equal decode steps: between two events a batch that only decodes does not change, so the simulator jumps.
+"""Runs of decode steps: requests that each get one token a step, as long as nothing concerns one of them alone.
 
-A run is begun, goes on for some steps at a time, loses the requests that end on its way, and is finished; only then do
-the requests know what was computed. `schedule` and `commit` for each step would have done the same.
+Between two events such a batch does not change, so the simulator jumps over many steps; and while others compute their
+prompts beside it, every step still does the same with all its rows. So a run counts its steps once for all rows, and
+takes the blocks that they need from the pool as they need them, without saying yet whose they are: what an arrival or
+an end costs does not grow with those that go on. What each has computed is written down when somebody asks for it: when
+it ends, before prefixes are looked up that it may have completed, and when the run is left. `schedule` and `commit` for
+each step would have done the same.
+
+A run's rows are the first of `State.running`. Those behind them are scheduled in the usual way (`schedule_behind`),
+and join the run when they lack nothing but their last token.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
 from ..kernels.jit import njit
-from . import kv_cache, waiting_queue
-from .admission import first_tokens
-from .kv_cache import FREE
-from .request_blocks import hold_blocks, remember_full_blocks
+from . import kv_cache
+from .request_blocks import blocks_of, hold_in, remember_full_blocks
 from .scheduler import count_answer, most_tokens, release_request
 from .scheduler_state import (
     ADMISSION,
     BLOCK_SIZE,
+    BLOCKS_PER_HASH,
     ESTIMATED_PEAK,
     MAX_NUM_BATCHED_TOKENS,
-    MAX_NUM_SEQS,
     NUM_RUNNING,
     NUM_WAITING,
     PLAN_FINISHED,
-    PLAN_SIZE,
+    POLICY,
     PREFIX_CACHING,
+    VLLM_V1,
     Plan,
     State,
+    slot_at,
 )
+from .spec import Pool
+
+# places in DecodeRun.counts
+ROWS = 0
+STEP = 1
+HELD_UNTIL = 2
+NUM_BLOCKS = 3
+NEXT_END = 4
+HASHED = 5
+
+NEVER = 1 << 62  # a step that does not come
+
+
+class DecodeRun(NamedTuple):
+    """Row i is the request in slot `State.running[i]`, which lacks its last token alone.
+
+    start     (max_num_seqs,) int64  its computed tokens, less counts[STEP]
+    end       (max_num_seqs,) int64  counts[STEP] when it ends
+    turn      (max_num_seqs,) int64  it begins a block in a step from a count with this remainder of the block size
+    naming    (max_num_seqs,) int64  counts[STEP] at which it fills a block that has a hash, NEVER where none follows
+    crossing  (block_size,) int64    rows by their turn
+    blocks    (num_kv_blocks,) int32 blocks taken for the rows that are in nobody's block table yet
+    counts    (6,) int64             rows; steps done; up to which step blocks are taken; those in `blocks`; the next
+                                     `end`; rows that may complete blocks whose content others look for
+    """
+
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    turn: NDArray[np.int64]
+    naming: NDArray[np.int64]
+    crossing: NDArray[np.int64]
+    blocks: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+
+def new_decode_run(pool: Pool) -> DecodeRun:
+    """A run without rows, of a replica with the limits of `pool`."""
+    return DecodeRun(
+        start=np.zeros(pool.max_num_seqs, np.int64),
+        end=np.zeros(pool.max_num_seqs, np.int64),
+        turn=np.zeros(pool.max_num_seqs, np.int64),
+        naming=np.zeros(pool.max_num_seqs, np.int64),
+        crossing=np.zeros(pool.block_size, np.int64),
+        blocks=np.zeros(pool.num_kv_blocks, np.int32),
+        counts=np.zeros(6, np.int64),
+    )
 
 
 @njit
-def begin_decode_run(state: State, plan: Plan) -> bool:
-    """Does each running request lack its last token alone, and can nobody be admitted before one of them ends?
+def lacks_last_token(state: State, slot: int) -> bool:
+    """Whether a running request's next step is one of decoding."""
+    return bool(state.num_computed_tokens[slot] == state.num_tokens[slot] - 1)
 
-    Then `plan` holds the run: `slot` by row, in order of admission; in `start` the tokens whose KV is computed, in
-    `num_tokens` the steps until the request ends. The caller has no plan in flight and proposes nothing.
+
+@njit
+def begin_run(state: State, run: DecodeRun) -> int:
+    """Take the running requests that only decode into a run; those that compute more have to stand behind them.
+
+    The caller has no plan in flight and proposes nothing.
+
+    Returns: tokens that the run's next step reads; 0: there is no run.
     """
     size = state.counts[NUM_RUNNING]
     if size == 0 or size > state.limits[MAX_NUM_BATCHED_TOKENS]:
-        return False
-    may_admit = state.counts[NUM_WAITING] > 0 and size < state.limits[MAX_NUM_SEQS]
-    if may_admit and state.limits[ADMISSION] == ESTIMATED_PEAK:
-        return False  # an answer that outlives its estimate changes who may be admitted
-    for row in range(size):
-        slot = state.running[row]
-        tokens = state.num_tokens[slot]
-        if state.num_computed_tokens[slot] != tokens - 1:
-            return False
-        plan.slot[row] = slot
-        plan.start[row] = tokens - 1
-        plan.num_tokens[row] = state.max_num_tokens[slot] - tokens
-    plan.counts[:] = 0
-    plan.counts[PLAN_SIZE] = size
-    return not (may_admit and _admits(state, plan))
+        return 0
+    first = 0
+    while first < size and lacks_last_token(state, slot_at(state.running, first)):
+        slot = slot_at(state.running, first)
+        if state.num_blocks[slot] != blocks_of(state, state.num_computed_tokens[slot]):
+            return 0
+        first += 1
+    if first == 0 or next_decoding(state, first) < size:
+        return 0
+    run.counts[:] = 0
+    run.counts[NEXT_END] = NEVER
+    run.crossing[:] = 0
+    context = 0
+    for _ in range(first):
+        context += join_run(state, run)
+    return context
 
 
 @njit
-def _admits(state: State, plan: Plan) -> bool:
-    """Whether the next step admits somebody, or preempts: what `schedule` finds out once those that run have blocks.
-
-    If it does not, no step does before a request ends: free blocks only get fewer.
-    """
-    for row in range(plan.counts[PLAN_SIZE]):
-        if not hold_blocks(state, plan, plan.slot[row], plan.start[row] + 1):
-            return True
-    place = waiting_queue.first_place(state)
-    if place < 0:
-        return False
-    budget = state.limits[MAX_NUM_BATCHED_TOKENS] - plan.counts[PLAN_SIZE]
-    _, num_tokens = first_tokens(state, waiting_queue.at(state, place), budget, most_tokens(state))
-    return num_tokens > 0
+def next_decoding(state: State, place: int) -> int:
+    """Place of the first running request from this one on that only decodes; behind the last where there is none."""
+    while place < state.counts[NUM_RUNNING] and not lacks_last_token(state, slot_at(state.running, place)):
+        place += 1
+    return place
 
 
 @njit
-def least_num_tokens(plan: Plan) -> int:
-    """Steps until the first request of a run ends, counted from its begin."""
-    least = plan.num_tokens[0]
-    for row in range(1, plan.counts[PLAN_SIZE]):
-        least = min(least, plan.num_tokens[row])
-    return int(least)
+def join_run(state: State, run: DecodeRun) -> int:
+    """Add the running request behind the run's rows to them; returns the tokens that it reads in its next step."""
+    counts, row = run.counts, run.counts[ROWS]
+    slot = slot_at(state.running, row)
+    computed = state.num_computed_tokens[slot]
+    run.start[row] = computed - counts[STEP]
+    run.end[row] = counts[STEP] + state.max_num_tokens[slot] - state.num_tokens[slot]
+    run.turn[row] = (counts[STEP] - computed) % state.limits[BLOCK_SIZE]
+    run.crossing[run.turn[row]] += 1
+    run.naming[row] = _next_naming(state, run, slot)
+    counts[NEXT_END] = min(counts[NEXT_END], run.end[row])
+    counts[HASHED] += _is_hashed(state, slot)
+    counts[ROWS] += 1
+    return int(computed + 1)
 
 
 @njit
-def needs_no_eviction(state: State, rows: int, steps: int) -> bool:
-    """Whether free blocks surely suffice for so many steps of a run that has touched none yet.
-
-    Then it makes no difference that blocks are held only when the run is finished, after others gave theirs back.
-    """
-    block_size = state.limits[BLOCK_SIZE]
-    return bool(rows * ((steps + block_size - 1) // block_size) <= state.blocks.counts[FREE])
+def _is_hashed(state: State, slot: int) -> bool:
+    return bool(state.num_hashes[slot] > 0 and state.limits[PREFIX_CACHING] != 0)
 
 
 @njit
-def affordable_steps(state: State, plan: Plan, most: int) -> int:
-    """Steps, at most so many, of a run just begun, for which there are blocks: free or to be evicted; 0: not one."""
-    block_size = state.limits[BLOCK_SIZE]
+def take_blocks(state: State, plan: Plan, run: DecodeRun, until: int) -> int:
+    """Take the blocks of the steps up to count `until`, free or evicted; returns up to which there are some."""
+    counts = run.counts
+    step = counts[HELD_UNTIL]
+    if step >= until:
+        return int(until)
+    remainder = step % state.limits[BLOCK_SIZE]
+    needed = _blocks_of_steps(run, remainder, until - step)
     available = kv_cache.num_available(state.blocks)
-    steps = most
-    while steps > 0:
-        needed = 0
-        for row in range(plan.counts[PLAN_SIZE]):
-            blocks = (plan.start[row] + steps + block_size - 1) // block_size
-            needed += max(0, blocks - state.num_blocks[plan.slot[row]])
-        if needed <= available:
-            break
-        steps = steps // 2
-    return steps
+    if needed > available:
+        until, needed = step, 0
+        while needed + run.crossing[remainder] <= available:
+            needed += run.crossing[remainder]
+            until += 1
+            remainder = remainder + 1 if remainder + 1 < run.crossing.shape[0] else 0
+    if needed > 0:
+        hold_in(state, plan, run.blocks, counts[NUM_BLOCKS], counts[NUM_BLOCKS] + needed)
+        counts[NUM_BLOCKS] += needed
+    counts[HELD_UNTIL] = until
+    return int(until)
 
 
 @njit
-def _advance(state: State, plan: Plan, row: int, steps: int) -> None:
-    slot, before = plan.slot[row], plan.start[row]
-    state.num_tokens[slot] = before + 1 + steps
-    state.num_computed_tokens[slot] = before + steps
-    hold_blocks(state, plan, slot, before + steps)
-    if state.num_hashes[slot] > 0 and state.limits[PREFIX_CACHING] != 0:
-        remember_full_blocks(state, slot, before, before + steps)
+def evicts(state: State, run: DecodeRun, until: int) -> bool:
+    """Whether the blocks of the steps up to count `until` are more than those that are free."""
+    step = run.counts[HELD_UNTIL]
+    needed = _blocks_of_steps(run, step % state.limits[BLOCK_SIZE], max(0, until - step))
+    return bool(needed > state.blocks.counts[kv_cache.FREE])
 
 
 @njit
-def end_in_decode_run(state: State, plan: Plan, steps: int) -> int:
-    """End the requests of a run that are done `steps` after its begin; they are in `plan.finished` then.
+def _blocks_of_steps(run: DecodeRun, remainder: int, steps: int) -> int:
+    """Blocks that so many steps begin, from a count with this remainder of the block size on."""
+    size = run.crossing.shape[0]
+    needed = 0
+    if steps >= size:
+        needed = run.counts[ROWS] * (steps // size)
+        steps %= size
+    end = remainder + steps
+    for i in range(remainder, min(end, size)):
+        needed += run.crossing[np.uint64(i)]
+    for i in range(end - size):
+        needed += run.crossing[np.uint64(i)]
+    return int(needed)
+
+
+@njit
+def prepare_step(state: State, plan: Plan, run: DecodeRun, beside: bool) -> bool:
+    """Empty the plan and take the blocks of the run's next step; False: leave the run, and schedule the step whole.
+
+    beside: `schedule_behind` follows. Then what the rows have computed is named, as far as others may look for it.
+    """
+    plan.counts[:] = 0
+    step = run.counts[STEP]
+    if take_blocks(state, plan, run, step + 1) == step:
+        return False
+    if not beside:
+        return True
+    rows, size = run.counts[ROWS], state.limits[BLOCK_SIZE]
+    most, needed = most_tokens(state), 0
+    for index in range(rows, state.counts[NUM_RUNNING]):
+        slot = slot_at(state.running, index)
+        tokens = min(state.num_tokens[slot], state.num_computed_tokens[slot] + most)
+        needed += max(0, blocks_of(state, tokens) - state.num_blocks[slot])
+    if needed > kv_cache.num_available(state.blocks):
+        return False
+    if state.counts[NUM_WAITING] > 0:
+        if state.limits[ADMISSION] == ESTIMATED_PEAK:
+            return False  # which looks at everybody's tokens
+        if run.counts[HASHED] > 0:
+            planned = int(state.limits[POLICY] == VLLM_V1)
+            if planned and size == 1:
+                return False
+            _name_computed(state, run, planned)
+    return True
+
+
+@njit
+def _next_naming(state: State, run: DecodeRun, slot: int) -> int:
+    """Count of steps at which a row, just written down, fills a block that has a hash."""
+    size, computed = state.limits[BLOCK_SIZE], state.num_computed_tokens[slot]
+    full = computed // size
+    if not _is_hashed(state, slot) or full >= state.num_hashes[slot] * state.limits[BLOCKS_PER_HASH]:
+        return NEVER
+    return int(run.counts[STEP] + (full + 1) * size - computed)
+
+
+@njit
+def _name_computed(state: State, run: DecodeRun, planned: int) -> None:
+    """Name the blocks that rows have filled since they were named last, or fill with so many tokens more."""
+    for row in range(run.counts[ROWS]):
+        if run.naming[row] <= run.counts[STEP] + planned:
+            slot = slot_at(state.running, row)
+            before = state.num_computed_tokens[slot]
+            write_down(state, run, row)
+            remember_full_blocks(state, slot, before, state.num_computed_tokens[slot] + planned)
+            run.naming[row] = _next_naming(state, run, slot)
+
+
+@njit
+def write_down(state: State, run: DecodeRun, row: int) -> None:
+    """Write down what a row has computed, and the blocks that hold it."""
+    slot = slot_at(state.running, row)
+    computed = run.start[row] + run.counts[STEP]
+    needed = blocks_of(state, computed)
+    table = state.block_table[state.lane[slot]]
+    for i in range(state.num_blocks[slot], needed):
+        run.counts[NUM_BLOCKS] -= 1
+        table[i] = run.blocks[run.counts[NUM_BLOCKS]]
+    state.num_blocks[slot] = needed
+    state.num_computed_tokens[slot] = computed
+    state.num_tokens[slot] = computed + 1
+
+
+@njit
+def _write_and_name(state: State, run: DecodeRun, row: int) -> None:
+    slot = slot_at(state.running, row)
+    before = state.num_computed_tokens[slot]
+    write_down(state, run, row)
+    if _is_hashed(state, slot):
+        remember_full_blocks(state, slot, before, state.num_computed_tokens[slot])
+
+
+@njit
+def end_rows(state: State, plan: Plan, run: DecodeRun) -> int:
+    """End the requests whose last step was the one just done; they are added to `plan.finished`.
 
     Returns: their tokens, of prompts and answers.
     """
-    plan.counts[PLAN_FINISHED] = 0
-    kept = 0
-    tokens = 0
-    for row in range(plan.counts[PLAN_SIZE]):
-        slot = plan.slot[row]
-        if plan.num_tokens[row] == steps:
-            if state.num_hashes[slot] > 0:
-                _advance(state, plan, row, steps)
-            # else nobody will look at its blocks, so it gives back those that it has
-            state.num_tokens[slot] = state.max_num_tokens[slot]
-            tokens += state.max_num_tokens[slot]
+    counts = run.counts
+    kept = tokens = 0
+    next_end = NEVER
+    for row in range(counts[ROWS]):
+        slot = slot_at(state.running, row)
+        if run.end[row] == counts[STEP]:
+            run.crossing[run.turn[row]] -= 1
+            counts[HASHED] -= _is_hashed(state, slot)
+            _write_and_name(state, run, row)
+            tokens += state.num_tokens[slot]
             count_answer(state, slot)
             release_request(state, slot)
             plan.finished[plan.counts[PLAN_FINISHED]] = slot
             plan.counts[PLAN_FINISHED] += 1
         else:
-            plan.slot[kept] = slot
-            plan.start[kept] = plan.start[row]
-            plan.num_tokens[kept] = plan.num_tokens[row]
             state.running[kept] = slot
+            run.start[kept] = run.start[row]
+            run.end[kept] = run.end[row]
+            run.turn[kept] = run.turn[row]
+            run.naming[kept] = run.naming[row]
+            next_end = min(next_end, run.end[row])
             kept += 1
-    plan.counts[PLAN_SIZE] = kept
-    state.counts[NUM_RUNNING] = kept
+    for index in range(counts[ROWS], state.counts[NUM_RUNNING]):
+        state.running[kept + index - counts[ROWS]] = state.running[index]
+    state.counts[NUM_RUNNING] -= counts[ROWS] - kept
+    counts[ROWS] = kept
+    counts[NEXT_END] = next_end
     return int(tokens)
 
 
 @njit
-def finish_decode_run(state: State, plan: Plan, steps: int) -> None:
-    """Write down that every request left in a run has computed `steps` tokens since its begin."""
-    if steps > 0:
-        for row in range(plan.counts[PLAN_SIZE]):
-            _advance(state, plan, row, steps)
+def leave_run(state: State, run: DecodeRun) -> None:
+    """Write down what every row has computed, and give back the blocks that were taken for a step that did not come."""
+    for row in range(run.counts[ROWS]):
+        _write_and_name(state, run, row)
+    for i in range(run.counts[NUM_BLOCKS]):
+        kv_cache.release(state.blocks, run.blocks[i])
+    run.counts[ROWS] = 0
+    run.counts[NUM_BLOCKS] = 0

@@ -45,12 +45,12 @@ def take_block(state: State, plan: Plan) -> int:
     evicts = blocks.counts[FREE] == 0 and blocks.counts[CACHED] > 0
     if evicts and host.ref_count.shape[0] > 0 and _room(state, plan) > 0:
         block = kv_cache.oldest(blocks)
-        content_hash = blocks.block_hash[block]
-        place = kv_cache.find(host, content_hash)
+        content_hash, at = kv_cache.name_of(blocks, block)
+        place = kv_cache.find(host, content_hash, at)
         if place < 0:
             place = kv_cache.take(host)
             if place >= 0:
-                kv_cache.remember(host, place, content_hash)
+                kv_cache.remember(host, place, content_hash, at)
                 _copy(state, plan, block, blocks.ref_count.shape[0] + place)
                 kv_cache.release(host, place)
         elif host.ref_count[place] == 0:  # it is there already, and was asked for later than the others
@@ -60,11 +60,12 @@ def take_block(state: State, plan: Plan) -> int:
 
 
 @njit
-def fetch_block(state: State, plan: Plan, place: int, content_hash: int) -> int:
+def fetch_block(state: State, plan: Plan, content_hash: int, at: int) -> int:
     """A device block with the content of a host block that is held, and then let go: it stays cached there, too."""
+    place = kv_cache.find(state.host_blocks, content_hash, at)
     block = take_block(state, plan)
     _copy(state, plan, state.blocks.ref_count.shape[0] + place, block)
-    kv_cache.remember(state.blocks, block, content_hash)
+    kv_cache.remember(state.blocks, block, content_hash, at)
     kv_cache.release(state.host_blocks, place)
     return block
 

@@ -1,8 +1,14 @@
 """Blocks of the paged KV cache: who holds them, which are free, and which hold a prefix that may be used again.
 
 Pure bookkeeping over NumPy arrays, compiled by Numba; the tensors live elsewhere. A block is held (`ref_count > 0`),
-free (on the stack), or cached: free to be taken, but its content has a hash and a later request may claim it. Cached
+free (on the stack), or cached: free to be taken, but its content has a name and a later request may claim it. Cached
 blocks are taken in order of last use (LRU), and only when the stack is empty.
+
+The loops over many blocks index by numbers without a sign: one with a sign may count from the end, and to find that out
+takes Numba as long as all the rest.
+
+A name is a hash and a place under it. One hash covers a span of blocks (in a log often 512 tokens, 32 blocks), so that
+what a request with thousands of blocks finds is looked up span by span, and of a whole span its counts alone.
 """
 
 from __future__ import annotations
@@ -17,41 +23,70 @@ from ..kernels.jit import njit
 # places in BlockPool.counts
 FREE = 0
 CACHED = 1
+QUEUE_HEAD = 2
+QUEUE_TAIL = 3
+USED_SPANS = 4
+FREE_SPANS = 5
+SPAN_BITS = 6
+SECOND_BLOCKS = 7
 
 
 class BlockPool(NamedTuple):
     """All blocks of one KV cache.
 
-    ref_count   (num_blocks,) int32  requests that hold the block
-    block_hash  (num_blocks,) int64  hash of its content and all before it; 0 = none
-    free_stack  (num_blocks,) int32  free blocks without content, counts[FREE] of them
-    lru_next, lru_prev  (num_blocks + 1,) int32  ring of cached blocks, oldest first; the last place is the anchor
-    table_hash, table_block  (2**k,) int64, int32  hash -> block, open addressing; hash 0 = empty place
-    counts      (2,) int64           blocks on the stack; cached blocks
+    ref_count    (num_blocks,) int32  requests that hold the block
+    content      (num_blocks,) int64  1 + its place in `span_block`; 0 = its content has no name
+    next_same    (num_blocks,) int32  1 + the block of equal content that was named next; 0 = none
+    free_stack   (num_blocks,) int32  free blocks without content, counts[FREE] of them
+    queue        (2 * num_blocks,) int32  cached blocks, unused for longest first, from counts[QUEUE_HEAD] to
+                                      counts[QUEUE_TAIL]; an entry counts where `queue_place` of its block names it
+    queue_place  (num_blocks,) int32  where in `queue` a cached block stands
+    table_hash, table_span  (2**k,) int64, int32  hash -> span, open addressing; hash 0 = empty place
+    span_hash    (num_blocks,) int64
+    span_named   (num_blocks,) int32  places of a span of whose content there is a block
+    span_idle    (num_blocks,) int32  of these, places whose (first) block nobody holds
+    span_block   (num_blocks << counts[SPAN_BITS],) int32  1 + the (first) block of each place of each span; 0 = none
+    free_spans   (num_blocks,) int32  spans that are used again, counts[FREE_SPANS] of them
+    counts       (8,) int64           blocks on the stack; cached blocks; the ends of the queue; spans that were ever
+                                      used; those on the stack of spans; bits of a place; blocks that are not the first
+                                      of their content
     """
 
     ref_count: NDArray[np.int32]
-    block_hash: NDArray[np.int64]
+    content: NDArray[np.int64]
+    next_same: NDArray[np.int32]
     free_stack: NDArray[np.int32]
-    lru_next: NDArray[np.int32]
-    lru_prev: NDArray[np.int32]
+    queue: NDArray[np.int32]
+    queue_place: NDArray[np.int32]
     table_hash: NDArray[np.int64]
-    table_block: NDArray[np.int32]
+    table_span: NDArray[np.int32]
+    span_hash: NDArray[np.int64]
+    span_named: NDArray[np.int32]
+    span_idle: NDArray[np.int32]
+    span_block: NDArray[np.int32]
+    free_spans: NDArray[np.int32]
     counts: NDArray[np.int64]
 
 
-def new_block_pool(num_blocks: int) -> BlockPool:
-    """A pool of `num_blocks` free blocks; the first to be taken is block 0."""
+def new_block_pool(num_blocks: int, span_blocks: int = 1) -> BlockPool:
+    """A pool of `num_blocks` free blocks, of which one hash names `span_blocks`; the first to be taken is block 0."""
     places = 1 << max(4, max(0, 2 * num_blocks - 1).bit_length())
+    span_bits = (span_blocks - 1).bit_length()
     return BlockPool(
         ref_count=np.zeros(num_blocks, np.int32),
-        block_hash=np.zeros(num_blocks, np.int64),
+        content=np.zeros(num_blocks, np.int64),
+        next_same=np.zeros(num_blocks, np.int32),
         free_stack=np.arange(num_blocks - 1, -1, -1, dtype=np.int32),
-        lru_next=np.full(num_blocks + 1, num_blocks, np.int32),
-        lru_prev=np.full(num_blocks + 1, num_blocks, np.int32),
+        queue=np.zeros(2 * num_blocks, np.int32),
+        queue_place=np.zeros(num_blocks, np.int32),
         table_hash=np.zeros(places, np.int64),
-        table_block=np.zeros(places, np.int32),
-        counts=np.array([num_blocks, 0], np.int64),
+        table_span=np.zeros(places, np.int32),
+        span_hash=np.zeros(num_blocks, np.int64),
+        span_named=np.zeros(num_blocks, np.int32),
+        span_idle=np.zeros(num_blocks, np.int32),
+        span_block=np.zeros(num_blocks << span_bits, np.int32),
+        free_spans=np.zeros(num_blocks, np.int32),
+        counts=np.array([num_blocks, 0, 0, 0, 0, 0, span_bits, 0], np.int64),
     )
 
 
@@ -67,27 +102,66 @@ def _home(pool: BlockPool, content_hash: int) -> int:
 
 
 @njit
-def find(pool: BlockPool, content_hash: int) -> int:
-    """The block whose content has this hash, held or cached, the first of several; -1 if there is none."""
+def find_span(pool: BlockPool, content_hash: int) -> int:
+    """The span that a hash covers, of which there is a block; -1: there is none of it."""
     mask = pool.table_hash.shape[0] - 1
     place = _home(pool, content_hash)
     while pool.table_hash[place] != 0:
         if pool.table_hash[place] == content_hash:
-            return int(pool.table_block[place])
+            return int(pool.table_span[place])
         place = (place + 1) & mask
     return -1
 
 
 @njit
-def _forget(pool: BlockPool, block: int) -> None:
-    content_hash = pool.block_hash[block]
-    pool.block_hash[block] = 0
+def block_at(pool: BlockPool, span: int, place: int) -> int:
+    """The block with the content of a place of a span (-1: of none), the first of several; -1 if there is none."""
+    if span < 0:
+        return -1
+    return int(pool.span_block[(span << pool.counts[SPAN_BITS]) + place]) - 1
+
+
+@njit
+def find(pool: BlockPool, content_hash: int, place: int) -> int:
+    """The block with this content, held or cached, the first of several; -1 if there is none."""
+    return block_at(pool, find_span(pool, content_hash), place)
+
+
+@njit
+def name_of(pool: BlockPool, block: int) -> tuple[int, int]:
+    """Hash and place of a block that has a name."""
+    bits = pool.counts[SPAN_BITS]
+    at = pool.content[block] - 1
+    return int(pool.span_hash[at >> bits]), int(at & ((1 << bits) - 1))
+
+
+@njit
+def add_span(pool: BlockPool, content_hash: int) -> int:
+    """A span for a hash, well mixed and not 0, that has none; a block of it is named next."""
+    counts = pool.counts
+    if counts[FREE_SPANS] > 0:
+        counts[FREE_SPANS] -= 1
+        span = int(pool.free_spans[counts[FREE_SPANS]])
+    else:
+        span = int(counts[USED_SPANS])
+        counts[USED_SPANS] += 1
     mask = pool.table_hash.shape[0] - 1
     place = _home(pool, content_hash)
-    while pool.table_hash[place] != content_hash or pool.table_block[place] != block:
+    while pool.table_hash[place] != 0:
         place = (place + 1) & mask
-    # backward-shift deletion keeps every chain unbroken, and blocks of equal content in
-    # the order they came, without tombstones (Knuth, TAOCP 3, 6.4, algorithm R)
+    pool.table_hash[place] = content_hash
+    pool.table_span[place] = span
+    pool.span_hash[span] = content_hash
+    return span
+
+
+@njit
+def _drop_span(pool: BlockPool, span: int) -> None:
+    mask = pool.table_hash.shape[0] - 1
+    place = _home(pool, pool.span_hash[span])
+    while pool.table_hash[place] != pool.span_hash[span]:
+        place = (place + 1) & mask
+    # backward-shift deletion keeps every chain unbroken without tombstones (Knuth, TAOCP 3, 6.4, algorithm R)
     hole = place
     while True:
         place = (place + 1) & mask
@@ -96,44 +170,92 @@ def _forget(pool: BlockPool, block: int) -> None:
         home = _home(pool, pool.table_hash[place])
         if ((place - home) & mask) >= ((place - hole) & mask):
             pool.table_hash[hole] = pool.table_hash[place]
-            pool.table_block[hole] = pool.table_block[place]
+            pool.table_span[hole] = pool.table_span[place]
             hole = place
     pool.table_hash[hole] = 0
+    pool.free_spans[pool.counts[FREE_SPANS]] = span
+    pool.counts[FREE_SPANS] += 1
 
 
 @njit
-def remember(pool: BlockPool, block: int, content_hash: int) -> None:
-    """Say what a held, full block contains; the hash is well mixed, not 0. A second block of that content gets none."""
-    if pool.block_hash[block] == 0 and find(pool, content_hash) < 0:
-        remember_also(pool, block, content_hash)
-
-
-@njit
-def remember_also(pool: BlockPool, block: int, content_hash: int) -> None:
-    """Say what a held, full block contains, even if others contain the same; `find` gives the first of them."""
-    if pool.block_hash[block] != 0:
+def _forget(pool: BlockPool, block: int) -> None:
+    at = pool.content[block] - 1
+    span = at >> pool.counts[SPAN_BITS]
+    pool.content[block] = 0
+    following = pool.next_same[block]
+    pool.next_same[block] = 0
+    if pool.span_block[at] != block + 1:
+        before = pool.span_block[at] - 1
+        while pool.next_same[before] != block + 1:
+            before = pool.next_same[before] - 1
+        pool.next_same[before] = following
+        pool.counts[SECOND_BLOCKS] -= 1
         return
-    mask = pool.table_hash.shape[0] - 1
-    place = _home(pool, content_hash)
-    while pool.table_hash[place] != 0:
-        place = (place + 1) & mask
-    pool.table_hash[place] = content_hash
-    pool.table_block[place] = block
-    pool.block_hash[block] = content_hash
+    pool.span_block[at] = following
+    if following > 0:
+        pool.counts[SECOND_BLOCKS] -= 1
+        pool.span_idle[span] += pool.ref_count[following - 1] == 0
+        return
+    pool.span_named[span] -= 1
+    if pool.span_named[span] == 0:
+        _drop_span(pool, span)
+
+
+@njit
+def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span: int, first: int, also: bool) -> None:
+    """Say of held, full blocks row[begin:end] what they contain: row[first + i] place i of a span. Who has a name keeps
+    it. A second block of some content gets the name only if `also`; `block_at` gives the first of them all the same."""
+    base = (span << pool.counts[SPAN_BITS]) - first
+    named = 0
+    for i in range(begin, end):
+        block, at = row[np.uint64(i)], base + i
+        if pool.content[np.uint64(block)] != 0:
+            continue
+        if pool.span_block[np.uint64(at)] == 0:
+            pool.span_block[np.uint64(at)] = block + 1
+            pool.content[np.uint64(block)] = at + 1
+            named += 1
+        elif also:
+            last = pool.span_block[at] - 1
+            while pool.next_same[last] > 0:
+                last = pool.next_same[last] - 1
+            pool.next_same[last] = block + 1
+            pool.content[block] = at + 1
+            pool.counts[SECOND_BLOCKS] += 1
+    pool.span_named[span] += named
+
+
+@njit
+def remember(pool: BlockPool, block: int, content_hash: int, place: int) -> None:
+    """Name a held, full block by its content, unless it has a name or another block has this one."""
+    if pool.content[block] == 0:
+        span = find_span(pool, content_hash)
+        if span < 0:
+            span = add_span(pool, content_hash)
+        at = (span << pool.counts[SPAN_BITS]) + place
+        if pool.span_block[at] == 0:
+            pool.span_block[at] = block + 1
+            pool.content[block] = at + 1
+            pool.span_named[span] += 1
 
 
 @njit
 def _unlink(pool: BlockPool, block: int) -> None:
-    before, after = pool.lru_prev[block], pool.lru_next[block]
-    pool.lru_next[before] = after
-    pool.lru_prev[after] = before
+    pool.queue_place[block] = -1
     pool.counts[CACHED] -= 1
+    at = pool.content[block] - 1
+    if pool.span_block[at] == block + 1:
+        pool.span_idle[at >> pool.counts[SPAN_BITS]] -= 1
 
 
 @njit
 def oldest(pool: BlockPool) -> int:
     """The cached block unused for longest; there is one."""
-    return int(pool.lru_next[pool.ref_count.shape[0]])
+    head = pool.counts[QUEUE_HEAD]
+    while pool.queue_place[pool.queue[head]] != head:
+        head += 1
+    pool.counts[QUEUE_HEAD] = head
+    return int(pool.queue[head])
 
 
 @njit
@@ -154,14 +276,53 @@ def take(pool: BlockPool) -> int:
 
 @njit
 def take_free(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int) -> None:
-    """Put free blocks, of which there are enough, into row[held:needed]: what `take` does with each, in one loop."""
+    """Put free blocks, of which there are enough, into row[held:needed]: what `take` does with each."""
     free = pool.counts[FREE]
+    for i in range(needed - held):
+        row[np.uint64(held + i)] = pool.free_stack[np.uint64(free - 1 - i)]
     for i in range(held, needed):
-        free -= 1
-        block = pool.free_stack[free]
-        row[i] = block
-        pool.ref_count[block] = 1
-    pool.counts[FREE] = free
+        pool.ref_count[np.uint64(row[np.uint64(i)])] = 1
+    pool.counts[FREE] = free - (needed - held)
+
+
+@njit
+def take_cached(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int) -> None:
+    """Put cached blocks, of which there are enough while none is free, into row[held:needed]: what `take` does."""
+    bits, head, alone = pool.counts[SPAN_BITS], pool.counts[QUEUE_HEAD], pool.counts[SECOND_BLOCKS] == 0
+    span, gone = 0, 0  # of this span so many blocks are gone that its counts do not know of yet
+    for i in range(held, needed):
+        while pool.queue_place[np.uint64(pool.queue[np.uint64(head)])] != head:
+            head += 1
+        block = pool.queue[np.uint64(head)]
+        head += 1
+        pool.queue_place[np.uint64(block)] = -1
+        at = pool.content[np.uint64(block)] - 1
+        if alone or (pool.span_block[at] == block + 1 and pool.next_same[block] == 0):
+            pool.span_block[np.uint64(at)] = 0
+            pool.content[np.uint64(block)] = 0
+            if at >> bits != span:
+                _count_gone(pool, span, gone)
+                span, gone = at >> bits, 0
+            gone += 1
+        else:
+            _count_gone(pool, span, gone)
+            gone = 0
+            pool.span_idle[at >> bits] -= pool.span_block[at] == block + 1
+            _forget(pool, block)
+        pool.ref_count[np.uint64(block)] = 1
+        row[np.uint64(i)] = block
+    _count_gone(pool, span, gone)
+    pool.counts[QUEUE_HEAD] = head
+    pool.counts[CACHED] -= needed - held
+
+
+@njit
+def _count_gone(pool: BlockPool, span: int, gone: int) -> None:
+    if gone > 0:
+        pool.span_idle[span] -= gone
+        pool.span_named[span] -= gone
+        if pool.span_named[span] == 0:
+            _drop_span(pool, span)
 
 
 @njit
@@ -174,11 +335,11 @@ def claim(pool: BlockPool, block: int) -> None:
 
 @njit
 def release(pool: BlockPool, block: int) -> None:
-    """Let go of a held block. The last holder leaves it cached if its content has a hash, else free."""
+    """Let go of a held block. The last holder leaves it cached if its content has a name, else free."""
     pool.ref_count[block] -= 1
     if pool.ref_count[block] > 0:
         return
-    if pool.block_hash[block] == 0:
+    if pool.content[block] == 0:
         pool.free_stack[pool.counts[FREE]] = block
         pool.counts[FREE] += 1
         return
@@ -186,28 +347,68 @@ def release(pool: BlockPool, block: int) -> None:
 
 
 @njit
-def release_all(pool: BlockPool, row: NDArray[np.int32], held: int) -> None:
-    """Let go of row[:held], the last ones first: what `release` does with each, in one loop."""
-    free = pool.counts[FREE]
-    for i in range(held - 1, -1, -1):
-        block = row[i]
-        others = pool.ref_count[block] - 1
-        pool.ref_count[block] = others
-        if others == 0:
-            if pool.block_hash[block] == 0:
-                pool.free_stack[free] = block
-                free += 1
-            else:
-                _link(pool, block)
-    pool.counts[FREE] = free
+def release_all(pool: BlockPool, row: NDArray[np.int32], held: int, named: int) -> None:
+    """Let go of row[:held], the last ones first: what `release` does with each. Those from `named` on have no name, and
+    nobody else holds them."""
+    counts, free, plain = pool.counts, pool.counts[FREE], max(0, held - named)
+    for i in range(plain):
+        pool.free_stack[np.uint64(free + i)] = row[np.uint64(held - 1 - i)]
+    for i in range(held - plain, held):
+        pool.ref_count[np.uint64(row[np.uint64(i)])] = 0
+    free += plain
+    if counts[QUEUE_TAIL] + held - plain > pool.queue.shape[0]:
+        _close_ranks(pool)
+    tail, bits, alone = counts[QUEUE_TAIL], counts[SPAN_BITS], counts[SECOND_BLOCKS] == 0
+    span, idle = 0, 0  # of this span so many blocks are idle that its count does not know of yet
+    for i in range(held - plain - 1, -1, -1):
+        block = row[np.uint64(i)]
+        others = pool.ref_count[np.uint64(block)] - 1
+        pool.ref_count[np.uint64(block)] = others
+        if others > 0:
+            continue
+        at = pool.content[np.uint64(block)] - 1
+        if at < 0:
+            pool.free_stack[np.uint64(free)] = block
+            free += 1
+            continue
+        pool.queue[np.uint64(tail)] = block
+        pool.queue_place[np.uint64(block)] = tail
+        tail += 1
+        if alone or pool.span_block[at] == block + 1:
+            if at >> bits != span:
+                pool.span_idle[span] += idle
+                span, idle = at >> bits, 0
+            idle += 1
+    if idle > 0:
+        pool.span_idle[span] += idle
+    counts[FREE] = free
+    counts[CACHED] += tail - counts[QUEUE_TAIL]
+    counts[QUEUE_TAIL] = tail
 
 
 @njit
 def _link(pool: BlockPool, block: int) -> None:
-    anchor = pool.ref_count.shape[0]
-    newest = pool.lru_prev[anchor]
-    pool.lru_next[newest] = block
-    pool.lru_prev[block] = newest
-    pool.lru_next[block] = anchor
-    pool.lru_prev[anchor] = block
+    if pool.counts[QUEUE_TAIL] == pool.queue.shape[0]:
+        _close_ranks(pool)
+    tail = pool.counts[QUEUE_TAIL]
+    pool.queue[tail] = block
+    pool.queue_place[block] = tail
+    pool.counts[QUEUE_TAIL] = tail + 1
     pool.counts[CACHED] += 1
+    at = pool.content[block] - 1
+    if pool.span_block[at] == block + 1:
+        pool.span_idle[at >> pool.counts[SPAN_BITS]] += 1
+
+
+@njit
+def _close_ranks(pool: BlockPool) -> None:
+    """Move the entries that count to the front of the queue: at most half of its places, so that this comes seldom."""
+    kept = 0
+    for place in range(pool.counts[QUEUE_HEAD], pool.counts[QUEUE_TAIL]):
+        block = pool.queue[place]
+        if pool.queue_place[block] == place:
+            pool.queue[kept] = block
+            pool.queue_place[block] = kept
+            kept += 1
+    pool.counts[QUEUE_HEAD] = 0
+    pool.counts[QUEUE_TAIL] = kept

@@ -26,11 +26,13 @@ def check_runnable(deployment: Deployment, shape: ModelShape | None = None) -> N
     if deployment.engine != "paretune":
         todo = "export the spec and start that server"
         raise BadSpec("engine", deployment.engine, "paretune, for the bundled engine", todo)
+    if deployment.is_disaggregated:
+        found = ", ".join(pool.role for pool in deployment.pools)
+        raise BadSpec("pools", found, "one pool of role 'mixed': the bundled engine transfers no KV between pools")
     if len(deployment.pools) != 1:
         raise BadSpec("pools", f"{len(deployment.pools)} pools", "one pool of role 'mixed', for the bundled engine")
     pool = deployment.pool
     for field, value, allowed in (
-        ("role", pool.role, ("mixed",)),
         ("weight_dtype", pool.weight_dtype, WEIGHT_DTYPES),
         ("kv_cache_dtype", pool.kv_cache_dtype, KV_CACHE_DTYPES),
     ):

@@ -5,6 +5,10 @@ Pure logic over NumPy arrays, compiled by Numba. It knows no prefill and no deco
 hits, recompute after preemption and the verification of proposed tokens are that one rule. No clock, no tensors, no
 tokens, no randomness.
 
+In a pool of role "decode" a request comes with the KV of its prompt, all but the last token of it: it holds blocks for
+that when it is admitted, and computes from there. Once preempted by recompute that KV is gone, and the replica computes
+the prompt itself (as vLLM does).
+
 A step is `schedule`, then the caller computes, then `commit`. The engine does that with the wall clock and tensors, the
 simulator with a virtual clock and a step-time model. Several plans may be in flight before the first is committed.
 
@@ -51,9 +55,11 @@ from .scheduler_state import (
     PLANS_IN_FLIGHT,
     POLICY,
     PREFIX_CACHING,
+    PROMPTS_FROM_ELSEWHERE,
     VLLM_V1,
     Plan,
     State,
+    slot_at,
 )
 
 
@@ -76,7 +82,7 @@ def add_request(
     if counts[NUM_FREE_SLOTS] == 0:
         return -1
     counts[NUM_FREE_SLOTS] -= 1
-    slot = state.free_slots[counts[NUM_FREE_SLOTS]]
+    slot = slot_at(state.free_slots, counts[NUM_FREE_SLOTS])
     state.request_id[slot] = request_id
     state.priority[slot] = priority * state.limits[BY_PRIORITY]
     state.arrival[slot] = counts[NUM_ADDED]
@@ -84,7 +90,7 @@ def add_request(
     state.num_prompt_tokens[slot] = num_prompt_tokens
     state.num_tokens[slot] = num_prompt_tokens
     state.num_draft_tokens[slot] = 0
-    state.num_computed_tokens[slot] = 0
+    state.num_computed_tokens[slot] = (num_prompt_tokens - 1) * state.limits[PROMPTS_FROM_ELSEWHERE]
     state.max_num_tokens[slot] = max_num_tokens
     state.num_cached_tokens[slot] = 0
     state.num_own_blocks[slot] = 0
@@ -125,16 +131,16 @@ def most_tokens(state: State) -> int:
 
 
 @njit
-def _schedule_running(state: State, plan: Plan, budget: int, most: int) -> int:
-    """Let running requests catch up, in order of admission; returns the tokens left of the budget.
+def _schedule_running(state: State, plan: Plan, first: int, budget: int, most: int) -> int:
+    """Let running requests, from place `first` on, catch up in order of admission; returns what is left of the budget.
 
     Where several plans are in flight (one for each pipeline stage) each takes its share of the requests.
     """
     plans = state.limits[PLANS_IN_FLIGHT]
     most_rows = (state.counts[NUM_RUNNING] + plans - 1) // plans
-    index = 0
+    index = first
     while index < state.counts[NUM_RUNNING] and budget > 0 and plan.counts[PLAN_SIZE] < most_rows:
-        slot = state.running[index]
+        slot = slot_at(state.running, index)
         known = state.num_tokens[slot] + state.num_draft_tokens[slot]
         num_tokens = min(known - state.num_computed_tokens[slot], most, budget)
         if num_tokens <= 0 or state.aborted[slot]:
@@ -178,7 +184,7 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
         state.lane[slot] = state.free_lanes[counts[NUM_FREE_LANES]]
         if state.num_swapped_blocks[slot] > 0:
             swap_in(state, plan, slot)
-        else:
+        elif state.num_computed_tokens[slot] == 0:
             hold_prefix(state, plan, slot, computed // limits[BLOCK_SIZE])
         hold_blocks(state, plan, slot, computed + num_tokens)
         state.adapter_slot[slot] = hold_slot(state.adapter_slots, state.adapter[slot])
@@ -194,7 +200,7 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
 @njit
 def _remember_planned(state: State, plan: Plan, row: int) -> None:
     """Name the blocks that a planned row will fill, as far as its tokens are known."""
-    slot = plan.slot[row]
+    slot = slot_at(plan.slot, row)
     if state.limits[PREFIX_CACHING] != 0 and state.num_hashes[slot] > 0:
         computed = min(plan.start[row] + plan.num_tokens[row], state.num_tokens[slot])
         # a block that proposals filled, which were accepted meanwhile, has no name yet
@@ -209,8 +215,18 @@ def schedule(state: State, plan: Plan) -> None:
     After a preemption nothing is admitted in the same step: the blocks just given back are for those who run.
     """
     plan.counts[:] = 0
+    schedule_behind(state, plan, 0)
+
+
+@njit
+def schedule_behind(state: State, plan: Plan, rows: int) -> None:
+    """What `schedule` does with those that come behind the first `rows` running requests, for a plan without rows.
+
+    Each of these computes one token in the same step, for which the caller has found a block, and cannot be preempted:
+    there are blocks for the running requests behind them (decode_runs.py).
+    """
     most = most_tokens(state)
-    budget = _schedule_running(state, plan, state.limits[MAX_NUM_BATCHED_TOKENS], most)
+    budget = _schedule_running(state, plan, rows, state.limits[MAX_NUM_BATCHED_TOKENS] - rows, most)
     if state.limits[POLICY] == VLLM_V1:
         for row in range(plan.counts[PLAN_SIZE]):
             _remember_planned(state, plan, row)
@@ -257,7 +273,7 @@ def commit(state: State, plan: Plan) -> None:
     """
     caching = state.limits[PREFIX_CACHING] != 0 and state.limits[POLICY] == PARETUNE
     for row in range(plan.counts[PLAN_SIZE]):
-        slot = plan.slot[row]
+        slot = slot_at(plan.slot, row)
         state.in_flight[slot] -= 1
         ended = state.aborted[slot] and state.in_flight[slot] == 0
         if plan.samples[row]:

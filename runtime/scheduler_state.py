@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.jit import njit
 from .adapter_slots import AdapterSlots, new_adapter_slots
 from .kv_cache import BlockPool, new_block_pool
 from .spec import Pool
@@ -29,6 +30,7 @@ WATERMARK_BLOCKS = 10
 SWAP = 11
 OWN_CONTENT = 12
 PLANS_IN_FLIGHT = 13
+PROMPTS_FROM_ELSEWHERE = 14
 
 # State.limits[POLICY]
 PARETUNE = 0
@@ -68,10 +70,16 @@ PLAN_ADMITTED = 4
 PLAN_COPIES = 5
 
 
+_WITHOUT_SIGN = (1 << 62) - 1
+
+# Blocks that are named together where only their own request looks for them: fewer names to look up than of each block.
+_OWN_SPAN_BLOCKS = 32
+
+
 class State(NamedTuple):
     """All live requests of one replica, one slot each; slots are used again after a request ends.
 
-    limits                 (14,) int64   what the spec allows, in the places named above
+    limits                 (15,) int64   what the spec allows, in the places named above
     counts                 (15,) int64  running totals, in the places named above
     request_id             (slots,) int64  the caller's name for the request
     priority               (slots,) int64  lower goes first; 0 for all where the spec schedules "fcfs"
@@ -81,7 +89,8 @@ class State(NamedTuple):
     num_draft_tokens       (slots,) int64  tokens proposed behind these, for the next plan to verify: the caller writes
                                            them before `schedule`, for requests that lack their last token alone
     num_computed_tokens    (slots,) int64  tokens whose KV is cached or on its way, 0 to num_tokens; with proposals in a
-                                           plan in flight, these besides
+                                           plan in flight, these besides. While it waits: those whose KV lies on the
+                                           host, or came from a prefill pool and finds its blocks at admission
     max_num_tokens         (slots,) int64  num_tokens at which the request ends
     num_cached_tokens      (slots,) int64  tokens found in the prefix cache at the last admission
     num_own_blocks         (slots,) int64  blocks, from its start, that were named when it was preempted (OWN_CONTENT)
@@ -194,6 +203,8 @@ def new_state(
     """
     seqs = pool.max_num_seqs
     slots = max(slots, 2 * seqs)
+    if own_content and (hashes is None or len(hashes) == 0):
+        blocks_per_hash = _OWN_SPAN_BLOCKS
     max_blocks = -(-pool.max_model_len // pool.block_size)
     limits = [
         seqs,
@@ -210,6 +221,7 @@ def new_state(
         int(pool.preemption == "swap"),
         int(own_content),
         pool.pipeline_parallel_size,
+        int(pool.role == "decode"),
     ]
     counts = np.zeros(15, np.int64)
     counts[NUM_FREE_SLOTS] = slots
@@ -243,8 +255,8 @@ def new_state(
         free_lanes=np.arange(seqs - 1, -1, -1, dtype=np.int64),
         block_table=np.zeros((seqs, max_blocks), np.int32),
         hashes=np.zeros(0, np.int64) if hashes is None else hashes,
-        blocks=new_block_pool(pool.num_kv_blocks),
-        host_blocks=new_block_pool(pool.host_kv_blocks),
+        blocks=new_block_pool(pool.num_kv_blocks, blocks_per_hash),
+        host_blocks=new_block_pool(pool.host_kv_blocks, blocks_per_hash),
         next_swapped=np.zeros(pool.host_kv_blocks, np.int64),
         ends=np.zeros((max_blocks + 1, 2), np.int64),
         adapter_slots=new_adapter_slots(pool.max_loras),
@@ -279,6 +291,13 @@ def change_limits(state: State, pool: Pool) -> None:
     state.limits[MAX_NUM_SEQS] = pool.max_num_seqs
     state.limits[MAX_NUM_BATCHED_TOKENS] = pool.max_num_batched_tokens
     state.limits[LONG_PREFILL_TOKEN_THRESHOLD] = pool.long_prefill_token_threshold
+
+
+@njit
+def slot_at(slots: NDArray[np.int64], place: int) -> int:
+    """The slot at a place of a list of slots. Without the sign, which none has, Numba need not ask at each of a
+    request's fields whether it counts from the end."""
+    return int(slots[place] & _WITHOUT_SIGN)
 
 
 # the fields of State that say something of one request; the other fields by slot are queues of slots

@@ -21,6 +21,7 @@ from pydantic import (
 
 from ..traces.metrics import Target
 from ..traces.whole_file import write_whole
+from .phases import KvTransfer, by_role, check_phases, is_disaggregated
 from .pool import CPU, Part, Pool
 from .safe_yaml import load_yaml
 
@@ -32,6 +33,7 @@ __all__ = [
     "Adapter",
     "BadSpec",
     "Deployment",
+    "KvTransfer",
     "Pool",
     "Prediction",
     "Provenance",
@@ -104,7 +106,7 @@ class Provenance(Part):
 class Deployment(Part):
     """A deployment of one model: what to run, on what, with which limits.
 
-    Digest and equality of a candidate look at what runs (`engine` to `pools`), not at where it came from.
+    Digest and equality of a candidate look at what runs (`engine` to `adapters`), not at where it came from.
     """
 
     schema_version: Literal[1] = 1
@@ -116,6 +118,9 @@ class Deployment(Part):
         "paretune", description="how steps are composed: our way, or as vLLM's V1 scheduler decides"
     )
     pools: tuple[Pool, ...] = Field((Pool(),), min_length=1, max_length=16)
+    kv_transfer: KvTransfer | None = Field(
+        None, description="how KV goes from the prefill to the decode pool; null: its defaults; mixed pools have none"
+    )
     adapters: tuple[Adapter, ...] = Field((), description="LoRA adapters of the model, loaded at the start")
     targets: tuple[str, ...] = Field((), description="what must hold, such as ttf30:p95<=600ms")
     predicted: tuple[Prediction, ...] = ()
@@ -141,6 +146,13 @@ class Deployment(Part):
         return self
 
     @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        check_phases(self.pools)
+        if self.kv_transfer is not None and not self.is_disaggregated:
+            raise ValueError("kv_transfer is for a prefill and a decode pool, and all pools are mixed")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
         names = [adapter.name for adapter in self.adapters]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -155,13 +167,35 @@ class Deployment(Part):
     @property
     def pool(self) -> Pool:
         """The only pool. Raises: BadSpec: the deployment has several (disaggregated)."""
+        if self.is_disaggregated:
+            allowed = "one of role 'mixed'; `simulate`, `explain` and `export` also take a prefill and a decode pool"
+            raise BadSpec("pools", f"{len(self.pools)} pools: {self._roles}", allowed)
         if len(self.pools) != 1:
             raise BadSpec("pools", f"{len(self.pools)} pools", "one pool of role 'mixed'")
         return self.pools[0]
 
+    @property
+    def _roles(self) -> str:
+        return ", ".join(pool.role for pool in self.pools)
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether a prefill and a decode pool share the work."""
+        return is_disaggregated(self.pools)
+
+    @property
+    def phases(self) -> tuple[Pool, Pool]:
+        """The prefill and the decode pool. Raises: BadSpec: pools are mixed."""
+        if not self.is_disaggregated:
+            raise BadSpec("pools", f"{len(self.pools)} pools: {self._roles}", "one of role 'prefill', one of 'decode'")
+        return by_role(self.pools)
+
     def signature(self) -> dict[str, Any]:
         """What runs, as plain data; two candidates with equal signatures behave alike."""
-        return self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools", "adapters"})
+        found = self.model_dump(mode="json", include={"model", "engine", "scheduler_policy", "pools", "adapters"})
+        if self.is_disaggregated:
+            found["kv_transfer"] = (self.kv_transfer or KvTransfer()).model_dump(mode="json")
+        return found
 
     def digest(self) -> str:
         """Sixteen hex digits that name what runs; stable over processes and machines."""
@@ -172,6 +206,12 @@ class Deployment(Part):
         """This deployment with fields of its only pool changed, validated again."""
         pool = Pool.model_validate({**self.pool.model_dump(), **changes})
         return self.model_copy(update={"pools": (pool,), "predicted": (), "provenance": None})
+
+    def with_replicas(self, prefill: int, decode: int) -> Deployment:
+        """This disaggregated deployment with so many replicas in either pool."""
+        counts = {"prefill": prefill, "decode": decode}
+        pools = tuple(pool.model_copy(update={"replicas": counts[pool.role]}) for pool in self.pools)
+        return self.model_copy(update={"pools": pools, "predicted": (), "provenance": None})
 
     def prediction(self, metric: str, percentile: float | None) -> Prediction | None:
         """What was predicted for a metric, or None."""

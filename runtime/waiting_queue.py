@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..kernels.jit import njit
 from .adapter_slots import NO_ADAPTER, has_slot
-from .scheduler_state import NUM_WAITING, WAITING_HEAD, State
+from .scheduler_state import NUM_WAITING, WAITING_HEAD, State, slot_at
 
 
 @njit
@@ -55,7 +55,7 @@ def put_back(state: State, slot: int) -> None:
 @njit
 def at(state: State, place: int) -> int:
     """The slot of who stands at a place."""
-    return int(state.waiting[_ring(state, place)])
+    return slot_at(state.waiting, _ring(state, place))
 
 
 @njit

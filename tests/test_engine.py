@@ -305,7 +305,6 @@ def test_it_runs_with_blocks_of_one_token(model_dir: Path) -> None:
     [
         ("engine", Deployment(engine="vllm")),
         ("pools", Deployment(pools=(Pool(role="prefill"), Pool(role="decode")))),
-        ("role", Deployment(pools=(Pool(role="decode"),))),
         ("weight_dtype", Deployment(pools=(Pool(weight_dtype="ternary"),))),
         ("host_kv_blocks", Deployment(pools=(Pool(host_kv_blocks=8, pipeline_parallel_size=2),))),
         ("max_model_len", Deployment(pools=(Pool(max_model_len=4097, num_kv_blocks=4096),))),

@@ -7,7 +7,7 @@ import yaml
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.optimizer.export.vllm import TESTED_VERSIONS, CannotExport, export
 from paretune.optimizer.export.vllm_flags import FLAGS
-from paretune.runtime.spec import Adapter, Deployment
+from paretune.runtime.spec import Adapter, Deployment, Pool
 
 from .optimizer_examples import deployment
 
@@ -155,7 +155,6 @@ def test_threads_are_bound_rank_by_rank():
         ({"kv_cache_dtype": "fp32"}, "pools.0.kv_cache_dtype"),
         ({"kv_cache_dtype": "int8"}, "pools.0.kv_cache_dtype"),
         ({"block_size": 4}, "pools.0.block_size"),
-        ({"role": "prefill"}, "pools"),
         ({"preemption": "swap", "host_kv_blocks": 8}, "pools.0.preemption"),
         ({"host_kv_blocks": 8}, "pools.0.host_kv_blocks"),
         ({"admission": "estimated_peak"}, "pools.0.admission"),
@@ -172,6 +171,7 @@ def test_another_engines_spec_and_several_pools_are_refused():
     for spec, where in [
         (one.model_copy(update={"engine": "sglang"}), "engine"),
         (Deployment(pools=(*one.pools, *one.pools)), "pools"),
+        (Deployment(pools=(Pool(role="prefill"), Pool(role="decode"))), "pools"),
     ]:
         with pytest.raises(CannotExport) as caught:
             export(spec)

@@ -15,7 +15,7 @@ from paretune.runtime.spec import Deployment, parse_deployment
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
-MODELS = ("Deployment", "Pool", "Adapter", "Prediction", "Provenance")
+MODELS = ("Deployment", "Pool", "KvTransfer", "Adapter", "Prediction", "Provenance")
 
 
 def spec_page() -> str:
@@ -42,7 +42,7 @@ def schema_table(model: str) -> str:
 # For fields whose name and type say it all but a reader new to the file.
 MEANING = {
     "schema_version": "of this format; old versions are migrated or refused",
-    "pools": "groups of identical replicas; the bundled engine runs one, of role `mixed`",
+    "pools": "groups of identical replicas; the bundled engine runs one, of role `mixed`, no others",
     "predicted": "what was predicted of this deployment when it was picked",
     "provenance": "where it came from; null for a candidate that nobody picked",
     "tiles": "tile of each operator by precision and row bucket",

@@ -55,12 +55,8 @@ def waiting(state: State) -> list[int]:
 
 
 def cached_blocks(blocks: kv_cache.BlockPool) -> list[int]:
-    anchor = len(blocks.ref_count)
-    found, block = [], int(blocks.lru_next[anchor])
-    while block != anchor:
-        found.append(block)
-        block = int(blocks.lru_next[block])
-    return found
+    places = range(int(blocks.counts[kv_cache.QUEUE_HEAD]), int(blocks.counts[kv_cache.QUEUE_TAIL]))
+    return [int(blocks.queue[place]) for place in places if blocks.queue_place[blocks.queue[place]] == place]
 
 
 def check_conservation(state: State, in_flight: bool = False) -> None:
@@ -98,11 +94,18 @@ def check_pool(blocks: kv_cache.BlockPool, held: np.ndarray, unique: bool = True
     cached = cached_blocks(blocks)
     assert len(cached) == blocks.counts[kv_cache.CACHED]
     assert sorted(free + cached + np.flatnonzero(held).tolist()) == list(range(len(held)))
-    assert all(blocks.block_hash[block] != 0 for block in cached)
-    named = [(int(h), b) for b, h in enumerate(blocks.block_hash) if h != 0]
-    assert int((blocks.table_hash != 0).sum()) == len(named)
+    assert all(blocks.content[block] != 0 for block in cached)
+    named = [(kv_cache.name_of(blocks, block), block) for block in np.flatnonzero(blocks.content).tolist()]
     assert len({content for content, _ in named}) == len(named) or not unique
-    assert all(blocks.block_hash[kv_cache.find(blocks, content)] == content for content, _ in named)
+    first = {content: kv_cache.find(blocks, *content) for content, _ in named}
+    assert all(kv_cache.name_of(blocks, block) == content for content, block in first.items())
+    spans = {content_hash for content_hash, _ in first}
+    assert sorted(blocks.table_hash[blocks.table_hash != 0].tolist()) == sorted(spans)
+    for content_hash in spans:
+        span = kv_cache.find_span(blocks, content_hash)
+        inside = [block for (each, _), block in first.items() if each == content_hash]
+        assert blocks.span_named[span] == len(inside)
+        assert blocks.span_idle[span] == sum(block in cached for block in inside)
 
 
 def run_step(state: State, plan: Plan) -> list[int]:
@@ -160,7 +163,7 @@ class AnyTraffic(RuleBasedStateMachine):
         super().__init__()
         self.rng = np.random.default_rng(7)
         self.shared: dict[int, tuple[int, int]] = {}
-        self.start("paretune", "fcfs", "on_demand", "recompute", 0, 0, False)
+        self.start("paretune", "fcfs", "on_demand", "recompute", 0, 0, False, 1)
 
     @initialize(
         policy=st.sampled_from(POLICIES),
@@ -170,9 +173,18 @@ class AnyTraffic(RuleBasedStateMachine):
         host=st.sampled_from([0, 5, 30]),
         threshold=st.sampled_from([0, 7]),
         own=st.booleans(),
+        per_hash=st.sampled_from([1, 3]),
     )
     def start(
-        self, policy: str, scheduling: str, admission: str, preemption: str, host: int, threshold: int, own: bool
+        self,
+        policy: str,
+        scheduling: str,
+        admission: str,
+        preemption: str,
+        host: int,
+        threshold: int,
+        own: bool,
+        per_hash: int,
     ) -> None:
         if policy == "vllm_v1":
             admission = "on_demand" if admission == "estimated_peak" else admission
@@ -189,9 +201,10 @@ class AnyTraffic(RuleBasedStateMachine):
             host_kv_blocks=host,
             long_prefill_token_threshold=threshold,
         )
-        # eight families of prefixes, sixteen blocks each
+        # eight families of prefixes, sixteen hashes each, of one block or of three
         hashes = np.arange(1, 129, dtype=np.int64) * 7919
-        self.state = new_state(self.pool, policy=policy, hashes=hashes, own_content=own)
+        self.hashed = 4 * per_hash
+        self.state = new_state(self.pool, policy=policy, hashes=hashes, blocks_per_hash=per_hash, own_content=own)
         self.contents = Contents(self.state, self.shared)
         self.flying: list[Plan] = []
         self.alive: dict[int, int] = {}
@@ -202,11 +215,12 @@ class AnyTraffic(RuleBasedStateMachine):
     def arrive(self, prompt: int, answer: int, family: int, priority: int) -> None:
         total = min(prompt + answer, self.pool.max_model_len)
         prompt = min(prompt, total - 1)
-        self.shared[self.number] = (family, prompt // 4 * 4)
-        slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4, priority)
+        hashes = prompt // self.hashed
+        self.shared[self.number] = (family, hashes * self.hashed)
+        slot = add_request(self.state, self.number, prompt, total, 16 * family, hashes, priority)
         if slot < 0:
             self.state = grow(self.state)
-            slot = add_request(self.state, self.number, prompt, total, 16 * family, prompt // 4, priority)
+            slot = add_request(self.state, self.number, prompt, total, 16 * family, hashes, priority)
         assert slot >= 0
         self.alive[self.number] = slot
         self.number += 1
@@ -358,22 +372,22 @@ def test_of_cached_blocks_the_one_unused_for_longest_is_taken_first() -> None:
     blocks = kv_cache.new_block_pool(3)
     held = [kv_cache.take(blocks) for _ in range(3)]
     for block in held:
-        kv_cache.remember(blocks, block, 100 + block)
+        kv_cache.remember(blocks, block, 100 + block, 0)
     for block in (1, 0, 2):
         kv_cache.release(blocks, block)
     kv_cache.claim(blocks, 1)
     kv_cache.release(blocks, 1)
     assert [kv_cache.take(blocks) for _ in range(4)] == [0, 2, 1, -1]
-    assert all(kv_cache.find(blocks, 100 + block) == -1 for block in held)
+    assert all(kv_cache.find(blocks, 100 + block, 0) == -1 for block in held)
 
 
 def test_free_blocks_are_taken_before_cached_ones() -> None:
     blocks = kv_cache.new_block_pool(2)
     named = kv_cache.take(blocks)
-    kv_cache.remember(blocks, named, 5)
+    kv_cache.remember(blocks, named, 5, 0)
     kv_cache.release(blocks, named)
     assert kv_cache.take(blocks) != named
-    assert kv_cache.find(blocks, 5) == named
+    assert kv_cache.find(blocks, 5, 0) == named
 
 
 def test_the_lowest_priority_number_goes_first_and_of_equal_ones_who_came_first() -> None:
@@ -424,22 +438,41 @@ def test_growing_keeps_the_queue_in_order() -> None:
 
 
 @given(
-    hashes=st.lists(st.integers(1, 2**62), min_size=1, max_size=60),
+    contents=st.lists(st.tuples(st.integers(1, 2**62), st.integers(0, 4)), min_size=1, max_size=60),
     drops=st.lists(st.integers(0, 59), max_size=60),
 )
-def test_the_hash_table_finds_what_was_remembered_and_not_evicted(hashes: list[int], drops: list[int]) -> None:
-    blocks = kv_cache.new_block_pool(64)
-    known: dict[int, int] = {}
-    for content in hashes:
+def test_the_hash_table_finds_what_was_remembered_and_not_evicted(
+    contents: list[tuple[int, int]], drops: list[int]
+) -> None:
+    blocks = kv_cache.new_block_pool(64, 5)
+    known: dict[tuple[int, int], int] = {}
+    for content in contents:
         block = kv_cache.take(blocks)
-        kv_cache.remember(blocks, block, content)
+        kv_cache.remember(blocks, block, *content)
         known.setdefault(content, block)
     for place in drops:
-        if place < len(hashes) and hashes[place] in known:
-            block = known.pop(hashes[place])
-            kv_cache._forget(blocks, block)
-    for content in hashes:
-        assert kv_cache.find(blocks, content) == known.get(content, -1)
+        if place < len(contents) and contents[place] in known:
+            kv_cache._forget(blocks, known.pop(contents[place]))
+    for content in contents:
+        assert kv_cache.find(blocks, *content) == known.get(content, -1)
+
+
+@given(contents=st.lists(st.integers(1, 6), min_size=1, max_size=80))
+def test_cached_blocks_stay_in_the_order_of_their_last_use_however_often_they_are_claimed(contents: list[int]) -> None:
+    blocks = kv_cache.new_block_pool(4)
+    order: list[int] = []
+    for content in contents:
+        block = kv_cache.find(blocks, content, 0)
+        if block >= 0:
+            kv_cache.claim(blocks, block)
+            order.remove(block)
+        else:
+            block = kv_cache.take(blocks)
+            assert len(order) < 4 or block == order.pop(0)
+            kv_cache.remember(blocks, block, content, 0)
+        kv_cache.release(blocks, block)
+        order.append(block)
+        assert cached_blocks(blocks) == order
 
 
 @pytest.mark.parametrize("accepted", [1, 3])

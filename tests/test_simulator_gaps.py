@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from paretune.kernels.jit import bind
 from paretune.profiler.simulator import simulate
 from paretune.profiler.step_time import StepTables, composed_time_s, composition
+from paretune.profiler.token_gaps import Runs, StepGaps
 from paretune.runtime.scheduler import add_request, commit, schedule
 from paretune.runtime.scheduler_state import PLAN_FINISHED, PLAN_PREEMPTED, PLAN_SIZE, PLAN_TOKENS, new_plan, new_state
 from paretune.runtime.spec import Pool
@@ -72,6 +74,37 @@ def test_gaps_are_those_of_single_tokens(seed: int, rate: float, blocks: int, ba
         np.testing.assert_allclose(found, percentiles(expected, PERCENTILES), rtol=1e-9)
         assert result.gaps is not None
         assert result.gaps.mean(rows) == pytest.approx(expected.mean())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.sampled_from([0.5, 3.0, 20.0]),
+    blocks=st.sampled_from([32, 40, 200]),
+    batched=st.sampled_from([8, 128]),
+    jump=st.booleans(),
+)
+def test_as_many_had_a_steps_gap_as_had_tokens_before_and_after_it(
+    seed: int, rate: float, blocks: int, batched: int, jump: bool
+) -> None:
+    limits = pool(num_kv_blocks=blocks, max_num_batched_tokens=batched)
+    gaps = simulate(trace(40, rate, seed), limits, tables(limits, request_s=(0.01, 0.02)), jump=jump).times.gaps
+    assert isinstance(gaps, StepGaps)
+    noted = gaps.replicas[0]
+    counted, _ = gaps._weights(replace(noted, all_ended=False), None)  # request by request
+    assert noted.all_ended
+    np.testing.assert_array_equal(noted.run_weight, counted)
+
+
+def test_order_statistics_are_found_among_many_equal_values() -> None:
+    """More than are sorted at once, so that parts are divided again, down to single values."""
+    rng = np.random.default_rng(4)
+    first_s = rng.choice([0.0, 0.01, np.nextafter(0.01, 1), 0.5], 40)
+    runs = Runs(first_s, np.where(first_s == 0.01, 1e-12, 0.0), np.full(40, 60_000), rng.integers(0, 4, 40))
+    values = np.repeat(runs.first_s, runs.steps) + np.tile(np.arange(60_000), 40) * np.repeat(runs.growth_s, runs.steps)
+    values = np.sort(np.repeat(values, np.repeat(runs.weight, runs.steps)))
+    ranks = sorted({0, len(values) - 1, *rng.integers(0, len(values), 30).tolist()})
+    assert runs.order_statistics(ranks) == {rank: values[rank] for rank in ranks}
 
 
 @settings(max_examples=20, deadline=None)

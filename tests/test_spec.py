@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paretune.kernels.tiles import Tile, TileTable
-from paretune.runtime.runnable import WEIGHT_DTYPES
+from paretune.runtime.runnable import WEIGHT_DTYPES, check_runnable
 from paretune.runtime.safe_yaml import BadYaml, load_yaml
 from paretune.runtime.spec import (
     BadSpec,
@@ -101,8 +101,90 @@ def test_a_spec_that_cannot_run_is_refused_by_the_name_of_its_field(data: dict[s
 
 
 def test_several_pools_are_no_one_pool() -> None:
-    with pytest.raises(BadSpec):
-        _ = Deployment(pools=(Pool(role="prefill"), Pool(role="decode"))).pool
+    for pools in ((Pool(role="prefill"), Pool(role="decode")), (Pool(), Pool())):
+        with pytest.raises(BadSpec) as error:
+            _ = Deployment(pools=pools).pool
+        assert error.value.where == "pools"
+
+
+PREFILL, DECODE = {"role": "prefill"}, {"role": "decode"}
+
+
+@pytest.mark.parametrize(
+    ("pools", "field"),
+    [
+        ([PREFILL], "pools"),
+        ([PREFILL, PREFILL], "pools"),
+        ([PREFILL, DECODE, DECODE], "pools"),
+        ([PREFILL, {}], "pools"),
+        ([PREFILL, {**DECODE, "kv_cache_dtype": "fp8"}], "kv_cache_dtype"),
+        ([PREFILL, {**DECODE, "max_model_len": 4096}], "max_model_len"),
+        ([PREFILL, {**DECODE, "block_size": 8, "num_kv_blocks": 4096}], "block_size"),
+        ([PREFILL, {**DECODE, "max_loras": 2}], "max_loras"),
+        ([PREFILL, {**DECODE, "context_parallel_size": 2}], "context_parallel_size"),
+        (
+            [{**PREFILL, "speculation": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3,
+              "prompt_lookup_min": 1}, DECODE],
+            "speculation",
+        ),
+    ],
+)  # fmt: skip
+def test_pools_that_cannot_pass_kv_on_are_refused_by_the_fields_name(pools: list[dict[str, Any]], field: str) -> None:
+    with pytest.raises(BadSpec) as error:
+        parse_deployment({"pools": pools})
+    assert (error.value.where, error.value.exit_code) == ("spec: the spec", 2)
+    assert str(error.value.found).startswith(field)
+
+
+def test_either_pool_may_have_its_own_accelerator_sharding_precision_and_limits() -> None:
+    found = parse_deployment({
+        "pools": [
+            {**DECODE, "accelerator": "A100", "tensor_parallel_size": 4, "replicas": 3, "block_size": 32},
+            {**PREFILL, "accelerator": "H100", "weight_dtype": "fp8", "max_num_seqs": 4, "router": "prefix_affinity"},
+        ]
+    })  # fmt: skip
+    prefill, decode = found.phases
+    assert (prefill.accelerator, decode.accelerator) == ("H100", "A100")
+    assert [pool.replicas for pool in found.with_replicas(2, 5).phases] == [2, 5]
+    with pytest.raises(BadSpec) as error:
+        _ = Deployment().phases
+    assert error.value.where == "pools"
+
+
+@pytest.mark.parametrize(
+    ("transfer", "where"),
+    [
+        ({"link": "NVLink 4", "bytes_per_s": 1e9}, "spec: kv_transfer"),
+        ({"bytes_per_s": 1e9}, "spec: kv_transfer"),
+        ({"latency_s": 1e-6}, "spec: kv_transfer"),
+        ({"source": "me"}, "spec: kv_transfer"),
+        ({"bytes_per_s": 0, "source": "me"}, "spec: kv_transfer.bytes_per_s"),
+        ({"overlap": "tokens"}, "spec: kv_transfer.overlap"),
+        ({"first_token": "proxy"}, "spec: kv_transfer.first_token"),
+        ({"speed": 1}, "spec: kv_transfer.speed"),
+    ],
+)
+def test_a_transfer_that_says_nothing_sound_is_refused(transfer: dict[str, Any], where: str) -> None:
+    with pytest.raises(BadSpec) as error:
+        parse_deployment({"pools": [PREFILL, DECODE], "kv_transfer": transfer})
+    assert error.value.where == where
+
+
+def test_kv_transfer_is_for_two_pools_and_part_of_what_runs() -> None:
+    with pytest.raises(BadSpec, match="kv_transfer"):
+        parse_deployment({"kv_transfer": {}})
+    plain = parse_deployment({"pools": [PREFILL, DECODE]})
+    assert plain.digest() == parse_deployment({"pools": [PREFILL, DECODE], "kv_transfer": {}}).digest()
+    other = parse_deployment({"pools": [PREFILL, DECODE], "kv_transfer": {"overlap": "layers"}})
+    assert other.digest() != plain.digest()
+    # specs of mixed pools keep the digest that ledgers know them by
+    assert "kv_transfer" not in Deployment().signature()
+
+
+def test_the_bundled_engine_refuses_it_because_it_transfers_no_kv() -> None:
+    with pytest.raises(BadSpec, match="transfers no KV") as error:
+        check_runnable(parse_deployment({"pools": [PREFILL, DECODE]}))
+    assert error.value.where == "pools"
 
 
 NASTY = {

@@ -261,15 +261,15 @@ def percentiles(values: npt.ArrayLike, ps: Sequence[float]) -> list[float]:
 
     NaN is left out, infinity is a value (NumPy gives NaN beside it); NaN where nothing is left.
     """
-    array = np.asarray(values, dtype=np.float64)
-    ordered = np.sort(array[~np.isnan(array)])
-    if not len(ordered):
+    ordered = np.sort(np.asarray(values, dtype=np.float64), axis=None)
+    count = len(ordered) - int(np.count_nonzero(np.isnan(ordered)))  # which stand at the end
+    if not count:
         return [math.nan] * len(ps)
     out = []
     for p in ps:
-        rank = p / 100 * (len(ordered) - 1)
+        rank = p / 100 * (count - 1)
         low = int(rank)
-        below, above = float(ordered[low]), float(ordered[min(low + 1, len(ordered) - 1)])
+        below, above = float(ordered[low]), float(ordered[min(low + 1, count - 1)])
         share = rank - low
         out.append(below if share == 0 or below == above else below + share * (above - below))
     return out
@@ -334,7 +334,9 @@ def _or_nan(value: float | None) -> float:
 
 
 def _distribution(values: Floats) -> dict[str, float]:
-    values = values[~np.isnan(values)]
+    undefined = np.isnan(values)
+    if undefined.any():
+        values = values[~undefined]
     mean = float(np.mean(values)) if len(values) else math.nan
     return {"mean": mean} | {f"p{p:g}": x for p, x in zip(PERCENTILES, percentiles(values, PERCENTILES))}
 
@@ -344,11 +346,14 @@ def summarize(times: RequestTimes, rows: Mask | None = None) -> Summary:
     inside = np.ones(len(times), dtype=np.bool_) if rows is None else rows
     finished = times.finished & inside
     metrics = [TTFT, Metric("ttf", times.k), TPOT, E2E] + ([ITL] if times.token_gap_s is not None else [])
-    values = {str(metric): _distribution(times.sample(metric, inside)) for metric in metrics}
+    values = {str(metric): _distribution(times.sample(metric, rows)) for metric in metrics}
     if times.gaps is not None:
         values["itl"] = {"mean": times.gaps.mean(rows)}
         values["itl"] |= {f"p{p:g}": x for p, x in zip(PERCENTILES, times.gaps.percentiles(PERCENTILES, rows))}
-    values["ttft_from_send"] = _distribution(times.ttft_from_send()[inside])
+    if times.sent_s is times.scheduled_s:
+        values["ttft_from_send"] = dict(values["ttft"])
+    else:
+        values["ttft_from_send"] = _distribution(times.ttft_from_send()[inside])
     duration_s = _duration_s(times, inside)
     tokens = int(times.output_tokens[inside].sum())
     count = int(finished.sum())

@@ -109,7 +109,10 @@ def _version(asked: str, allow_untested: bool) -> str:
 def _checked(deployment: Deployment) -> Pool:
     if deployment.engine not in ("paretune", "vllm"):
         raise CannotExport("engine", deployment.engine, "paretune, vllm", "export for the engine that the spec names")
-    if len(deployment.pools) != 1 or deployment.pools[0].role != "mixed":
+    if deployment.is_disaggregated:
+        found = ", ".join(pool.role for pool in deployment.pools)
+        raise CannotExport("pools", found, "one pool of role mixed: one command", "use vllm_phases.export_phases")
+    if len(deployment.pools) != 1:
         found = ", ".join(pool.role for pool in deployment.pools)
         raise CannotExport(
             "pools", found, "one pool of role mixed", "export each pool on its own, or pick another point"

@@ -64,6 +64,12 @@ class Waiting:
     max_concurrency: int | None
 
     @property
+    def given(self) -> dict[str, bool]:
+        """Each option, and whether it was given."""
+        values = {option: getattr(self, name) for option, (name, _) in _OPTIONS.items()}
+        return {option: value is not None and value is not False for option, value in values.items()}
+
+    @property
     def asked(self) -> bool:
         return self.by_session or self.clients is not None or self.max_concurrency is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ..optimizer.knobs import Effect
     from ..profiler.analyze import Analyzed
     from ..profiler.explain import Explained, Explanation
+    from ..runtime.spec import Deployment
+    from ..traces.metrics import Metric
+    from ..traces.trace import Trace
 
 FOLDER = click.Path(exists=True, file_okay=False)
 # parts below this share of a metric stand in --json alone
@@ -64,6 +68,12 @@ def explain(
 
     deployment = as_cataloged(load_deployment(spec))
     trace = read(log)
+    if deployment.is_disaggregated:
+        if run_folder is not None:
+            raise click.UsageError("--analyze: for a spec of one pool; this one has a prefill and a decode pool")
+        asked_of_both = tuple(parse_asked(text) for text in metrics)
+        _explain_pools(speaker, deployment, trace, profile_path, asked_of_both, rate or 1.0, step_log)
+        return
     pool = deployment.pool
     recorded = None if run_folder is None else RecordedRun.load(run_folder, trace)
     asked = tuple(parse_asked(text) for text in metrics)
@@ -104,18 +114,82 @@ def explain(
     speaker.result(_data(found, effects, analyzed, not_modeled, rate), "\n\n".join(lines))
 
 
+def _explain_pools(
+    speaker: Speaker,
+    deployment: Deployment,
+    trace: Trace,
+    profile_path: str,
+    asked: tuple[tuple[Metric, float], ...],
+    rate: float,
+    step_log: str | None,
+) -> None:
+    """The same of a prefill and a decode pool: parts of both and of the way between them; no change is tried."""
+    from ..optimizer.capacity import k_of
+    from ..optimizer.sources import Sources
+    from ..profiler.disaggregated import NOT_MODELED
+    from ..profiler.explain import default_asked
+    from ..profiler.explain_pools import POOL_WORDS, PoolStep, explain_pools
+    from ..profiler.kv_transfer import transfer_link
+    from ..profiler.step_limits import LABELS_ARE_INFERRED, draft_limit_tables, limit_tables
+    from ..traces.whole_file import write_whole
+
+    k = k_of(metric for metric, _ in asked or [(target.metric, 0.0) for target in trace.targets])
+    steps, shapes = [], []
+    for pool in deployment.phases:
+        sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
+        source = sources.profile or sources.device
+        assert source is not None, "one of the two is always given"
+        modeled = sources.step_model(pool)
+        limits = limit_tables(source, sources.shape, pool, modeled)
+        steps.append(PoolStep(modeled, limits, draft_limit_tables(source, pool, modeled)))
+        shapes.append(sources.shape)
+    link = transfer_link(deployment)
+    with speaker.progress("explaining"):
+        found = explain_pools(
+            trace, deployment, shapes[0], link, steps[0], steps[1], asked or default_asked(trace, k), k=k, rate=rate
+        )
+    roles = ("prefill", "decode")
+    if step_log is not None:
+        rows = [{"pool": role, **row} for role, log in zip(roles, found.steps) for row in log.rows()]
+        write_whole(step_log, "".join(json.dumps(row) + "\n" for row in rows))
+    left_out = [*steps[0].modeled.not_modeled, *steps[1].modeled.not_modeled, *link.not_modeled, *NOT_MODELED]
+    not_modeled = tuple(dict.fromkeys([*left_out, LABELS_ARE_INFERRED]))
+    lines = [_metric_text(each, (), None, POOL_WORDS) for each in found.metrics]
+    lines.append("changes of the spec are tried for one pool alone")
+    lines += [f"{role} pool\n{_steps_text(each)}" for role, each in zip(roles, found.pools)]
+    if not all(each.modeled.measured for each in steps):
+        lines.append(NOT_MEASURED)
+    lines.append("\n".join(f"not modeled: {each}" for each in not_modeled))
+    pools = {
+        role: {"steps": each.steps, "occupancy": each.occupancy, "busy_share": each.busy_share}
+        for role, each in zip(roles, found.pools)
+    }
+    data = {
+        "rate": rate,
+        "metrics": {_name(each): _metric_data(each, ()) for each in found.metrics},
+        "pools": pools,
+        "preemptions": found.run.result.preemptions,
+        "not_modeled": not_modeled,
+    }
+    speaker.result(data, "\n\n".join(lines))
+
+
 def _name(each: Explained) -> str:
     return f"{each.metric}:p{each.percentile:g}"
 
 
-def _metric_text(each: Explained, effects: tuple[Effect, ...], analyzed: Analyzed | None) -> str:
+def _metric_text(
+    each: Explained, effects: tuple[Effect, ...], analyzed: Analyzed | None, words: Mapping[str, str] | None = None
+) -> str:
     from ..optimizer.knobs import best
     from ..profiler.explain import WORDS
+
+    words = WORDS if words is None else words
 
     if not each.parts:
         return f"{each.metric} p{each.percentile:g}: defined for no request"
     rows = [
-        [WORDS[part.name], milliseconds(part.seconds), f"{part.seconds / each.value:.0%}", part.bound]
+        [words[part.name], milliseconds(part.seconds), f"{part.seconds / each.value:.0%}", part.bound]
         for part in each.parts
         if part.seconds >= _LEAST_SHARE * each.value
     ]
@@ -178,29 +252,29 @@ def _data(
     not_modeled: tuple[str, ...],
     rate: float,
 ) -> dict[str, Any]:
-    from ..optimizer.knobs import best
-
-    metrics = {}
-    for each in found.metrics:
-        tried = effects.get(_name(each), ())
-        chosen = best(tried)
-        metrics[_name(each)] = {
-            "value": each.value,
-            "parts": {part.name: {"seconds": part.seconds, "by_resource": part.by_resource} for part in each.parts},
-            "neighbors": each.neighbors,
-            "scale": each.scale,
-            "knobs": [{**vars(effect), "gain": effect.gain} for effect in tried],
-            "best_knob": None if chosen is None else chosen.change,
-        }
     return {
         "rate": rate,
-        "metrics": metrics,
+        "metrics": {_name(each): _metric_data(each, effects.get(_name(each), ())) for each in found.metrics},
         "steps": found.steps,
         "occupancy": found.occupancy,
         "busy_share": found.busy_share,
         "preemptions": found.result.preemptions,
         "analyzed": analyzed,
         "not_modeled": not_modeled,
+    }
+
+
+def _metric_data(each: Explained, tried: tuple[Effect, ...]) -> dict[str, Any]:
+    from ..optimizer.knobs import best
+
+    chosen = best(tried)
+    return {
+        "value": each.value,
+        "parts": {part.name: {"seconds": part.seconds, "by_resource": part.by_resource} for part in each.parts},
+        "neighbors": each.neighbors,
+        "scale": each.scale,
+        "knobs": [{**vars(effect), "gain": effect.gain} for effect in tried],
+        "best_knob": None if chosen is None else chosen.change,
     }
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..output import Speaker, speaks
 from .machine import EXISTING, OUTPUT
 from .studies import NOT_MEASURED, storage_option
+
+if TYPE_CHECKING:
+    from ..runtime.spec import Deployment
 
 
 @click.command()
@@ -34,6 +38,9 @@ def export(
     from ..traces.whole_file import write_whole
 
     deployment = as_cataloged(load_deployment(spec))
+    if deployment.is_disaggregated:
+        _export_pools(speaker, deployment, engine_version, allow_untested, output)
+        return
     exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
     if output is not None:
         write_whole(output, exported.config)
@@ -42,6 +49,29 @@ def export(
     for each in exported.not_translated:
         speaker.warn(each)
     speaker.result(exported, shell_command(exported.env, exported.argv))
+
+
+def _export_pools(
+    speaker: Speaker, deployment: Deployment, engine_version: str | None, allow_untested: bool, output: str | None
+) -> None:
+    """A command for each pool, and what stands before them; YAML of both beside each other."""
+    from ..optimizer.export.vllm_phases import export_phases
+    from ..traces.whole_file import write_whole
+
+    found = export_phases(deployment, engine_version=engine_version, allow_untested=allow_untested)
+    servers = {"prefill": found.prefill, "decode": found.decode}
+    if output is not None:
+        path = Path(output)
+        for role, server in servers.items():
+            write_whole(path.with_name(f"{path.stem}.{role}{path.suffix}"), server.config)
+    told = [*found.prefill.not_translated, *found.decode.not_translated, *found.notes]
+    for each in dict.fromkeys(told):
+        speaker.warn(each)
+    text = [
+        f"# {role} server, {found.servers[role]} of them\n{shell_command(server.env, server.argv)}"
+        for role, server in servers.items()
+    ]
+    speaker.result(found, "\n\n".join(text))
 
 
 def shell_command(env: dict[str, str], argv: Sequence[str]) -> str:

@@ -63,6 +63,11 @@ class Scaling:
     window_s: float | None
 
     @property
+    def given(self) -> dict[str, bool]:
+        """Each option, and whether it was given."""
+        return {option: getattr(self, name) is not None for option, (name, _) in _OPTIONS.items()}
+
+    @property
     def inferred(self) -> bool:
         return self.cold_start_s is None
 
@@ -72,9 +77,8 @@ class Scaling:
         from ..profiler.autoscale import Autoscaler, default_target
 
         if self.limits is None:
-            for option, (name, _) in _OPTIONS.items():
-                if getattr(self, name) is not None:
-                    raise click.UsageError(f"{option} speaks of an autoscaler: give --autoscale MIN:MAX")
+            for option in (option for option, given in self.given.items() if given):
+                raise click.UsageError(f"{option} speaks of an autoscaler: give --autoscale MIN:MAX")
             return None
         found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", self.limits)
         if found is None:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from ..default_paths import LEDGER, PROFILE
 from ..output import Speaker, speaks, table
+from . import two_pools
 from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import EXISTING, MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
@@ -85,6 +86,7 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
 @click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
 @click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
+@click.option("--size", is_flag=True, help="Of a prefill and a decode pool: also the replicas that hold at least cost.")
 @arrival_options
 @autoscale_options
 @protocol_options
@@ -102,6 +104,7 @@ def simulate(
     slos: tuple[str, ...],
     survive: int,
     ask_head_room: bool,
+    size: bool,
     warm_up_s: float,
     ramp_s: float,
     length_jitter: float,
@@ -131,8 +134,25 @@ def simulate(
     deployment = as_cataloged(load_deployment(spec_path))
     protocol = RunProtocol(warm_up_s, ramp_s, length_jitter)
     recorded = read(log)
-    arrivals = waiting.arrivals(recorded, rate, ramp_s)
     trace = protocol.applied(recorded)
+    targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
+    check_governed(trace, targets)
+    if (survive or ask_head_room or size) and not targets:
+        raise click.UsageError("--survive, --head-room and --size ask whether targets hold: give --slo")
+    k = k or k_of(target.metric for target in targets)
+    if deployment.is_disaggregated:
+        two_pools.check_options(
+            {"--calibration": calibration_path, "--layer-times": layer_times, "--survive": survive,
+             "--head-room": ask_head_room, **waiting.given, **scaling.given}
+        )  # fmt: skip
+        two_pools.simulate_pools(
+            speaker, deployment, trace, protocol, profile_path=profile_path, prices_path=prices_path, targets=targets,
+            k=k, rate=rate, size=size,
+        )  # fmt: skip
+        return
+    if size:
+        raise click.UsageError("--size: for a spec with a prefill and a decode pool; `tune --cost sizing` has one pool")
+    arrivals = waiting.arrivals(recorded, rate, ramp_s)
     pool = deployment.pool
     sources = Sources.of(
         deployment.model,
@@ -143,14 +163,9 @@ def simulate(
         layer_times=layer_times,
     )
     modeled = sources.step_model(pool)
-    targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
-    check_governed(trace, targets)
-    if (survive or ask_head_room) and not targets:
-        raise click.UsageError("--survive and --head-room ask whether targets hold: give --slo")
     autoscaler = scaling.autoscaler(sources.shape, pool)
     if (survive or ask_head_room) and (waiting.asked or autoscaler is not None):
         raise click.UsageError("--survive and --head-room ask about recorded arrivals and the spec's replicas alone")
-    k = k or k_of(target.metric for target in targets)
     asked: dict[str, Any] = {"policy": deployment.scheduler_policy, "k": k, "rate": rate, "arrivals": arrivals}
     result = run(trace, pool, modeled.tables, autoscaler=autoscaler, **asked)
     elastic = None
