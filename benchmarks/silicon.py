@@ -1,6 +1,6 @@
 """Public silicon: TTFT and TPOT of measured serving points, predicted from operator tables of other people's GPUs.
 
-    python benchmarks/silicon.py --mix-versions [--points FILE] [--tables FOLDER]
+    python benchmarks/silicon.py --mix-versions [--points FILE] [--tables FOLDER] [--pairs]
 
 1. From operator tables alone: nothing is fitted; the host's share are constants published elsewhere.
 2. Calibrated: residuals learned from every second point of each curve over concurrency, scored on the others; then the
@@ -15,15 +15,19 @@ takes --mix-versions.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from silicon_points import Point, read_points
+from silicon_ranking import pairs_at_equal_load, print_ranking, tau
+from silicon_spread import Figure, print_spread, weighted_median, weighted_share
 
 from bars import Bar, finish, needed_data
 from paretune.profiler.closed_loop import Host
@@ -101,34 +105,20 @@ def halves(points: Sequence[Point]) -> NDArray[np.bool_]:
     return first
 
 
-def kendall(points: Sequence[Point], measured: Floats, predicted: Floats) -> tuple[float, int]:
-    """Kendall's tau over all pairs of configurations under the same lengths and clients, and the number of pairs."""
-    agree = pairs = 0
-    loads = defaultdict(list)
-    for place, point in enumerate(points):
-        loads[point.load.clients, point.load.input_tokens, point.load.output_tokens].append(place)
-    for places in loads.values():
-        at = np.array(places)
-        left, right = np.triu_indices(len(at), 1)
-        sign = np.sign(measured[at[left]] - measured[at[right]]) * np.sign(predicted[at[left]] - predicted[at[right]])
-        agree += int(sign.sum())
-        pairs += int((sign != 0).sum())
-    return agree / pairs if pairs else float("nan"), pairs
-
-
 def calibrated(
-    metric: str, of: Features, residual: Floats, fitted: NDArray[np.bool_], folds: Sequence[object]
+    metric: str, of: Features, residual: Floats, fitted: NDArray[np.bool_], groups: Sequence[object] = ()
 ) -> tuple[Floats, Floats]:
     """Residuals of the points not fitted, in logarithms: what is left of them, and the half width of their band.
 
     Args:
-        folds: bands come from errors of points fitted without their fold: single points, where those not fitted lie
-            among them; whole groups, where they belong to others.
+        groups: of all points, where those not fitted belong to others than those fitted; none where they lie among
+            them. Bands come from errors of points predicted without their group, else without themselves.
     """
     inside = of.take(fitted)
-    learned = learn(inside, residual[fitted], ALIKE[metric])
+    own = [group for group, in_it in zip(groups, fitted, strict=False) if in_it]
+    learned = learn(inside, residual[fitted], ALIKE[metric], groups=own)
     mean, deviation = learned.at(of.take(~fitted))
-    scores = left_out_scores(learned, [fold for fold, in_it in zip(folds, fitted) if in_it])
+    scores = left_out_scores(learned, own or range(int(fitted.sum())))
     return residual[~fitted] - mean, conformal_quantile(scores, COVERAGE) * deviation
 
 
@@ -179,11 +169,28 @@ def print_groups(points: Sequence[Point], columns: dict[str, Floats]) -> None:
         print(f"{group[0]:20}{group[1]:8}{group[2]:34}{group[3]:>10}{group[4]:4d}{at.sum():5d}{figures}")
 
 
+def figures(
+    points: Sequence[Point], tpot_s: Floats, predicted_s: Floats, errors: dict[str, Floats], inside: dict[str, Floats]
+) -> dict[str, tuple[Figure, float, bool]]:
+    """The bars' figures as functions of the points' weights."""
+    pairs = pairs_at_equal_load(points)
+    targets = {"alone": (0.10, 0.30), "calibrated": (0.05, 0.15), "transfer": (0.15, 0.30)}
+    found: dict[str, tuple[Figure, float, bool]] = {}
+    for name, error in errors.items():
+        of, metric = name.split()
+        found[f"{name} median error"] = partial(weighted_median, error), targets[of][metric == "TTFT"], False
+    found["tau"] = lambda w: tau(pairs, tpot_s, predicted_s, w[pairs.left] * w[pairs.right]), 0.9, True
+    for name, each in inside.items():
+        found[f"{name} coverage"] = partial(weighted_share, each), 0.85, True
+    return found
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--points", type=Path, help="points with the columns of silicon_dev.csv")
     arguments.add_argument("--tables", help="folder of operator tables, or 'installed': aiconfigurator-core")
     arguments.add_argument("--mix-versions", action="store_true", help="compare points and tables of other versions")
+    arguments.add_argument("--pairs", action="store_true", help="print the pairs of configurations in wrong order")
     arguments.add_argument("--data", type=Path)
     options = arguments.parse_args()
     started = time.perf_counter()
@@ -225,33 +232,33 @@ def main() -> None:
 
     measured = {"TTFT": np.array([p.ttft_s for p in points]), "TPOT": np.array([p.tpot_s for p in points])}
     residual = {m: np.log(measured[m] / alone[:, i]) for i, m in enumerate(("TTFT", "TPOT"))}
-    tau, pairs = kendall(points, measured["TPOT"], alone[:, 1])
+    ranked, pairs = print_ranking(points, measured["TPOT"], alone[:, 1], options.pairs)
     of = features(points)
     bars = [
         Bar("tables_alone_tpot_median_error", float(np.median(off(residual["TPOT"]))), 0.10, False),
-        Bar("tables_alone_kendall_tau", tau if pairs else None, 0.9),
+        Bar("tables_alone_kendall_tau", ranked if pairs else None, 0.9),
         Bar("tables_alone_ttft_median_error", float(np.median(off(residual["TTFT"]))), 0.30, False),
     ]
     columns = {f"alone {m}": off(residual[m]) for m in ("TPOT", "TTFT")}
-    covered: dict[str, float] = {}
+    inside_band: dict[str, Floats] = {}
     widths: dict[str, float] = {}
 
     # bands of (1): of a group by the errors of all other groups
     for metric, error in residual.items():
-        inside = np.zeros(len(points), np.bool_)
+        inside = np.full(len(points), np.nan)  # where there is no other group
         for group in {p.group[:4] for p in points}:
             out = np.array([p.group[:4] == group for p in points])
             if not out.all():
                 inside[out] = np.abs(error[out]) <= conformal_quantile(np.abs(error[~out]), COVERAGE)
-        covered[f"tables_alone_{metric.lower()}"] = float(inside.mean())
+        inside_band[f"tables_alone_{metric.lower()}"] = inside
 
     half = halves(points)
-    for metric, target in (("TPOT", 0.05), ("TTFT", 0.15)):
+    for metric, target in (("TPOT", 0.05), ("TTFT", 0.15)) if half.any() and not half.all() else ():
         error, width = np.zeros(len(points)), np.zeros(len(points))
         for fitted in (half, ~half):
-            error[~fitted], width[~fitted] = calibrated(metric, of, residual[metric], fitted, range(len(points)))
+            error[~fitted], width[~fitted] = calibrated(metric, of, residual[metric], fitted)
         columns[f"calibrated {metric}"] = off(error)
-        covered[f"calibrated_{metric.lower()}"] = float((np.abs(error) <= width).mean())
+        inside_band[f"calibrated_{metric.lower()}"] = (np.abs(error) <= width).astype(np.float64)
         widths[f"calibrated_{metric.lower()}"] = float(np.median(width))
         bars.append(Bar(f"calibrated_{metric.lower()}_median_error", float(np.median(off(error))), target, False))
 
@@ -267,34 +274,30 @@ def main() -> None:
             error, width = calibrated(metric, of, again, ~new, groups)
             columns[f"transfer {metric}"] = np.full(len(points), np.nan)
             columns[f"transfer {metric}"][new] = off(error)
-            covered[f"transfer_{metric.lower()}"] = float((np.abs(error) <= width).mean())
+            inside_band[f"transfer_{metric.lower()}"] = np.full(len(points), np.nan)
+            inside_band[f"transfer_{metric.lower()}"][new] = np.abs(error) <= width
             widths[f"transfer_{metric.lower()}"] = float(np.median(width))
             bars.append(
                 Bar(f"b200_transfer_{metric.lower()}_median_error", float(np.median(off(error))), target, False)
             )
-    for name, share in covered.items():
+    covered = {name: weighted_share(inside, np.ones(len(points))) for name, inside in inside_band.items()}
+    for name, found in covered.items():
+        share = None if math.isnan(found) else found
         bars += [Bar(f"{name}_band_coverage", share, 0.85), Bar(f"{name}_band_coverage_most", share, 0.95, False)]
 
     print_groups(points, columns)
-    print(f"\npairs of configurations at equal load: {pairs}; tau {tau:.3f}")
-    without_bias = alone[:, 1].copy()
-    for kind in sorted({(p.system, p.model) for p in points}):
-        at = np.array([(p.system, p.model) == kind for p in points])
-        part, of_part = kendall([p for p, its in zip(points, at) if its], measured["TPOT"][at], alone[at, 1])
-        print(f"  {' '.join(kind)}: tau {part:.3f} of {of_part} pairs")
-    for group in {p.group for p in points}:
-        at = np.array([p.group == group for p in points])
-        without_bias[at] *= np.exp(np.median(residual["TPOT"][at]))
-    limit, _ = kendall(points, measured["TPOT"], without_bias)
-    print(f"  with the median error of each (GPU, engine, model, precision, TP) taken off: tau {limit:.3f}")
     print("coverage of 90 % bands:", {k: round(v, 3) for k, v in covered.items()})
     spread = {m: float(np.quantile(np.abs(error), COVERAGE)) for m, error in residual.items()}
     print("tables alone, 90 % of errors in logarithms below:", {m: round(v, 3) for m, v in spread.items()})
     print("median half width, logarithms:", {k: round(v, 3) for k, v in widths.items()})
     findings = [f for m in scorer.models.values() for t in (m.tables, *m.beside) for f in t.findings]
     print("rows refused or flagged:", *(f"\n  {finding}" for finding in by_file(list(dict.fromkeys(findings)))))
+    spread_of_bars = print_spread(points, figures(points, measured["TPOT"], alone[:, 1], columns, inside_band))
     print(f"{time.perf_counter() - started:.0f} s")
-    finish(bars, {"coverage": covered, "pairs": pairs}, None)
+    details = {"points": len(points), "pairs": pairs, "coverage": covered, "half_widths": widths}
+    # the record is of the public set that all can have
+    known_set = options.points is None and options.tables is None and options.mix_versions
+    finish(bars, details | {"spread_over_groups": spread_of_bars}, "silicon" if known_set else None)
 
 
 if __name__ == "__main__":

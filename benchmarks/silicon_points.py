@@ -13,23 +13,23 @@ import csv
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bars import needed_data
 from paretune.profiler.accelerator_step import Precision
 from paretune.profiler.closed_loop import Scheduler
+from paretune.profiler.hardware import accelerator
 from paretune.profiler.serving_point import DEFAULTS, Deployed, Load
 
-# As the driver reports it, which engines take a share of: aiconfigurator systems/*.yaml, mem_capacity (2026-07-25).
-MEMORY_BYTES = {
-    "a100_sxm": 85899345920,
-    "h100_sxm": 85899345920,
-    "h200_sxm": 151397597184,
-    "b200_sxm": 193273528320,
-    "l40s": 51539607552,
-    "rtx_pro_6000_server": 103079215104,
+ACCELERATORS = {
+    "a100_sxm": "A100",
+    "h100_sxm": "H100",
+    "h200_sxm": "H200",
+    "b200_sxm": "B200",
+    "l40s": "L40S",
+    "rtx_pro_6000_server": "RTX PRO 6000",
 }
 GPUS_OF_A_NODE = 8
 
@@ -102,7 +102,7 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         return f"mode {row['mode']}"
     if config is None:
         return f"no config.json of {row['model_path']}"
-    if row["system"] not in MEMORY_BYTES:
+    if row["system"] not in ACCELERATORS:
         return f"system {row['system']}"
     if row["backend"] not in DEFAULTS:
         return f"engine {row['backend']}"
@@ -123,19 +123,28 @@ def _point(row: dict[str, str], config: dict[str, Any] | None) -> Point | str:
         return f"precision {precision}"
     inferencex = row.get("origin", "").startswith("InferenceX")
     lengths = int(_number(row["isl"], 0)), int(_number(row["osl"], 0))
-    # InferenceX starts B200 with fp8 caches; TensorRT-LLM takes fp8 with fp8 and fp4 checkpoints; else as activations
-    asked = engine == "trtllm" or sparse or (inferencex and row["system"] == "b200_sxm")
+    # InferenceX starts all of these with fp8 caches; TensorRT-LLM takes fp8 with fp8 and fp4 checkpoints
+    asked = engine == "trtllm" or sparse or inferencex
     small_cache = precision != "bf16" and asked
     cache = "fp8" if small_cache else "bfloat16"
     over_prompts = "fp8" if cache == "fp8" and engine == "trtllm" else "bfloat16"
+    release = _release(row["backend_version"])
+    if inferencex:
+        scheduler = _inferencex_scheduler(engine, row["system"], precision, sparse, clients, lengths, ranks)
+    else:
+        scheduler = _scheduler(engine, release)
     deployed = Deployed(
         config,
         ranks,
         experts,
         dtype,
         Precision(over_prompts, cache),
-        MEMORY_BYTES[row["system"]],
-        _scheduler(engine, precision, inferencex, clients, sum(lengths)),
+        accelerator(ACCELERATORS[row["system"]]).memory_bytes,
+        scheduler,
+        # enable_fi_allreduce_fusion, --enable-flashinfer-allreduce-fusion: in the scripts of B200
+        inferencex and row["system"] == "b200_sxm",
+        # where no version stands InferenceX ran vLLM 0.10.2 (.github/configs/master.yaml, October 2025)
+        engine == "vllm" and not (scheduler.ahead and release >= (0, 11)),
     )
     shortest = (0.8, 0.8) if inferencex else (1.0, 0.9)
     return Point(
@@ -157,28 +166,51 @@ def _sharding(row: dict[str, str], config: dict[str, Any]) -> tuple[int, int]:
     """(ranks, parts that experts are divided into).
 
     Some rows multiply: 16 GPUs as 4 x 4, 64 as 8 x 8, whose measurements stand in other rows as 4 and 8 GPUs that
-    divide the experts among all of them. An engine does either with a rank, not both.
+    divide the experts among all of them. An engine does either with a rank, not both. DeepSeek-R1 in fp4 on SGLang was
+    run by InferenceX with as many parts as ranks (its configurations of October and December 2025 and later), also
+    where a row of November 2025 has left the parts out and names 1.
     """
     ranks, tensor, experts = (int(_number(row[c], 1)) or 1 for c in ("tp_size", "moe_tp_size", "moe_ep_size"))
     if tensor == experts and tensor * experts == ranks and ranks > 1:
         ranks = experts
+    inferencex = row.get("origin", "").startswith("InferenceX")
+    named = row["backend"], row["precision"], row["model_path"].split("/")[-1]
+    if inferencex and named == ("sglang", "fp4", "DeepSeek-R1"):
+        experts = ranks
     return ranks, min(experts, ranks) if "n_routed_experts" in config or "num_experts" in config else 1
 
 
-def _scheduler(engine: str, precision: str, inferencex: bool, clients: int, longest: int) -> Scheduler:
+def _scheduler(engine: str, release: tuple[int, int]) -> Scheduler:
+    """An engine's own; vLLM composes ahead by itself since 0.14 (#27614)."""
+    return replace(DEFAULTS[engine], ahead=DEFAULTS[engine].ahead or release >= (0, 14))
+
+
+def _inferencex_scheduler(
+    engine: str, system: str, precision: str, sparse: bool, clients: int, lengths: tuple[int, int], ranks: int
+) -> Scheduler:
+    """As InferenceX starts an engine: its scripts, by model, precision, GPU and engine."""
     default = DEFAULTS[engine]
-    if not inferencex or engine == "vllm":
-        return default  # InferenceX: --max-num-batched-tokens 8192, vLLM's default here
-    if engine == "trtllm":  # --max_num_tokens $MAX_MODEL_LEN, which is a prompt and an answer, and some
-        return Scheduler(longest + 200, 2048, chunked=False, prefill_first=False, reserves_output=True)
-    return Scheduler(  # --chunked-prefill-size, --scheduler-recv-interval
-        16384 if precision == "fp4" else 32768,
-        512,
-        chunked=True,
-        prefill_first=True,
-        reserves_output=False,
-        receive_every=30 if clients >= 16 else 10,
-    )
+    if engine == "vllm":  # 70b_fp8_h100_slurm.sh, 70b_*_b200_docker.sh: async-scheduling, 8,192 tokens
+        return replace(default, ahead=True)
+    if engine == "trtllm" and sparse:  # dsr1_fp8_b200_trt_slurm.sh: MAX_NUM_TOKENS
+        return replace(default, max_num_batched_tokens=(clients + lengths[0] + 127) // 64 * 64)
+    if engine == "trtllm":  # 70b_fp8_b200_trt_slurm.sh, 70b_fp4_b200_trt_docker.sh: for 1k/1k on less than 8 ranks
+        budget, waits = 16384, lengths == (1024, 1024) and ranks < 8
+        waiting = replace(default, wait_steps=20, wait_tokens=round(0.9 * budget)) if waits else default
+        return replace(waiting, max_num_batched_tokens=budget)
+    if system != "b200_sxm":  # dsr1_fp8_h200_slurm.sh
+        return replace(default, max_num_batched_tokens=32768, max_num_seqs=512)
+    # dsr1_fp4_b200.sh, dsr1_fp8_b200.sh: --chunked-prefill-size, --scheduler-recv-interval, --max-running-requests
+    if precision == "fp8" and ranks < 8:
+        return replace(default, max_num_seqs=32, receive_every=10)
+    chunk = 16384 if precision == "fp4" else 32768
+    return replace(default, max_num_batched_tokens=chunk, max_num_seqs=512, receive_every=30 if clients >= 16 else 10)
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number; (0, 0) where none is stated."""
+    parts = version.split(".")
+    return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else (0, 0)
 
 
 def _number(text: str, missing: float) -> float:

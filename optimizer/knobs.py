@@ -31,6 +31,7 @@ _SPEAKS_TO = {
     "recompute": ("more KV blocks", "half the KV bytes", "fewer seats", "prefix caching"),
     "preempted": ("more KV blocks", "half the KV bytes", "fewer seats", "one replica more"),
     "draft": ("fewer proposals",),
+    "adapters": ("more adapter slots", "one replica more"),
     "copies": ("more KV blocks", "half the KV bytes", "fewer seats"),
     "pipeline": ("one stage",),
 }

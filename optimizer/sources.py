@@ -104,9 +104,7 @@ class Sources:
         left_out = [*found.not_modeled, *_SIMULATOR_LEAVES_OUT]
         if pool.max_queued_requests:
             left_out.append("max_queued_requests: requests that the server would refuse wait in the simulator")
-        if pool.host_kv_blocks:
-            left_out.append("the time of copies between device and host blocks")
-        if pool.max_loras:
+        if self.layer_times is not None and pool.max_loras:
             left_out += _ADAPTERS_LEAVE_OUT
         return replace(found, not_modeled=tuple(left_out))
 

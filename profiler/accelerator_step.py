@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoder_layout import DecoderLayout, Gemm
+from .decoder_layout import DecoderLayout, Fusion, Gemm
 from .importers import OperatorTables
 from .operator_tables import OperatorTable
 
@@ -25,9 +25,16 @@ Floats = NDArray[np.float64]
 ELEMENTWISE_BANDWIDTH_SHARE = 0.8
 ELEMENTWISE_LATENCY_S = 3e-6
 
-# Precisions whose activations an engine quantizes inside the norm or the activation before: fp8 with the scales of the
-# checkpoint (TensorRT-LLM; vLLM's passes fuse_norm_quant and fuse_act_quant). Block scales and nvfp4 have own kernels.
+# Precisions of which the kernels that quantize activations are not taken as the matrices' tables have them: fp8 with
+# the scales of the checkpoint, whose kernels decoder_layout.Fusion counts. Block scales and nvfp4 have own kernels.
 FUSED_QUANTIZATION: dict[str, tuple[str, ...]] = {"trtllm": ("fp8",), "vllm": ("fp8",), "sglang": ()}
+# Precisions of which an engine's tables hide the launch of the quantizing kernel behind the kernel before, so that they
+# stand for no other engine. SGLang's nvfp4 is FlashInfer's, with programmatic dependent launch (enable_pdl, on by
+# itself since sm90): 5 µs where TensorRT-LLM's and vLLM's tables have 8 to 9, and bf16 5.
+_OVERLAPPED_QUANTIZATION = {"sglang": ("nvfp4",)}
+# TensorRT-LLM's models whose all-reduce adds the residual, norms and quantizes (AllReduceFusionOp in modeling_llama.py
+# and modeling_deepseekv3.py of 1.0; modeling_qwen3.py has none).
+_NORMS_IN_ALL_REDUCE = {"trtllm": ("llama", "deepseek_v3")}
 
 BATCH_GRID: Floats = np.unique(np.round(2.0 ** np.arange(0, 10.25, 0.25)))
 POINTS_PER_OCTAVE = 4
@@ -66,6 +73,22 @@ class Precision:
         return 1 if self.kv_cache == "fp8" else 2
 
 
+def engine_fusion(engine: str, model_type: str, asked: bool = False) -> Fusion:
+    """What an engine runs inside other kernels.
+
+    TensorRT-LLM 1.0: attention writes fp8; norms quantize where they are inside the all-reduce; the activation of the
+    MLP does not (gated_mlp.py). vLLM's passes fuse_norm_quant and fuse_act_quant leave the output of attention alone.
+
+    Args:
+        asked: norms inside the all-reduce were asked for (vLLM's fuse_allreduce_rms, SGLang's
+            --enable-flashinfer-allreduce-fusion).
+    """
+    norms = asked or model_type in _NORMS_IN_ALL_REDUCE.get(engine, ())
+    if engine != "trtllm":
+        return Fusion(norms)
+    return Fusion(norms, frozenset({"output", "qkv", "gate_up"} if norms else {"output"}))
+
+
 def gpu_step(
     tables: OperatorTables,
     layout: DecoderLayout,
@@ -76,7 +99,7 @@ def gpu_step(
     """Parts of a step from the tables of an engine on an accelerator.
 
     Args:
-        beside: tables of other engines on the same accelerator, for the matrices.
+        beside: tables of other engines on the same accelerator, for the matrices and all-reduces that norm inside.
         routing: how the experts' tables were measured: "balanced", "power_law_1.01", …
     Raises: BadTable: an operator of the layout was not measured, named with what was.
     """
@@ -88,10 +111,10 @@ def gpu_step(
     for gemm in layout.gemms:
         parts[gemm.rows] += gemm.count * _gemm_s(tables, beside, gemm, tokens)
     common += _elementwise_s(tables, layout.elementwise, tokens)
+    common += _elementwise_s(tables, layout.fused, tokens, 0.0)
     samples += _elementwise_s(tables, layout.sampling, tokens)
     if layout.all_reduces:
-        reduced = tables.all_reduce(layout.ranks).lookup((tokens * layout.hidden * 2.0)[:, None])
-        common += layout.all_reduces * reduced
+        common += layout.all_reduces * _all_reduce_s(tables, beside, layout, tokens)
     if layout.sparse:
         s = layout.sparse
         experts = tables.moe(
@@ -130,7 +153,8 @@ def _gemm_s(tables: OperatorTables, beside: Sequence[OperatorTables], gemm: Gemm
     fused = gemm.dtype in FUSED_QUANTIZATION[tables.engine]
     least = np.full(len(rows), np.inf)
     for each in (tables, *beside):
-        if each is not tables and gemm.dtype not in each.values("gemm_perf", "gemm_dtype"):
+        known = gemm.dtype in each.values("gemm_perf", "gemm_dtype")
+        if each is not tables and (not known or gemm.dtype in _OVERLAPPED_QUANTIZATION.get(each.engine, ())):
             continue
         table = each.gemm(gemm.dtype)
         launches = float(table.seconds.min() - each.gemm("bfloat16").seconds.min()) if fused else 0.0
@@ -139,12 +163,30 @@ def _gemm_s(tables: OperatorTables, beside: Sequence[OperatorTables], gemm: Gemm
     return least
 
 
-def _elementwise_s(tables: OperatorTables, kernels: Sequence[tuple[float, int]], rows: Floats) -> Floats:
+def _all_reduce_s(
+    tables: OperatorTables, beside: Sequence[OperatorTables], layout: DecoderLayout, rows: Floats
+) -> Floats:
+    """The engine's own; where it norms inside, FlashInfer's if those are faster, whose kernels are TensorRT-LLM's
+    (flashinfer.comm.trtllm_allreduce_fusion; engines take it up to the size where their own is faster)."""
+    moved = (rows * layout.hidden * 2.0)[:, None]
+    seconds = tables.all_reduce(layout.ranks).lookup(moved)
+    for each in beside if layout.fused else ():
+        if each.engine == "trtllm":
+            seconds = np.minimum(seconds, each.all_reduce(layout.ranks).lookup(moved))
+    return seconds
+
+
+def _elementwise_s(
+    tables: OperatorTables,
+    kernels: Sequence[tuple[float, int]],
+    rows: Floats,
+    latency_s: float = ELEMENTWISE_LATENCY_S,
+) -> Floats:
     """Kernels that read and write so many bytes a row, so many of each."""
     rate = ELEMENTWISE_BANDWIDTH_SHARE * tables.accelerator.peak_bytes_per_s
     total = np.zeros(len(rows))
     for moved, count in kernels:
-        total += count * (ELEMENTWISE_LATENCY_S + rows * moved / rate)
+        total += count * (latency_s + rows * moved / rate)
     return total
 
 

@@ -38,7 +38,7 @@ GROUPS = {
         "to_scheduler", "queue_seats", "queue_tokens", "queue_blocks", "queue_adapters", "queue_step",
     ),
     "own prefill": ("prefill",),
-    "own decode": ("decode", "draft", "copies"),
+    "own decode": ("decode", "draft", "copies", "adapters"),
     "behind others' prefills": ("others_prefill",),
     "others' decodes in the batch": ("others_decode",),
     "recompute after preemption": ("recompute",),

@@ -32,6 +32,10 @@ class Scheduler:
     reserves_output         a request is admitted where its longest answer fits too (TensorRT-LLM); else what does not
                             fit later is preempted and computed anew (vLLM)
     receive_every           steps between two looks at the door
+    ahead                   a step is composed while the one before computes: who arrives in between waits for a step
+                            more (ahead_loop.py)
+    wait_steps, wait_tokens beside decoding, whole prompts wait for so many steps, or until a step has so many tokens
+                            (TensorRT-LLM: batch_wait_timeout_iters, batch_wait_max_tokens_ratio of its budget)
     """
 
     max_num_batched_tokens: int
@@ -40,12 +44,19 @@ class Scheduler:
     prefill_first: bool
     reserves_output: bool
     receive_every: int = 1
+    ahead: bool = False
+    wait_steps: int = 0
+    wait_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.wait_steps and self.chunked:
+            raise ValueError("wait_steps: prompts that wait are whole ones; allowed: 0 where they are chunked")
 
 
 class Host(NamedTuple):
     """Seconds that the host adds.
 
-    step_s     to each step
+    step_s     to each step, of its own time what the GPU does not hide
     row_s      to each step by its rows
     prompt_s   to a step with prompts, which is launched kernel by kernel
     launch_s   the least time of a step with prompts: launching all its kernels
@@ -109,8 +120,10 @@ def serve(
         by_rows(step.decode_attention_s),
         by_rows(step.prefill_attention_s),
     )
-    flags = (scheduler.chunked, scheduler.prefill_first, scheduler.reserves_output)
-    limits = (scheduler.max_num_batched_tokens, min(scheduler.max_num_seqs, clients), scheduler.receive_every)
+    flags = (scheduler.chunked, scheduler.prefill_first, scheduler.reserves_output, scheduler.ahead)
+    seats = min(scheduler.max_num_seqs, clients)
+    waits = (scheduler.receive_every, scheduler.wait_steps, scheduler.wait_tokens)
+    limits = (scheduler.max_num_batched_tokens, seats, *waits)
     scratch = _scratch(input_tokens, clients)
     _serve(dense, limits, flags, host, float(kv_tokens), clients, input_tokens, output_tokens, scratch)
     ttft = scratch.first_s - scratch.sent_s + host.request_s
@@ -172,24 +185,34 @@ def _at(table: Floats, rows: int, context: float) -> float:
 
 @njit
 def _step_s(
-    dense: _Dense, host: Host, new_tokens: int, prompts: int, pairs: float, decodes: int, context: float, samples: int
+    dense: _Dense,
+    host: Host,
+    new_tokens: int,
+    prompts: int,
+    pairs: float,
+    decodes: int,
+    context: float,
+    samples: int,
 ) -> float:
     seconds = dense.samples_s[samples] if samples > 0 else 0.0
     if decodes > 0:
         seconds += _at(dense.decode_attention_s, decodes, context / decodes)
+    of_host = host.step_s + host.row_s * (decodes + prompts)
     if prompts == 0:
-        return float(seconds + dense.decode_s[decodes] + host.step_s + host.row_s * decodes)
-    # prompts of as many query-key pairs, from their start
-    seconds += _at(dense.prefill_attention_s, prompts, math.sqrt(2.0 * pairs / prompts))
-    seconds += dense.prefill_s[new_tokens + decodes]
-    return float(max(seconds, host.launch_s) + host.step_s + host.prompt_s + host.row_s * (decodes + prompts))
+        seconds += dense.decode_s[decodes]
+    else:
+        # prompts of as many query-key pairs, from their start
+        seconds += _at(dense.prefill_attention_s, prompts, math.sqrt(2.0 * pairs / prompts))
+        seconds = max(seconds + dense.prefill_s[new_tokens + decodes], host.launch_s)
+        of_host += host.prompt_s
+    return float(seconds + of_host)
 
 
 @njit
 def _serve(
     dense: _Dense,
-    limits: tuple[int, int, int],
-    flags: tuple[bool, bool, bool],
+    limits: tuple[int, int, int, int, int],
+    flags: tuple[bool, bool, bool, bool],
     host: Host,
     kv_tokens: float,
     clients: int,
@@ -197,8 +220,8 @@ def _serve(
     output_tokens: NDArray[np.int64],
     scratch: _Scratch,
 ) -> None:
-    budget_tokens, max_rows, receive_every = limits
-    chunked, prefill_first, reserves_output = flags
+    budget_tokens, max_rows, receive_every, wait_steps, wait_tokens = limits
+    chunked, prefill_first, reserves_output, ahead = flags
     total = input_tokens.shape[0]
     sent, first, last, arrives = scratch.sent_s, scratch.first_s, scratch.last_s, scratch.arrives_s
     goal, computed, made = scratch.goal, scratch.computed, scratch.made
@@ -219,12 +242,16 @@ def _serve(
     now = 0.0
     done = 0
     since = 0
+    waited = 0
+    began = 0.0  # the step before; the one composed while it computes saw who had arrived by then
     while done < total:
         if since >= receive_every or (num_running == 0 and queue_head == queue_tail):
             since = 0
-            if num_running == 0 and queue_head == queue_tail and head < tail and arrives[head] > now:
-                now = arrives[head]
-            while head < tail and arrives[head] <= now:
+            looked = began if ahead else now
+            if num_running == 0 and queue_head == queue_tail and head < tail:
+                now = max(now, arrives[head])
+                looked = now
+            while head < tail and arrives[head] <= looked:
                 queue[queue_tail] = coming[head]
                 queue_tail += 1
                 head += 1
@@ -269,6 +296,7 @@ def _serve(
                 new_tokens += take
                 pairs += take * (computed[request] + 0.5 * (take + 1))
                 samples += take == left
+        was_running, was_head = num_running, queue_head
         claimed = used + new_tokens + decodes
         if reserves_output:
             claimed = 0.0
@@ -296,28 +324,42 @@ def _serve(
         if num_running == 0:
             if head < tail:
                 now = max(now, arrives[head])
+            began = now
             since = receive_every
             continue
+        waits = prompts > 0 and decodes > 0 and waited < wait_steps and new_tokens + decodes < wait_tokens
+        if waits:
+            num_running, queue_head = was_running, was_head
+            prompts = new_tokens = samples = 0
+            pairs = 0.0
+        elif prompts > 0:
+            waited = 0
         decoding = decodes
         if prefill_first and prompts > 0:
             decoding = 0
         if not (prefill_first and prompts > 0):
             samples += decodes
         jump = 1
-        seconds = _step_s(dense, host, new_tokens, prompts, pairs, decoding, context if decoding > 0 else 0.0, samples)
+        context_read = context if decoding > 0 else 0.0
+        seconds = _step_s(dense, host, new_tokens, prompts, pairs, decoding, context_read, samples)
         if prompts == 0:
             jump = _LONGEST_JUMP
             for row in range(num_running):
                 jump = min(jump, int(output_tokens[running[row]] - made[running[row]]))
             if head < tail:
                 # until somebody is at the door, and the door is looked at
-                until = max(math.ceil((arrives[head] - now) / seconds), receive_every - since, 1)
+                until = max(math.ceil((arrives[head] - now) / seconds) + int(ahead), receive_every - since, 1)
                 jump = min(jump, until)
+            if waits:
+                jump = min(jump, wait_steps - waited)
             if not reserves_output:
                 jump = min(jump, max(1, int((kv_tokens - used) // max(decodes, 1))))
             if jump > 1:
                 seconds += _step_s(dense, host, 0, 0, 0.0, decodes, context + decodes * (jump - 1.0), samples)
                 seconds *= 0.5 * jump
+        if waits:
+            waited += jump
+        began = now + seconds * (1.0 - 1.0 / jump)
         now += seconds
         since += jump
         kept = 0

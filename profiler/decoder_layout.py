@@ -53,10 +53,24 @@ class Sparse:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """What an engine runs inside other kernels instead of by a kernel of its own.
+
+    norms         of the residual, inside the all-reduce before them
+    quantization  of activations to fp8 with a scale a tensor, by the matrix that reads them: "qkv", "output",
+                  "gate_up", "down"
+    """
+
+    norms: bool = False
+    quantization: frozenset[str] = frozenset({"qkv", "gate_up", "down"})
+
+
+@dataclass(frozen=True)
 class DecoderLayout:
     """What one rank of a group of `ranks` runs in a step.
 
     elementwise        (bytes a token, kernels of that kind a step): norms, rotary embedding, activation, quantization
+    fused              the same of what runs inside other kernels, and moves its bytes all the same
     sampling           (bytes a sample, kernels): logits to fp32, their softmax, the choice
     all_reduces        a step, each of `hidden` bf16 numbers a token
     weight_bytes       of the rank
@@ -70,6 +84,7 @@ class DecoderLayout:
     attention: Attention
     sparse: Sparse | None
     elementwise: tuple[tuple[float, int], ...]
+    fused: tuple[tuple[float, int], ...]
     sampling: tuple[tuple[float, int], ...]
     all_reduces: int
     weight_bytes: float
@@ -82,7 +97,9 @@ _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 _SPARSE = ("mixtral", "qwen3_moe")
 
 
-def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: str) -> DecoderLayout:
+def decoder_layout(
+    config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: str, fusion: Fusion = Fusion()
+) -> DecoderLayout:
     """From the content of a Hugging Face config.json.
 
     The vocabulary projection and routers stay in bf16; with nvfp4 so do the projections of latent attention, as in the
@@ -98,7 +115,7 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
     heads = config["num_attention_heads"]
     head = Gemm(-(-vocab // ranks), hidden, 1, _BF16, "samples")
     if config.get("model_type") == "deepseek_v3":
-        return _latent(config, ranks, expert_parallel, dtype, head)
+        return _latent(config, ranks, expert_parallel, dtype, head, fusion)
     if config.get("model_type") not in (*_DENSE, *_SPARSE):
         known = ", ".join((*_DENSE, *_SPARSE, "deepseek_v3"))
         raise BadTable("config.json: model_type", config.get("model_type"), known, "its layout is not known here")
@@ -121,15 +138,18 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
         inter = config["intermediate_size"] // ranks
         gemms = (*attention, Gemm(2 * inter, hidden, layers, dtype), Gemm(hidden, inter, layers, dtype), head)
         expert_bytes = 0.0
+    norms = ((8.0 * hidden, 2 * layers),)
+    fused = norms if fusion.norms and ranks > 1 else ()
     elementwise = [
-        (8.0 * hidden, 2 * layers),
+        *(() if fused else norms),
         (4.0 * (mine + 2 * kv_heads) * head_dim, layers),
         (6.0 * inter, 0 if sparse else layers),  # the experts' tables have their activation inside
     ]
     if config["model_type"].startswith("qwen3"):
         elementwise.append((4.0 * (mine + kv_heads) * head_dim, layers))  # norms of queries and keys
     if dtype == "fp8":
-        elementwise.append((3.0 * mine * head_dim, layers))  # the others are fused into norms and activation
+        read = {"qkv": hidden, "output": mine * head_dim, "gate_up": hidden, "down": inter}
+        elementwise += [(3.0 * width, layers) for matrix, width in read.items() if matrix not in fusion.quantization]
     return DecoderLayout(
         ranks,
         hidden,
@@ -138,6 +158,7 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
         Attention(layers, kv_heads, mine // kv_heads, head_dim),
         sparse,
         tuple(elementwise),
+        fused,
         _sampling(vocab),
         2 * layers if ranks > 1 else 0,
         _bytes(gemms) + expert_bytes + 2.0 * vocab * hidden / ranks,
@@ -145,7 +166,9 @@ def decoder_layout(config: Mapping[str, Any], ranks: int, expert_parallel: int, 
     )
 
 
-def _latent(config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: str, head: Gemm) -> DecoderLayout:
+def _latent(
+    config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: str, head: Gemm, fusion: Fusion
+) -> DecoderLayout:
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     mine = config["num_attention_heads"] // ranks
     rank_q, rank_kv, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
@@ -177,8 +200,10 @@ def _latent(config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: 
         expert_parallel,
     )
     experts = routed * config["n_routed_experts"] * 3.0 * hidden * config["moe_intermediate_size"]
+    norms = ((8.0 * hidden, 2 * layers),)
+    fused = norms if fusion.norms and ranks > 1 else ()
     elementwise = (
-        (8.0 * hidden, 2 * layers),
+        *(() if fused else norms),
         (4.0 * (rank_q + rank_kv), layers),
         (4.0 * mine * (nope + rope), layers),
         (3.0 * mine * value, layers),
@@ -194,6 +219,7 @@ def _latent(config: Mapping[str, Any], ranks: int, expert_parallel: int, dtype: 
         Attention(layers, mine, 1, nope + rope, latent=True),
         sparse,
         elementwise,
+        fused,
         _sampling(config["vocab_size"]),
         2 * layers,
         _bytes(gemms) + experts / ranks * _WEIGHT_BYTES[dtype] + 2.0 * config["vocab_size"] * hidden / ranks,

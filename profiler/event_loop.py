@@ -43,7 +43,7 @@ from ..runtime.scheduler_state import (
     State,
     slot_at,
 )
-from .step_time import StepTables, composed_time_s, composition, copies_s, decode_steps
+from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, decode_steps, fills_s
 
 # why the event loop returned
 _GOES_ON = -1
@@ -382,7 +382,7 @@ def run_replica(
         step_s = composed_time_s(
             tables, rows + plan.counts[PLAN_TOKENS], rows + size, rows + samples, context + decode_context, pairs
         )
-        step_s += copies_s(tables, plan)
+        step_s += copies_s(tables, plan) + fills_s(tables, plan) + adapters_s(tables, state, plan, rows)
         ended_s = now_s + step_s
         weight = rows + note_tokens(state, plan, times, gaps, cursor, k, now_s, ended_s, client_s)
         _note_run(gaps, cursor, step_s, 0.0, 1, ended_s + client_s, weight)
@@ -495,6 +495,7 @@ def _decode(
     while True:
         rows, step = counts[ROWS], counts[STEP]
         first_s, growth_s, steps = decode_steps(tables, rows, float(context))
+        first_s += adapters_s(tables, state, plan, rows)
         steps = min(counts[NEXT_END] - step, steps)
         # with every lane taken a newcomer changes nothing before somebody ends
         if steps > 1 and coming_s < math.inf and rows < state.limits[MAX_NUM_SEQS]:
@@ -579,7 +580,7 @@ def run_pipeline(
                 break
             samples, context, pairs = composition(plan, tables.prompt_pairs)
             step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
-            step_s += copies_s(tables, plan)
+            step_s += copies_s(tables, plan) + fills_s(tables, plan) + adapters_s(tables, state, plan, 0)
             clock[2] = max(now_s + step_s, clock[2] + step_s / stages)
             clock[3 + number] = clock[2]
             now_s += step_s / stages

@@ -41,6 +41,7 @@ WORDS = {
     "preempted": "preempted, waiting for blocks",
     "draft": "draft model",
     "copies": "KV blocks to and from the host",
+    "adapters": "LoRA adapters",
     "pipeline": "pipeline stages busy",
     "to_client": "to the client (HTTP, text)",
 }

@@ -26,7 +26,7 @@ _PEAKS = {
     "int8": "int8_tops",
     "fp4": "fp4_tflops",
 }
-_NEEDED = ("memory_gb", "memory_gbps")
+_NEEDED = ("memory_bytes", "memory_gbps")
 _FIGURES = (*_PEAKS.values(), *_NEEDED, "power_w")
 
 
@@ -64,7 +64,7 @@ class Accelerator:
 
     peak_flops_per_s   by precision of the arithmetic ("fp32", "bf16", "fp8", "int8", "fp4"); only what a source gives
     peak_bytes_per_s   device memory; 0 for "cpu", whose rates are measured into a profile and stand in no catalog
-    memory_bytes       device memory; for "cpu" the memory of this machine
+    memory_bytes       device memory, as the device reports it where that is known; for "cpu" of this machine
     power_w            at most, or None
     levels             what joins it to others of its kind, the nearest first; none for "cpu"
     host_link          to the memory of its server, or None
@@ -152,7 +152,7 @@ def accelerators() -> dict[str, Accelerator]:
             name=name,
             peak_flops_per_s={p: 1e12 * values[figure] for p, figure in _PEAKS.items() if figure in values},
             peak_bytes_per_s=1e9 * values["memory_gbps"],
-            memory_bytes=1e9 * values["memory_gb"],
+            memory_bytes=values["memory_bytes"],
             power_w=values.get("power_w"),
             levels=tuple(link for scope in (SCALE_UP, SCALE_OUT) for link in links[name].get(scope, ())),
             host_link=next(iter(links[name].get(HOST, ())), None),

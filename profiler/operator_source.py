@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
-from .accelerator_step import BATCH_GRID, CONTEXT_GRID, TOKEN_GRID, Precision, gpu_step
+from .accelerator_step import BATCH_GRID, CONTEXT_GRID, TOKEN_GRID, Precision, engine_fusion, gpu_step
 from .closed_loop import Host
 from .decoder_layout import decoder_layout
 from .hardware import BadHardware
@@ -21,8 +21,8 @@ from .serving_point import PUBLISHED_HOST
 from .step_time import WORK_GRID, StepTables
 
 # 90 % of the TPOT of 838 published points lie within it, predicted from tables alone (benchmarks/silicon.py,
-# 2026-11-26).
-RELATIVE_ERROR = 0.22
+# 2026-11-27).
+RELATIVE_ERROR = 0.20
 _DTYPES = {"bf16": "bfloat16", "fp8": "fp8", "nvfp4": "nvfp4"}
 _CACHES = {"bf16": "bfloat16", "fp8": "fp8"}
 _CONTEXT_OF_A_ROW = 1024.0
@@ -72,7 +72,8 @@ def operator_step_tables(source: OperatorSource, shape: ModelShape, pool: Pool) 
     check_kv_blocks(accelerator, shape, pool)
     ranks, cache = pool.tensor_parallel_size, _CACHES[pool.kv_cache_dtype]
     experts = ranks if pool.enable_expert_parallel else 1
-    layout = decoder_layout(_config(shape), ranks, experts, _DTYPES[pool.weight_dtype])
+    fusion = engine_fusion(source.tables.engine, shape.family)
+    layout = decoder_layout(_config(shape), ranks, experts, _DTYPES[pool.weight_dtype], fusion)
     over_prompts = "fp8" if cache == "fp8" and source.tables.engine == "trtllm" else "bfloat16"
     step = gpu_step(source.tables, layout, Precision(over_prompts, cache), source.routing, source.beside)
 

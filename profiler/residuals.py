@@ -68,7 +68,7 @@ class Correction:
     """Residuals learned from points.
 
     inverse  of their covariance, noise included; weights are its product with the residuals
-    noise    variance of each point's measurement, as it was taken
+    noise    variance of each point's measurement, as it was taken, with what its group is off by where that was raised
     """
 
     points: Features
@@ -85,18 +85,38 @@ class Correction:
         return cross @ self.weights, np.sqrt(np.maximum(spread, 1e-12))
 
 
-def learn(points: Features, log_residual: Floats, alike: Alike, robust: float = 2.5) -> Correction:
+def learn(
+    points: Features,
+    log_residual: Floats,
+    alike: Alike,
+    robust: float = 2.5,
+    groups: Sequence[object] = (),
+) -> Correction:
     """Fits residuals of measured points.
 
     Points further than `robust` standard deviations from what the others say get their noise raised to it, thrice
-    over: a start-up wave is no property of an engine.
+    over: a start-up wave is no property of an engine. Of a group that lies off as a whole no point is far from the
+    others; where groups are given, one whose median is so far from what the other groups say gets a shift of its own.
+
+    Args:
+        groups: (n,) labels of points that may be off together, where the correction is asked for other groups (of its
+            own a group's shift is not told); none: only single points may be off.
     """
     covariance = _covariance(points, points, alike)
     noise = np.full(len(log_residual), alike.noise**2)
+    shifted = np.zeros(len(log_residual))
+    blocks = _blocks(groups) if groups else []
     for _ in range(3):
-        taken = noise
+        taken = noise + shifted
         inverse: Floats = np.asarray(np.linalg.inv(covariance + np.diag(noise)), np.float64)
         weights = inverse @ log_residual
+        for out in blocks:
+            error, variance = _left_out(inverse, weights, out)
+            far = float(np.median(np.abs(error) / np.sqrt(variance))) / robust
+            if far > 1.0:
+                shift = (min(far**2, 100.0) - 1.0) * float(variance.mean())
+                shifted[out] += shift
+                covariance[np.ix_(out, out)] += shift
         left_out = weights / np.diag(inverse)  # residual of each point predicted by the others
         deviation = 1.0 / np.sqrt(np.diag(inverse))
         excess = np.abs(left_out) / (robust * deviation)
@@ -110,15 +130,25 @@ def left_out_scores(correction: Correction, folds: Sequence[object]) -> Floats:
     In closed form from the fit to all: the error of a block of points left out is the inverse of their block of the
     inverse covariance times their weights (Rasmussen and Williams, section 5.4.2, there for single points).
     """
-    _, labels = np.unique(np.array([str(fold) for fold in folds]), return_inverse=True)
-    scores = np.zeros(len(labels))
-    for label in range(labels.max() + 1):
-        out = np.flatnonzero(labels == label)
-        covariance = np.linalg.inv(correction.inverse[np.ix_(out, out)])
+    scores = np.zeros(len(folds))
+    for out in _blocks(folds):
+        error, variance = _left_out(correction.inverse, correction.weights, out)
         # one new measurement's noise, not what an outlier's was raised to
-        variance = np.diag(covariance) - correction.noise[out] + correction.alike.noise**2
-        scores[out] = np.abs(covariance @ correction.weights[out]) / np.sqrt(np.maximum(variance, 1e-12))
+        variance = variance - correction.noise[out] + correction.alike.noise**2
+        scores[out] = np.abs(error) / np.sqrt(np.maximum(variance, 1e-12))
     return scores
+
+
+def _blocks(labels: Sequence[object]) -> list[NDArray[np.intp]]:
+    """Places of the points of each label."""
+    _, number = np.unique(np.array([str(label) for label in labels]), return_inverse=True)
+    return [np.flatnonzero(number == each) for each in range(number.max() + 1)]
+
+
+def _left_out(inverse: Floats, weights: Floats, out: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """Errors of points predicted without any of them, and the variance of those, noise included."""
+    covariance = np.linalg.inv(inverse[np.ix_(out, out)])
+    return covariance @ weights[out], np.diag(covariance)
 
 
 def conformal_quantile(scores: Floats, coverage: float) -> float:

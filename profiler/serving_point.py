@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .accelerator_step import GpuStep, Precision, gpu_step
+from .accelerator_step import GpuStep, Precision, engine_fusion, gpu_step
 from .closed_loop import Host, Scheduler, serve
 from .decoder_layout import DecoderLayout, decoder_layout
 from .importers import OperatorTables
@@ -22,12 +22,18 @@ from .operator_tables import BadTable
 # others on other machines, and taken for every engine. A prompt's turn at the front end: a tokenizer's milliseconds.
 PUBLISHED_HOST = Host(step_s=0.54e-3, row_s=0.0, prompt_s=0.0, launch_s=0.0, request_s=7.8e-3, door_s=2e-3)
 
-# The engines' own defaults: TensorRT-LLM 1.0 (trtllm-serve: 8,192 tokens, no chunks, GUARANTEED_NO_EVICT), vLLM 0.11
-# (V1 on 80 GB or more: 8,192 tokens, chunked), SGLang 0.5 (chunks of 8,192 on 80 GB, prompts before decoding).
+# What preparing a step's inputs (attention metadata, block tables, copies) takes where it waits for the tokens of the
+# step before: 1 to 5 ms in vLLM (inference-sim issue 482), of which the least is taken. TensorRT-LLM and SGLang prepare
+# while the step before computes, vLLM since #23569 (0.11), where it composes ahead.
+PREPARE_S = 1.0e-3
+
+# The engines' own defaults: TensorRT-LLM 1.0 (trtllm-serve: 8,192 tokens, no chunks, GUARANTEED_NO_EVICT, overlap
+# scheduler), vLLM 0.11 (V1 on 80 GB or more: 8,192 tokens, chunked; composes ahead by itself since 0.14), SGLang 0.5
+# (chunks of 8,192 on 80 GB, prompts before decoding, overlap schedule since 0.4).
 DEFAULTS = {
-    "trtllm": Scheduler(8192, 2048, chunked=False, prefill_first=False, reserves_output=True),
+    "trtllm": Scheduler(8192, 2048, chunked=False, prefill_first=False, reserves_output=True, ahead=True),
     "vllm": Scheduler(8192, 1024, chunked=True, prefill_first=False, reserves_output=False),
-    "sglang": Scheduler(8192, 4096, chunked=True, prefill_first=True, reserves_output=False),
+    "sglang": Scheduler(8192, 4096, chunked=True, prefill_first=True, reserves_output=False, ahead=True),
 }
 # Share of the memory that the engine uses, or (TensorRT-LLM) that its cache takes of what the weights leave.
 _MEMORY_SHARE = {"trtllm": 0.9, "vllm": 0.9, "sglang": 0.85}
@@ -58,6 +64,8 @@ class Deployed:
     dtype            of the linear layers, as aiconfigurator names it
     expert_parallel  parts that whole experts are divided into
     memory_bytes     of one device
+    fused_norms      the engine was asked to norm inside the all-reduce
+    inputs_after     inputs of a step are prepared after the step before
     """
 
     config: Mapping[str, Any]
@@ -67,10 +75,12 @@ class Deployed:
     precision: Precision
     memory_bytes: float
     scheduler: Scheduler
+    fused_norms: bool = False
+    inputs_after: bool = False
 
-    @property
-    def layout(self) -> DecoderLayout:
-        return decoder_layout(self.config, self.ranks, self.expert_parallel, self.dtype)
+    def layout(self, engine: str) -> DecoderLayout:
+        fusion = engine_fusion(engine, str(self.config.get("model_type")), self.fused_norms)
+        return decoder_layout(self.config, self.ranks, self.expert_parallel, self.dtype, fusion)
 
 
 @dataclass(frozen=True)
@@ -94,9 +104,10 @@ class ServingModel:
 
         Raises: BadTable: an operator that was not measured, or a memory that does not hold the model and one request.
         """
-        key = (id(deployed.config), deployed.ranks, deployed.expert_parallel, deployed.dtype, deployed.precision)
+        sharding = deployed.ranks, deployed.expert_parallel
+        key = (id(deployed.config), *sharding, deployed.dtype, deployed.precision, deployed.fused_norms)
         if key not in self._steps:
-            layout = deployed.layout
+            layout = deployed.layout(self.tables.engine)
             step = gpu_step(self.tables, layout, deployed.precision, self.routing, self.beside)
             self._steps[key] = (layout, step)
         layout, step = self._steps[key]
@@ -112,6 +123,8 @@ class ServingModel:
         scheduler = deployed.scheduler
         if not scheduler.chunked and load.input_tokens > scheduler.max_num_batched_tokens:
             scheduler = replace(scheduler, max_num_batched_tokens=load.input_tokens)
+        if deployed.inputs_after:
+            host = host._replace(step_s=host.step_s + PREPARE_S)
         served = serve(step, scheduler, host, kv_tokens, load.clients, inputs, outputs)
         return Predicted(float(served.ttft_s.mean()), float(served.tpot_s.mean()), kv_tokens)
 

@@ -36,7 +36,7 @@ from .event_loop import (
     note_ended,
     note_tokens,
 )
-from .step_time import StepTables, composed_time_s, composition, copies_s
+from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
 
 # streams of a request's chances
 _DRAFTS = 1
@@ -180,7 +180,7 @@ def run_speculative(
         for row in range(size):
             samples += plan.num_drafts[row]
         step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
-        step_s += copies_s(tables, plan)
+        step_s += copies_s(tables, plan) + fills_s(tables, plan) + adapters_s(tables, state, plan, 0)
         if chances.most[1] > 0:
             step_s += draft_time_s(draft_tables, plan)
         accept(state, plan, chances)

@@ -33,7 +33,7 @@ from ..runtime.scheduler_state import (
     State,
 )
 from .event_loop import Requests
-from .step_limits import HOST, LINKS, RESOURCES, LimitTables
+from .step_limits import BANDWIDTH, HOST, LINKS, RESOURCES, LimitTables
 from .step_time import WORK_GRID, composition, grid_place, row_pairs
 
 PARTS = (
@@ -51,6 +51,7 @@ PARTS = (
     "preempted",
     "draft",
     "copies",
+    "adapters",
     "pipeline",
     "to_client",
 )
@@ -69,6 +70,7 @@ PARTS = (
     PREEMPTED,
     DRAFT,
     COPIES,
+    ADAPTERS,
     PIPELINE,
     TO_CLIENT,
 ) = range(len(PARTS))
@@ -83,8 +85,8 @@ SUMS_ROWS = 7
 QUEUES, WAS_PREEMPTED, RUNS = 0, 1, 2
 
 # rows of the scratch
-_FULL, _DECODES, _WITH, _ALONE, _DRAFT, _COPIES = range(6)
-SCRATCH_ROWS = 6
+_FULL, _DECODES, _WITH, _ALONE, _DRAFT, _COPIES, _ADAPTERS = range(7)
+SCRATCH_ROWS = 7
 
 # columns of the step log
 STEP_FLOATS = ("started_s", "ended_s", "decode_context", "prefill_pairs", *RESOURCES)
@@ -143,6 +145,7 @@ class ReplicaSums(NamedTuple):
     number: int
     reason: NDArray[np.int64]  # (stages,)
     began_s: NDArray[np.float64]  # (stages,)
+    adapters_s: NDArray[np.float64]  # (stages,)
     stood: NDArray[np.int64]  # (stages, 4): running, waiting, KV blocks used, preempted
 
 
@@ -315,7 +318,7 @@ def count_step(
     limits: LimitTables,
     draft_limits: LimitTables,
     drafts: bool,
-    copied_s: float,
+    beside: tuple[float, float, float],
     record: Record,
     sums: ReplicaSums,
     number: int,
@@ -323,7 +326,11 @@ def count_step(
     k: int,
     now_s: float,
 ) -> None:
-    """Count a step that has been computed, before it is committed, to the parts of those in it; and write it down."""
+    """Count a step that has been computed, before it is committed, to the parts of those in it; and write it down.
+
+    beside: seconds of copying blocks, of filling adapters' slots, and of the adapters' products.
+    """
+    copied_s, filled_s, adapters_s = beside
     scratch = record.scratch
     resources = scratch.shape[1]
     size = plan.counts[PLAN_SIZE]
@@ -350,18 +357,19 @@ def count_step(
     for r in range(resources):
         scratch[_DRAFT, r] = 0.0
         scratch[_COPIES, r] = copied_s if r == LINKS else 0.0
+        scratch[_ADAPTERS, r] = filled_s if r == LINKS else adapters_s if r == BANDWIDTH else 0.0
     if drafts:
         for r in range(resources):
             scratch[_DRAFT, r] = _draft_s(draft_limits, plan, r)
             draft_s += scratch[_DRAFT, r]
-    step_s = full_s + draft_s + copied_s
+    step_s = full_s + draft_s + copied_s + filled_s + adapters_s
     began_s = sums.began_s[number]
 
     grown = 0.0
     for r in range(resources):
         grown += max(0.0, scratch[_FULL, r] - scratch[_DECODES, r])
     for r in range(resources):
-        beside_s = scratch[_DRAFT, r] + scratch[_COPIES, r]
+        beside_s = scratch[_DRAFT, r] + scratch[_COPIES, r] + scratch[_ADAPTERS, r]
         sums.seconds[sums.reason[number], r] += scratch[_FULL, r] + beside_s
         sums.seconds[_BY_DECODE, r] += scratch[_DECODES, r] + beside_s
         if grown > 0.0:
@@ -408,6 +416,7 @@ def count_step(
         for r in range(resources):
             record.parts[request, DRAFT, r] += scratch[_DRAFT, r] * factor
             record.parts[request, COPIES, r] += scratch[_COPIES, r] * factor
+            record.parts[request, ADAPTERS, r] += scratch[_ADAPTERS, r] * factor
             if span_s > step_s:
                 record.parts[request, PIPELINE, r] += (span_s - step_s) * sums.seconds[_LAST, r] / step_s
         _see(record.seen, record.last_s, sums.seconds, request, now_s)

@@ -56,7 +56,7 @@ from .step_parts import (
     count_wait,
     why_they_queue,
 )
-from .step_time import StepTables, composed_time_s, composition, copies_s
+from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
 
 LOG_FULL = 5  # why the loop returned, beside event_loop's reasons
 
@@ -133,7 +133,8 @@ def record_replica(
                     record.waits[state.request_id[slot]] = RUNS
                 samples += plan.num_drafts[row] * speculates
             step_s = composed_time_s(tables, plan.counts[PLAN_TOKENS], size, samples, context, pairs)
-            step_s += copies_s(tables, plan)
+            sums.adapters_s[number] = adapters_s(tables, state, plan, 0)
+            step_s += copies_s(tables, plan) + fills_s(tables, plan) + sums.adapters_s[number]
             if drafts:
                 step_s += draft_time_s(draft_tables, plan)
             sums.reason[number] = why_they_queue(state, plan)
@@ -160,9 +161,8 @@ def record_replica(
         clock[1] += now_s - began_s
         if speculates:
             accept(state, plan, chances)
-        count_step(
-            state, plan, limits, draft_limits, drafts, copies_s(tables, plan), record, sums, number, stages, k, now_s
-        )
+        beside = (copies_s(tables, plan), fills_s(tables, plan), sums.adapters_s[number])
+        count_step(state, plan, limits, draft_limits, drafts, beside, record, sums, number, stages, k, now_s)
         note_token_times(state, plan, times, k, now_s + client_s)
         commit(state, plan)
         cursor[STEPS] += 1
@@ -230,6 +230,7 @@ class Recorder:
             number=number,
             reason=np.zeros(stages, np.int64),
             began_s=np.zeros(stages),
+            adapters_s=np.zeros(stages),
             stood=np.zeros((stages, 4), np.int64),
         )
 

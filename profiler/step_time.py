@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler_state import PLAN_COPIES, PLAN_SIZE, Plan
+from ..runtime.adapter_slots import NO_ADAPTER
+from ..runtime.scheduler_state import PLAN_COPIES, PLAN_FILLS, PLAN_SIZE, Plan, State
 from .batch_time import BatchTables
 
 POINTS_PER_OCTAVE = 4
@@ -37,6 +38,19 @@ class PromptPairs(NamedTuple):
     in_latent: float = 1.0
 
 
+class AdapterTimes(NamedTuple):
+    """What LoRA adapters add to a step, seconds.
+
+    token_s  for each token that has an adapter: its low-rank products
+    read_s   for each adapter that running requests have: its matrices are read
+    fill_s   for each adapter that is put into a slot
+    """
+
+    token_s: float = 0.0
+    read_s: float = 0.0
+    fill_s: float = 0.0
+
+
 class StepTables(NamedTuple):
     """Step time of one replica, everything in seconds.
 
@@ -54,6 +68,7 @@ class StepTables(NamedTuple):
     batch                where step times by the whole batch are known: the simulator takes these, screening the sums
                          above
     block_copy_s         to move one KV block between device and host, either way, before the step that asks for it
+    adapters             of LoRA adapters
     """
 
     tokens_s: NDArray[np.float64]
@@ -66,12 +81,37 @@ class StepTables(NamedTuple):
     prompt_pairs: PromptPairs = PromptPairs()
     batch: BatchTables | None = None
     block_copy_s: float = 0.0
+    adapters: AdapterTimes = AdapterTimes()
 
 
 @njit
 def copies_s(tables: StepTables, plan: Plan) -> float:
     """Seconds that a plan's copies of KV blocks take, which are made before anything is computed."""
     return float(tables.block_copy_s * plan.counts[PLAN_COPIES])
+
+
+@njit
+def adapters_s(tables: StepTables, state: State, plan: Plan, rows: int) -> float:
+    """Seconds of the products of adapters in a step: of the plan's rows, and of one token of the first `rows` that run,
+    which are in no plan (decode_runs.py)."""
+    slots = state.adapter_slots
+    if slots.number.shape[0] == 0:
+        return 0.0
+    tokens, adapters = 0, 0
+    for row in range(rows):
+        tokens += state.adapter[state.running[row]] != NO_ADAPTER
+    for row in range(plan.counts[PLAN_SIZE]):
+        if state.adapter[plan.slot[row]] != NO_ADAPTER:
+            tokens += plan.num_tokens[row]
+    for slot in range(slots.number.shape[0]):
+        adapters += slots.num_running[slot] > 0
+    return float(tables.adapters.token_s * tokens + tables.adapters.read_s * adapters)
+
+
+@njit
+def fills_s(tables: StepTables, plan: Plan) -> float:
+    """Seconds in which adapters come into the slots that a plan's newcomers need."""
+    return float(tables.adapters.fill_s * plan.counts[PLAN_FILLS])
 
 
 @njit

@@ -19,6 +19,7 @@ from ..runtime.draft_shape import draft_pool, draft_shape
 from ..runtime.graph_sizes import captured_sizes
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import CPU, Pool
+from .adapter_work import Adapters, adapter_work
 from .batch_time import scaled_batch
 from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
@@ -26,14 +27,14 @@ from .operator_source import RELATIVE_ERROR as OPERATOR_ERROR
 from .operator_source import OperatorSource, operator_step_tables
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import BadProfile, Configuration, LivePoint, Peaks, Profile, Serving, StepPoint
-from .roofline import LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_bounds, roofline_tables
+from .roofline import EFFICIENCY, LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_bounds, roofline_tables
 from .step_fit import StepFit, fit_steps
-from .step_time import WORK_GRID, StepTables, composed_time_s
+from .step_time import WORK_GRID, AdapterTimes, StepTables, composed_time_s
 
 Floats = NDArray[np.float64]
 Source = Profile | Accelerator | OperatorSource
 
-_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s")
+_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s", "adapters")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
@@ -75,6 +76,9 @@ def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
         found = replace(
             found, tables=found.tables._replace(block_copy_s=copy_s), not_modeled=(*found.not_modeled, note)
         )
+    if pool.max_loras:
+        times, note = _adapter_times(source, shape, pool)
+        found = replace(found, tables=found.tables._replace(adapters=times), not_modeled=(*found.not_modeled, note))
     draft = draft_shape(pool)
     if draft is not None:
         own, notes = _draft_tables(source, shape, draft, pool, found.tables)
@@ -95,6 +99,32 @@ def _block_copy_s(source: Source, shape: ModelShape, pool: Pool) -> tuple[float,
     if device.host_link is None:
         return 0.0, f"blocks to and from the host: no source gives the link of {device.name} to its host"
     return block_bytes / device.host_link.bytes_per_s, calls
+
+
+def _adapter_times(source: Source, shape: ModelShape, pool: Pool) -> tuple[AdapterTimes, str]:
+    """Of adapters of the highest rank on every matrix: on a device by its data sheet, as far as operators reach it."""
+    try:
+        one_token, one_adapter = (
+            adapter_work(shape, Adapters(pool.max_lora_rank, *what), tensor_parallel_size=pool.tensor_parallel_size)
+            for what in ((1.0, 0.0), (0.0, 1.0))
+        )
+    except ValueError as unknown:
+        return AdapterTimes(), f"{unknown}: what they add to a step, and the time to fill a slot"
+    flops = sum(work.flops for work in one_token)
+    moved = sum(work.activation_bytes for work in one_token)
+    size = sum(work.weight_bytes for work in one_adapter)
+    note = "LoRA adapters: inferred from FLOPs and bytes of rank max_lora_rank on every matrix, not measured"
+    if isinstance(source, Profile):
+        peaks = source.peaks_of(pool.num_threads)
+        rate = peaks.bytes_per_s(size)
+        token_s = max(flops / max(peaks.flops_per_s.values()), moved / max(rate for _, rate in peaks.read_bytes))
+        return AdapterTimes(token_s, size / rate, 2 * size / max(peaks.read_bytes)[1]), note
+    device = source.tables.accelerator if isinstance(source, OperatorSource) else source
+    token_s = max(flops / device.peak_flops_per_s["bf16"], moved / device.peak_bytes_per_s) / EFFICIENCY
+    read_s = size / device.peak_bytes_per_s / EFFICIENCY
+    if device.host_link is None:
+        return AdapterTimes(token_s, read_s), f"{note}; slots fill in no time: no source gives the link to the host"
+    return AdapterTimes(token_s, read_s, size / device.host_link.bytes_per_s), note
 
 
 def step_bounds(source: Profile | Accelerator, shape: ModelShape, pool: Pool) -> StepTables:

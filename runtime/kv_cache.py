@@ -1,8 +1,9 @@
 """Blocks of the paged KV cache: who holds them, which are free, and which hold a prefix that may be used again.
 
-Pure bookkeeping over NumPy arrays, compiled by Numba; the tensors live elsewhere. A block is held (`ref_count > 0`),
-free (on the stack), or cached: free to be taken, but its content has a name and a later request may claim it. Cached
-blocks are taken in order of last use (LRU), and only when the stack is empty.
+Pure bookkeeping over NumPy arrays, compiled by Numba; the tensors live elsewhere. A block is held, free (on the stack),
+or cached: free to be taken, but its content has a name and a later request may claim it. Cached blocks are taken in
+order of last use (LRU), and only when the stack is empty. Only a block with a name can have several holders, so only of
+these they are counted.
 
 The loops over many blocks index by numbers without a sign: one with a sign may count from the end, and to find that out
 takes Numba as long as all the rest.
@@ -34,7 +35,7 @@ SECOND_BLOCKS = 7
 class BlockPool(NamedTuple):
     """All blocks of one KV cache.
 
-    ref_count    (num_blocks,) int32  requests that hold the block
+    ref_count    (num_blocks,) int32  requests that hold a block with a name; 0 of others
     content      (num_blocks,) int64  1 + its place in `span_block`; 0 = its content has no name
     next_same    (num_blocks,) int32  1 + the block of equal content that was named next; 0 = none
     free_stack   (num_blocks,) int32  free blocks without content, counts[FREE] of them
@@ -214,6 +215,7 @@ def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span
         if pool.span_block[np.uint64(at)] == 0:
             pool.span_block[np.uint64(at)] = block + 1
             pool.content[np.uint64(block)] = at + 1
+            pool.ref_count[np.uint64(block)] = 1
             named += 1
         elif also:
             last = pool.span_block[at] - 1
@@ -221,6 +223,7 @@ def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span
                 last = pool.next_same[last] - 1
             pool.next_same[last] = block + 1
             pool.content[block] = at + 1
+            pool.ref_count[block] = 1
             pool.counts[SECOND_BLOCKS] += 1
     pool.span_named[span] += named
 
@@ -236,6 +239,7 @@ def remember(pool: BlockPool, block: int, content_hash: int, place: int) -> None
         if pool.span_block[at] == 0:
             pool.span_block[at] = block + 1
             pool.content[block] = at + 1
+            pool.ref_count[block] = 1
             pool.span_named[span] += 1
 
 
@@ -270,7 +274,6 @@ def take(pool: BlockPool) -> int:
         _forget(pool, block)
     else:
         return -1
-    pool.ref_count[block] = 1
     return block
 
 
@@ -280,8 +283,6 @@ def take_free(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int) -
     free = pool.counts[FREE]
     for i in range(needed - held):
         row[np.uint64(held + i)] = pool.free_stack[np.uint64(free - 1 - i)]
-    for i in range(held, needed):
-        pool.ref_count[np.uint64(row[np.uint64(i)])] = 1
     pool.counts[FREE] = free - (needed - held)
 
 
@@ -309,7 +310,6 @@ def take_cached(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int)
             gone = 0
             pool.span_idle[at >> bits] -= pool.span_block[at] == block + 1
             _forget(pool, block)
-        pool.ref_count[np.uint64(block)] = 1
         row[np.uint64(i)] = block
     _count_gone(pool, span, gone)
     pool.counts[QUEUE_HEAD] = head
@@ -336,25 +336,21 @@ def claim(pool: BlockPool, block: int) -> None:
 @njit
 def release(pool: BlockPool, block: int) -> None:
     """Let go of a held block. The last holder leaves it cached if its content has a name, else free."""
-    pool.ref_count[block] -= 1
-    if pool.ref_count[block] > 0:
-        return
     if pool.content[block] == 0:
         pool.free_stack[pool.counts[FREE]] = block
         pool.counts[FREE] += 1
         return
-    _link(pool, block)
+    pool.ref_count[block] -= 1
+    if pool.ref_count[block] == 0:
+        _link(pool, block)
 
 
 @njit
 def release_all(pool: BlockPool, row: NDArray[np.int32], held: int, named: int) -> None:
-    """Let go of row[:held], the last ones first: what `release` does with each. Those from `named` on have no name, and
-    nobody else holds them."""
+    """Let go of row[:held], the last ones first: what `release` does with each. Those from `named` on have no name."""
     counts, free, plain = pool.counts, pool.counts[FREE], max(0, held - named)
     for i in range(plain):
         pool.free_stack[np.uint64(free + i)] = row[np.uint64(held - 1 - i)]
-    for i in range(held - plain, held):
-        pool.ref_count[np.uint64(row[np.uint64(i)])] = 0
     free += plain
     if counts[QUEUE_TAIL] + held - plain > pool.queue.shape[0]:
         _close_ranks(pool)
@@ -362,14 +358,14 @@ def release_all(pool: BlockPool, row: NDArray[np.int32], held: int, named: int) 
     span, idle = 0, 0  # of this span so many blocks are idle that its count does not know of yet
     for i in range(held - plain - 1, -1, -1):
         block = row[np.uint64(i)]
-        others = pool.ref_count[np.uint64(block)] - 1
-        pool.ref_count[np.uint64(block)] = others
-        if others > 0:
-            continue
         at = pool.content[np.uint64(block)] - 1
         if at < 0:
             pool.free_stack[np.uint64(free)] = block
             free += 1
+            continue
+        others = pool.ref_count[np.uint64(block)] - 1
+        pool.ref_count[np.uint64(block)] = others
+        if others > 0:
             continue
         pool.queue[np.uint64(tail)] = block
         pool.queue_place[np.uint64(block)] = tail

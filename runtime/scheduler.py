@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from ..kernels.jit import njit
 from . import waiting_queue
-from .adapter_slots import NO_ADAPTER, hold_slot
+from .adapter_slots import NO_ADAPTER, NUM_FILLS, hold_slot
 from .admission import first_tokens
 from .host_blocks import drop_swapped, swap_in
 from .preemption import preempt, remove_running, victim
@@ -48,6 +48,7 @@ from .scheduler_state import (
     NUM_WAITING,
     PARETUNE,
     PLAN_ADMITTED,
+    PLAN_FILLS,
     PLAN_FINISHED,
     PLAN_PREEMPTED,
     PLAN_SIZE,
@@ -187,7 +188,9 @@ def _schedule_waiting(state: State, plan: Plan, budget: int, most: int) -> None:
         elif state.num_computed_tokens[slot] == 0:
             hold_prefix(state, plan, slot, computed // limits[BLOCK_SIZE])
         hold_blocks(state, plan, slot, computed + num_tokens)
+        filled = state.adapter_slots.counts[NUM_FILLS]
         state.adapter_slot[slot] = hold_slot(state.adapter_slots, state.adapter[slot])
+        plan.counts[PLAN_FILLS] += state.adapter_slots.counts[NUM_FILLS] - filled
         state.running[counts[NUM_RUNNING]] = slot
         counts[NUM_RUNNING] += 1
         plan.counts[PLAN_ADMITTED] += 1

@@ -68,6 +68,7 @@ PLAN_FINISHED = 2
 PLAN_PREEMPTED = 3
 PLAN_ADMITTED = 4
 PLAN_COPIES = 5
+PLAN_FILLS = 6  # adapters put into slots
 
 
 _WITHOUT_SIGN = (1 << 62) - 1
@@ -165,7 +166,7 @@ class Plan(NamedTuple):
     finished    (max_num_seqs,) int64  slots that ended at commit; readable until the next add_request
     preempted   (max_num_seqs,) int64  slots that gave their blocks back in this schedule
     copies      (n, 2) int32           blocks to copy before the step, from and to, in order (host_blocks.py)
-    counts      (6,) int64             in the places named above
+    counts      (7,) int64             in the places named above
     """
 
     slot: NDArray[np.int64]
@@ -278,7 +279,7 @@ def new_plan(pool: Pool) -> Plan:
         finished=np.zeros(seqs, np.int64),
         preempted=np.zeros(seqs, np.int64),
         copies=np.zeros((copies, 2), np.int32),
-        counts=np.zeros(6, np.int64),
+        counts=np.zeros(7, np.int64),
     )
 
 

@@ -1,12 +1,16 @@
 """The scheduler with adapters: never more distinct ones than slots, nobody forgotten, engine and simulator alike."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretune.profiler.simulator import simulate
-from paretune.profiler.step_time import WORK_GRID, StepTables
+from paretune.profiler.step_parts import PARTS
+from paretune.profiler.step_record import Recorder
+from paretune.profiler.step_time import WORK_GRID, AdapterTimes, StepTables
 from paretune.runtime.adapter_slots import NUM_FILLS, has_slot, hold_slot, new_adapter_slots, release_slot
 from paretune.runtime.scheduler import abort, add_request, commit, schedule
 from paretune.runtime.scheduler_state import (
@@ -23,6 +27,8 @@ from paretune.runtime.scheduler_state import (
 )
 from paretune.runtime.spec import Pool
 from paretune.traces.trace import Labels, PrefixHashes, Trace
+
+from .test_explain import limits_of
 
 
 def pool(**changes: object) -> Pool:
@@ -187,6 +193,41 @@ def test_the_simulator_lets_adapters_wait_for_their_slots() -> None:
     apart = simulate(trace(["a", "b", "c", "d"]), its, tables(1.0))
     assert np.all(np.diff(alike.times.first_token_s) < 4)
     assert np.diff(apart.times.first_token_s).tolist() == [16.0] * 3  # one after the other, 16 tokens of 1 s each
+
+
+TOKEN_S, READ_S, FILL_S = 1e-3, 0.05, 0.4
+
+
+@pytest.mark.parametrize(("adapters", "distinct"), [(["a"], 1), (["a", "a"], 1), (["a", "b"], 2), ([None, "a"], 1)])
+def test_adapters_take_their_time_by_token_by_adapter_and_by_slot_filled(
+    adapters: list[str | None], distinct: int
+) -> None:
+    """All at once: one step of 32 prompt tokens each, then 15 of one token each; every step takes 1 s besides."""
+    its = pool(max_loras=2, max_num_batched_tokens=64, num_kv_blocks=99, enable_prefix_caching=False)
+    times = tables(1.0)._replace(adapters=AdapterTimes(TOKEN_S, READ_S, FILL_S))
+    asked = replace(trace(adapters), arrival_s=np.zeros(len(adapters)))
+    adapted = sum(name is not None for name in adapters)
+    first_s = 1.0 + distinct * (READ_S + FILL_S) + 32 * adapted * TOKEN_S
+    later_s = 1.0 + distinct * READ_S + adapted * TOKEN_S
+    for jump in (True, False):
+        found = simulate(asked, its, times, jump=jump).times
+        assert found.first_token_s.tolist() == pytest.approx([first_s] * len(adapters))
+        assert found.end_s.tolist() == pytest.approx([first_s + 15 * later_s] * len(adapters))
+
+
+def test_jumps_and_recordings_see_what_adapters_take() -> None:
+    its = pool(max_loras=2, max_num_seqs=4, max_num_batched_tokens=64, num_kv_blocks=40)
+    times = tables(1.0)._replace(adapters=AdapterTimes(TOKEN_S, READ_S, FILL_S))
+    names = [("a", "b", "c", None)[i] for i in np.random.default_rng(0).integers(0, 4, 60)]
+    asked = trace(names)
+    fast, slow = (simulate(asked, its, times, jump=jump) for jump in (True, False))
+    np.testing.assert_allclose(fast.times.end_s, slow.times.end_s, rtol=1e-12)
+    recorder = Recorder(limits_of(times))
+    seen = simulate(asked, its, times, recorder=recorder)
+    np.testing.assert_allclose(seen.times.end_s, slow.times.end_s, rtol=1e-12)
+    assert recorder.record is not None
+    parts = recorder.record.parts[:, PARTS.index("adapters")].sum(axis=1)
+    assert (parts[[name is not None for name in names]] > 0).all()
 
 
 def test_the_simulator_shares_prefixes_under_one_adapter_only() -> None:

@@ -94,3 +94,20 @@ def test_a_run_leaves_what_single_steps_leave(seed: int, blocks: int, policy: st
         assert mine.tolist() == theirs.tolist(), name
     assert kv_cache.num_available(state.blocks) == kv_cache.num_available(other.blocks)
     assert contents(state) == contents(other)
+
+
+def test_what_a_run_has_computed_is_named_before_others_look_for_it() -> None:
+    state = new_state(pool(), hashes=np.array([11, 22], np.int64), blocks_per_hash=2)
+    plan, run = new_plan(pool()), new_decode_run(pool())
+    slot = add_request(state, 1, 5, 30, 0, 2)
+    run_step(state, plan)
+    add_request(state, 2, 16, 20, 0, 2)
+    begin_run(state, run)
+    for computed in (7, 8, 13, 15, 16, 20):
+        assert prepare_step(state, plan, run, True)
+        run.counts[STEP] = take_blocks(state, plan, run, computed - 5)
+        assert prepare_step(state, plan, run, True)
+        held = state.block_table[state.lane[slot], : state.num_blocks[slot]]
+        assert (state.blocks.content[held] != 0).sum() == min(computed // 4, 4), "the hashes cover four blocks"
+    leave_run(state, run)
+    check_conservation(state)

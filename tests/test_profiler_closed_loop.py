@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -83,8 +85,44 @@ def test_the_door_is_looked_at_every_so_many_steps() -> None:
     assert late.ttft_s[1] > PROMPT_S + 5 * DECODE_S
 
 
+def test_who_arrives_while_a_step_is_composed_ahead_waits_for_one_more() -> None:
+    ahead = replace(MIXED, ahead=True)
+    # the second ends after 10 steps, and the third arrives as the eleventh begins, which was composed before
+    assert served(2, [100, 100, 100], [21, 11, 1]).ttft_s[2] == pytest.approx(PROMPT_S)
+    assert served(2, [100, 100, 100], [21, 11, 1], ahead).ttft_s[2] == pytest.approx(DECODE_S + PROMPT_S)
+    # 24 ms after the second ended, within a step: it joins the next one, or the one after
+    late = NO_HOST._replace(request_s=0.012)
+    joins_s = [served(2, [100] * 3, [101, 11, 1], each, host=late).ttft_s[2] for each in (MIXED, ahead)]
+    np.testing.assert_allclose(joins_s, [3 * DECODE_S + PROMPT_S, 4 * DECODE_S + PROMPT_S])
+    # into an empty engine nobody is late
+    np.testing.assert_allclose(served(1, [100] * 3, [11] * 3, ahead).ttft_s, PROMPT_S)
+
+
+def test_prompts_wait_for_company_while_others_decode() -> None:
+    waiting = Scheduler(8192, 1024, chunked=False, prefill_first=False, reserves_output=True, wait_steps=5)
+    alone, crowd = replace(waiting, wait_tokens=1000), replace(waiting, wait_tokens=101)
+    assert served(2, [100, 100, 100], [21, 11, 1], alone).ttft_s[2] == pytest.approx(5 * DECODE_S + PROMPT_S)
+    assert served(2, [100, 100, 100], [21, 11, 1], crowd).ttft_s[2] == pytest.approx(PROMPT_S)  # 100 tokens and a row
+    np.testing.assert_allclose(served(1, [100] * 3, [11] * 3, alone).ttft_s, PROMPT_S)  # nobody decodes
+    # who comes later waits with the first, not anew
+    three = served(3, [100] * 5, [41, 11, 13, 1, 1], alone)
+    np.testing.assert_allclose(three.ttft_s[3:], [5 * DECODE_S + PROMPT_S, 3 * DECODE_S + PROMPT_S])
+
+
+def test_prompts_in_chunks_do_not_wait() -> None:
+    with pytest.raises(ValueError, match="wait_steps"):
+        replace(MIXED, wait_steps=5)
+
+
 @pytest.mark.parametrize(
-    "scheduler", [MIXED, Scheduler(500, 16, False, False, True), Scheduler(300, 64, True, True, False)]
+    "scheduler",
+    [
+        MIXED,
+        Scheduler(500, 16, False, False, True),
+        Scheduler(300, 64, True, True, False),
+        Scheduler(300, 64, True, True, False, receive_every=7, ahead=True),
+        Scheduler(500, 16, False, False, True, ahead=True, wait_steps=9, wait_tokens=450),
+    ],
 )
 def test_every_request_ends(scheduler: Scheduler) -> None:
     rng = np.random.default_rng(0)

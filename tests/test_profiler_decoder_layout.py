@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from paretune.profiler.decoder_layout import decoder_layout
+from paretune.profiler.decoder_layout import Fusion, decoder_layout
 from paretune.profiler.operator_tables import BadTable
 
 LLAMA_8B: dict[str, Any] = {
@@ -45,6 +45,24 @@ def test_ranks_divide_the_weights(config: dict[str, Any]) -> None:
     whole, eighth = (decoder_layout(config, t, 1, "fp8") for t in (1, 4))
     assert 4 * eighth.weight_bytes == pytest.approx(whole.weight_bytes, rel=0.01)
     assert (whole.all_reduces, eighth.all_reduces) == (0, 2 * config["num_hidden_layers"])
+
+
+def test_what_runs_inside_the_all_reduce_has_no_kernel_of_its_own_but_moves_its_bytes() -> None:
+    apart, inside = (decoder_layout(LLAMA_8B, 8, 1, "bfloat16", Fusion(norms)) for norms in (False, True))
+    assert sum(n for _, n in apart.elementwise) - sum(n for _, n in inside.elementwise) == 2 * 32
+    assert apart.fused == ()
+    assert inside.fused == ((8.0 * 4096, 2 * 32),)
+    assert decoder_layout(LLAMA_8B, 1, 1, "bfloat16", Fusion(norms=True)).fused == ()  # nothing is reduced
+
+
+def test_each_matrix_whose_activation_is_quantized_apart_has_a_kernel_for_it() -> None:
+    def kernels(dtype: str, *inside: str) -> int:
+        layout = decoder_layout(LLAMA_8B, 2, 1, dtype, Fusion(quantization=frozenset(inside)))
+        return sum(n for _, n in layout.elementwise)
+
+    assert kernels("fp8") - kernels("bfloat16") == 4 * 32
+    assert kernels("fp8", "qkv", "gate_up", "output") - kernels("bfloat16") == 32
+    assert kernels("nvfp4") == kernels("bfloat16")  # the tables of their matrices have it
 
 
 def test_an_unknown_architecture_is_refused() -> None:

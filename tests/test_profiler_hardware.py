@@ -19,17 +19,17 @@ def test_the_catalog_has_what_people_rent() -> None:
 
 
 def test_peaks_are_those_of_the_data_sheets() -> None:
-    # NVIDIA H100 SXM5 data sheet: 989.4 TFLOP/s bf16 and 1978.9 fp8, dense; 3.35 TB/s; 80 GB
+    # NVIDIA H100 SXM5 data sheet: 989.4 TFLOP/s bf16 and 1978.9 fp8, dense; 3.35 TB/s; nvidia-smi: 81559 MiB
     h100 = accelerator("H100")
     assert h100.flops_per_s("bf16") == pytest.approx(989.4e12, rel=1e-3)
     assert h100.flops_per_s("fp8") == pytest.approx(1978.9e12, rel=1e-3)
-    assert (h100.peak_bytes_per_s, h100.memory_bytes) == (3.35e12, 80e9)
+    assert (h100.peak_bytes_per_s, h100.memory_bytes) == (3.35e12, 81559 * 2**20)
 
 
 @pytest.mark.parametrize("name", CATALOGED)
 def test_every_accelerator_has_a_source_a_date_and_rates_that_make_sense(name: str) -> None:
     found = accelerator(name)
-    assert {"memory_gb", "memory_gbps"} <= set(found.sources)
+    assert {"memory_bytes", "memory_gbps"} <= set(found.sources)
     for source, as_of in [*found.sources.values(), *((link.source, link.as_of) for link in found.levels)]:
         assert len(source) > 10
         assert date.fromisoformat(as_of) <= date.today()

@@ -43,6 +43,20 @@ def test_one_outlier_does_not_move_its_neighbors() -> None:
     assert abs(mean[0]) < 0.1
 
 
+def test_a_group_that_is_off_as_a_whole_does_not_move_the_other_groups() -> None:
+    names = [name for name in "abcdef" for _ in range(4)]
+    seen = points(names, [1, 2, 3, 4] * 6)
+    residual = np.array([1.5 if name == "f" else 0.0 for name in names])
+    unseen = points(["g"], [2.5])
+    by_points, _ = learn(seen, residual, ALIKE).at(unseen)
+    by_groups, _ = learn(seen, residual, ALIKE, groups=names).at(unseen)
+    assert abs(by_groups[0]) < 0.3 * abs(by_points[0])
+    assert abs(by_groups[0]) < 0.03
+    # the score of that group, left out, hides nothing
+    scores = left_out_scores(learn(seen, residual, ALIKE, groups=names), names)
+    assert min(scores[-4:]) > 5 > max(scores[:-4])
+
+
 def test_the_conformal_quantile_covers_new_scores() -> None:
     rng = np.random.default_rng(2)
     covered = []

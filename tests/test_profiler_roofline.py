@@ -112,9 +112,9 @@ def test_an_estimate_says_that_it_was_not_measured_and_how_wide_it_is() -> None:
 
 
 def test_kv_blocks_are_what_is_left_of_92_percent_of_the_memory() -> None:
-    # by hand: (0.92 * 80e9 - 2 * 8.03e9 bytes of weights, norms in fp32) / (16 tokens * 131072 bytes)
+    # by hand: (0.92 * 81559 MiB - 2 * 8.03e9 bytes of weights, norms in fp32) / (16 tokens * 131072 bytes)
     weights = 2 * (8_030_261_248 - 65 * 4096) + 4 * 65 * 4096
-    assert kv_blocks(H100, LLAMA_8B, pool()) == int((0.92 * 80e9 - weights) // (16 * 131072))
+    assert kv_blocks(H100, LLAMA_8B, pool()) == int((0.92 * 81559 * 2**20 - weights) // (16 * 131072))
 
 
 def test_more_kv_blocks_than_memory_are_refused_with_what_fits() -> None:

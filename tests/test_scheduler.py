@@ -89,7 +89,8 @@ def check_conservation(state: State, in_flight: bool = False) -> None:
 
 def check_pool(blocks: kv_cache.BlockPool, held: np.ndarray, unique: bool = True) -> None:
     """Every block is held as often as it should be, free or cached; the table knows each content, once if `unique`."""
-    assert held.tolist() == blocks.ref_count.tolist()
+    assert np.where(blocks.content != 0, held, 0).tolist() == blocks.ref_count.tolist()
+    assert (held[blocks.content == 0] <= 1).all()
     free = blocks.free_stack[: blocks.counts[kv_cache.FREE]].tolist()
     cached = cached_blocks(blocks)
     assert len(cached) == blocks.counts[kv_cache.CACHED]

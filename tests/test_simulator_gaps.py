@@ -96,6 +96,17 @@ def test_as_many_had_a_steps_gap_as_had_tokens_before_and_after_it(
     np.testing.assert_array_equal(noted.run_weight, counted)
 
 
+@given(seed=st.integers(0, 10_000))
+def test_order_statistics_are_those_of_the_values_in_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    runs = Runs(
+        rng.lognormal(-4, 1, 30), rng.choice([0.0, 1e-6, 1e-2], 30), rng.integers(1, 9, 30), rng.integers(0, 3, 30)
+    )
+    parts = zip(runs.first_s, runs.growth_s, runs.steps.tolist(), runs.weight.tolist())
+    values = np.sort(np.concatenate([np.repeat(first + np.arange(n) * more, w) for first, more, n, w in parts]))
+    assert runs.order_statistics(range(len(values))) == dict(enumerate(values.tolist()))
+
+
 def test_order_statistics_are_found_among_many_equal_values() -> None:
     """More than are sorted at once, so that parts are divided again, down to single values."""
     rng = np.random.default_rng(4)

@@ -39,29 +39,34 @@ def knobs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     }
 
 
-def repeated_prefixes(requests: Trace, seed: int) -> Trace:
-    """The same requests with prefixes of blocks of 16 tokens out of five families."""
+def repeated_prefixes(requests: Trace, seed: int, tokens: int = 16) -> Trace:
+    """The same requests with prefixes out of five families, a hash for so many tokens; the last hash of each is its
+    own, and covers the first tokens of its answer, too."""
     family = np.random.default_rng(seed).integers(0, 5, len(requests))
-    counts = requests.input_tokens.astype(np.int64) // 16
-    hashes = np.concatenate([1000 * f + np.arange(n) for f, n in zip(family, counts)]).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    prefix = PrefixHashes(hashes=hashes, offsets=offsets, block_size=16)
+    whole, rest = np.divmod(requests.input_tokens.astype(np.int64), tokens)
+    each = [
+        [*(1000 * f + np.arange(n)), *([1_000_000 + i] if r else [])]
+        for i, (f, n, r) in enumerate(zip(family, whole, rest))
+    ]
+    offsets = np.cumsum([0, *map(len, each)])
+    hashes = np.array([hash for one in each for hash in one], np.int64)
+    prefix = PrefixHashes(hashes=hashes, offsets=offsets, block_size=tokens)
     return Trace(requests.arrival_s, requests.input_tokens, requests.output_tokens, prefix=prefix)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), shared=st.booleans(),
+    seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), hashed=st.sampled_from([0, 16, 64]),
     block_copy_s=st.sampled_from([0.0, 2e-3]),
 )  # fmt: skip
 def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
-    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], shared: bool, block_copy_s: float
+    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], hashed: int, block_copy_s: float
 ) -> None:
     policy, changes = chosen
     limits = pool(num_kv_blocks=40, **changes)
     requests = trace(50, rate, seed)
-    if shared:
-        requests = repeated_prefixes(requests, seed)
+    if hashed:
+        requests = repeated_prefixes(requests, seed, hashed)
     priority = np.random.default_rng(seed).integers(0, 3, len(requests)).tolist()
     times = tables(limits)._replace(block_copy_s=block_copy_s)
     fast = simulate(requests, limits, times, policy=policy, priority=priority)
@@ -79,7 +84,7 @@ def test_every_block_that_is_copied_takes_its_time(shared: bool) -> None:
     """All requests are there from the beginning, so that time decides nothing, and only adds up."""
     limits = pool(num_kv_blocks=40, host_kv_blocks=200, preemption="swap")
     requests = trace(50, 20.0, 7)
-    requests = repeated_prefixes(requests, 7) if shared else requests
+    requests = repeated_prefixes(requests, 7, 16) if shared else requests
     at_once = dataclasses.replace(requests, arrival_s=np.zeros(len(requests)))
     free, priced = (simulate(at_once, limits, tables(limits)._replace(block_copy_s=seconds)) for seconds in (0.0, 2e-3))
     copied = free.blocks_to_host + free.blocks_from_host
