@@ -36,7 +36,8 @@ from ..traces.metrics import RequestTimes
 from ..traces.trace import Trace
 from .event_loop import Bounds, Requests, Times
 from .kv_transfer import TransferLink, TransferTime, transfer_time
-from .simulator import Replica, Run, SimulationResult, chances_of, simulate
+from .replica import Replica, Run
+from .simulator import SimulationResult, chances_of, simulate
 from .step_record import Recorder
 from .step_time import StepTables
 from .token_gaps import ReplicaGaps, StepGaps

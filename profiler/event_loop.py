@@ -307,16 +307,19 @@ def run_replica(
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
     until_s: float,
+    stop_at_end: bool,
 ) -> int:
     """The event loop of one replica; returns why it ended. No step begins at until_s or later.
 
     jump: requests that decode are a run while they can be. It is left before this returns.
+    stop_at_end: pause after the step with which a request ends, before anybody else is admitted.
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
     many as the cursor says; cursor (7,) int64: in the places named above; clock (2, or more,) float64: now, and busy
     seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
     client_s = tables.request_s[1]
     status = _GOES_ON
+    seen = cursor[ENDED]
     # of the run: tokens that its next step reads; count of steps at which the next k-th token comes
     context, next_kth = 0, NEVER
     # the run is to be left; the next step has to be scheduled whole
@@ -332,6 +335,9 @@ def run_replica(
             context, leaves = 0, False
         if status != _GOES_ON:
             return status
+        if stop_at_end and cursor[ENDED] > seen:
+            status = PAUSED
+            continue
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             continue
@@ -342,7 +348,7 @@ def run_replica(
             status = PAUSED
             continue
         waits = cursor[ARRIVED] < cursor[QUEUED]
-        coming_s = requests.arrival_s[queue[cursor[ARRIVED]]] if waits else until_s
+        coming_s = min(requests.arrival_s[queue[cursor[ARRIVED]]], until_s) if waits else until_s
         if jump and not whole and run.counts[ROWS] == 0 and _came_together(state, gaps, now_s):
             context = begin_run(state, run)
             next_kth = _next_kth(state, run, k)
@@ -363,7 +369,7 @@ def run_replica(
         size = plan.counts[PLAN_SIZE]
         if size == 0:
             if rows > 0:
-                own = (context, next_kth, coming_s, ended, cursor, clock)
+                own = (context, next_kth, coming_s, ended, cursor, clock, stop_at_end)
                 context, next_kth, goes_on = _decode(state, plan, run, tables, requests, times, gaps, bounds, k, *own)
                 status = _GOES_ON if goes_on else GAVE_UP
             elif plan.counts[PLAN_PREEMPTED] == 0:
@@ -474,6 +480,7 @@ def _decode(
     ended: NDArray[np.int64],
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
+    stop_at_end: bool,
 ) -> tuple[int, int, bool]:
     """Jump through a run of decode steps, from one request's end to the next, until somebody else may be admitted or
     blocks run out. There are blocks for the first step.
@@ -518,7 +525,7 @@ def _decode(
             context -= end_rows(state, plan, run)
             goes_on = note_ended(state, plan, requests, times, bounds, k, ended, cursor, now_s + client_s)
             others = state.counts[NUM_WAITING] + state.counts[NUM_RUNNING] - counts[ROWS]
-            if counts[ROWS] == 0 or others > 0 or not goes_on:
+            if counts[ROWS] == 0 or others > 0 or not goes_on or stop_at_end:
                 break
         if evicting or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
             break
@@ -541,6 +548,7 @@ def run_pipeline(
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
     until_s: float,
+    stop_at_end: bool,
 ) -> int:
     """`run_replica` for several pipeline stages: as many steps as there are stages begin before the first of them ends.
 
@@ -551,7 +559,11 @@ def run_pipeline(
     stages = len(plans)
     now_s = clock[0]
     client_s = tables.request_s[1]
+    seen = cursor[ENDED]
     while True:
+        if stop_at_end and cursor[ENDED] > seen:
+            status = PAUSED
+            break
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break

@@ -1,7 +1,8 @@
 """Replays a trace against a live server over HTTP, with streaming: open loop, at the recorded arrival times.
 
 A request is sent when the trace says, however busy the server is, and its TTFT counts from then (no coordinated
-omission; Tene, "How NOT to Measure Latency", 2013). How late it was really sent is reported beside it. Prompts are
+omission; Tene, "How NOT to Measure Latency", 2013). How late it was really sent is reported beside it. Requests that
+wait for others' ends (traces/sessions.py) are sent when these have come and the pause is over. Prompts are
 random token ids of the recorded lengths; where the trace's prefix hashes agree, so do the tokens. The answers are
 made as long as the recorded ones (`ignore_eos`, `min_tokens` = `max_tokens`); of servers that do not honor that, the
 lengths that came count.
@@ -15,6 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..runtime.model_shape import BadModel, ModelShape, read_json, resolve_model
 from ..traces.metrics import RequestTimes, percentiles
+from ..traces.sessions import DependentArrivals, SendOrder, open_loop
 from ..traces.trace import Trace
 from .http_stream import Connection, Origin, Stream, connect, fetch_json
 
@@ -58,7 +61,7 @@ class ReplayResult:
     """What a live server did with a trace.
 
     times             one row a request, in trace order; second 0 is second 0 of the trace
-    schedule_error_s  how much later than scheduled requests were sent: "p50", "p95", "max"
+    schedule_error_s  how much later requests were sent than they should have been: "p50", "p95", "max"
     errors            "request i: what went wrong", for those that did not finish
     server            url, model, and tokens_per_event (1: every token came in an event of its own)
     started_s         second 0 of the trace on the clock of time.perf_counter
@@ -84,6 +87,7 @@ def replay(
     model: str | None = None,
     token_ids: NDArray[np.int32] | None = None,
     timeout_s: float = 600.0,
+    arrivals: DependentArrivals | None = None,
     progress: Progress | None = None,
 ) -> ReplayResult:
     """Send every request of a trace at its time and record when its tokens come.
@@ -97,6 +101,7 @@ def replay(
         token_ids: ids that prompts may hold; left out: those of the model directory that `model` names
             (`prompt_token_ids`).
         timeout_s: of one request, from its sending; then its connection is closed and it counts as failed.
+        arrivals: which requests wait for others' ends; left out: all come as recorded. One that failed has ended.
         progress: called with the numbers of requests ended and of all.
     Raises: BadReplay: no http address, no positive rate, or token ids that nobody knows; NoServer. What goes wrong with
         single requests is collected, not raised. KeyboardInterrupt closes all connections first.
@@ -112,12 +117,12 @@ def replay(
         token_ids = _known_token_ids(name)
     bodies = request_bodies(trace, name, token_ids, seed)
     streams = [Stream(body) for body in bodies]
-    scheduled_s = trace.arrival_s / rate
+    sends = SendOrder(open_loop(len(trace)) if arrivals is None else arrivals, trace.arrival_s / rate)
     cpu_s = time.process_time()
-    started_s = asyncio.run(_replay(origin, streams, scheduled_s, timeout_s, progress))
+    started_s = asyncio.run(_replay(origin, streams, sends, timeout_s, progress))
     cpu_s = time.process_time() - cpu_s
-    times, tokens_per_event = request_times(streams, scheduled_s, started_s, k)
-    late_s = times.sent_s - times.scheduled_s
+    times, tokens_per_event = request_times(streams, sends.scheduled_s, started_s, k)
+    late_s = times.sent_s - sends.sent_s
     p50, p95, most = percentiles(late_s, (50, 95, 100))
     errors = tuple(f"request {i}: {s.error}" for i, s in enumerate(streams) if s.error is not None)
     server = {"url": url, "model": name, "tokens_per_event": tokens_per_event}
@@ -211,28 +216,47 @@ def request_times(
 
 
 async def _replay(
-    origin: Origin, streams: list[Stream], scheduled_s: NDArray[np.float64], timeout_s: float, progress: Progress | None
+    origin: Origin, streams: list[Stream], sends: SendOrder, timeout_s: float, progress: Progress | None
 ) -> float:
     """Send everything on time and wait for all; returns second 0 of the trace on the clock of time.perf_counter."""
     client = _Client(origin, timeout_s, len(streams), progress)
     # the first connections are there before the trace begins, as those of a running client are
     await client.open(min(8, len(streams)))
     started_s = time.perf_counter() + 0.05
-    tasks = []
+    tasks: list[asyncio.Task[None]] = []
+    ended = asyncio.Event()  # something has, and who waits for it may be next
+
+    async def send(row: int) -> None:
+        try:
+            await client.send(streams[row])
+        finally:
+            if sends.arrivals.waits:
+                sends.ended(row, time.perf_counter() - started_s)
+                ended.set()
+
     try:
-        for stream, at_s in zip(streams, scheduled_s.tolist()):
-            wait_s = started_s + at_s - time.perf_counter()
-            if wait_s > _EARLY_S:
-                await asyncio.sleep(wait_s - _EARLY_S)
-            while time.perf_counter() < started_s + at_s:
-                await asyncio.sleep(0)
-            tasks.append(asyncio.create_task(client.send(stream)))
+        while len(tasks) < len(streams):
+            ended.clear()
+            if await _come(started_s + sends.next_s(), ended):
+                tasks.append(asyncio.create_task(send(sends.take()[0])))
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         client.close()
     return started_s
+
+
+async def _come(at_s: float, ended: asyncio.Event) -> bool:
+    """Wait until a time; False: a request ended before. An infinite time is one that only an end can bring."""
+    wait_s = at_s - time.perf_counter()
+    if wait_s > _EARLY_S:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if math.isinf(wait_s) else wait_s - _EARLY_S):
+                await ended.wait()
+    while time.perf_counter() < at_s and not ended.is_set():
+        await asyncio.sleep(0)
+    return not ended.is_set()
 
 
 class _Client:

@@ -8,69 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.decode_runs import new_decode_run
 from ..runtime.router import new_router, num_prefix_hashes, route
-from ..runtime.scheduler_state import (
-    NUM_BLOCKS_FROM_HOST,
-    NUM_BLOCKS_TO_HOST,
-    NUM_HOST_HIT_TOKENS,
-    NUM_PREEMPTIONS,
-    NUM_PREFIX_HIT_TOKENS,
-    NUM_RUNNING,
-    NUM_SWAPPED,
-    NUM_WAITING,
-    grow,
-    new_plan,
-    new_state,
-)
+from ..runtime.scheduler_state import grow, new_plan, new_state
 from ..runtime.spec import BadSpec, Pool
 from ..runtime.speculated import Speculated
 from ..traces.acceptance import by_request, total
 from ..traces.metrics import RequestTimes, Target
 from ..traces.prefix import blocks_per_hash
+from ..traces.sessions import DependentArrivals, SendOrder, open_loop
 from ..traces.trace import BadTrace, Trace
 from .ahead_loop import run_ahead
+from .autoscale import Autoscaler, ElasticFleet
 from .batch_time import BatchTables
-from .event_loop import (
-    ARRIVED,
-    DRAINED,
-    ENDED,
-    GAVE_UP,
-    METRIC_CODE,
-    OUT_OF_ROOM,
-    OUT_OF_SLOTS,
-    QUEUED,
-    RUNS,
-    SINGLES,
-    STEPS,
-    Bounds,
-    Gaps,
-    Requests,
-    Times,
-    run_pipeline,
-    run_replica,
-)
-from .speculative_loop import Chances, run_speculative
+from .event_loop import DRAINED, GAVE_UP, METRIC_CODE, OUT_OF_SLOTS, Bounds, Requests, Times
+from .event_order import Fleet, Held, serve_in_order
+from .replica import TOTALS, Replica, Run, Totals
+from .speculative_loop import Chances
 from .step_record import Recorder
 from .step_time import StepTables
-from .token_gaps import ReplicaGaps, StepGaps
-
-_FIRST_PLACES = 1024  # of a queue that grows
-
-# fields of SimulationResult that the scheduler counts
-_TOTALS = {
-    "preemptions": NUM_PREEMPTIONS,
-    "swaps": NUM_SWAPPED,
-    "prefix_hit_tokens": NUM_PREFIX_HIT_TOKENS,
-    "host_hit_tokens": NUM_HOST_HIT_TOKENS,
-    "blocks_to_host": NUM_BLOCKS_TO_HOST,
-    "blocks_from_host": NUM_BLOCKS_FROM_HOST,
-}
+from .token_gaps import StepGaps
 
 
 @dataclass(frozen=True)
@@ -88,6 +48,7 @@ class SimulationResult:
     drafts, draft_tokens, accepted_tokens  of speculation, as in runtime.speculated
     rejected           requests longer than max_model_len
     gave_up            stopped early, because a target could no longer be met: the times are incomplete
+    held               replicas that were held, and from when to when; empty: all of the pool, all the time
     """
 
     times: RequestTimes
@@ -104,6 +65,7 @@ class SimulationResult:
     accepted_tokens: int
     rejected: int
     gave_up: bool
+    held: tuple[Held, ...] = ()
 
 
 def _bounds(trace: Trace, targets: Sequence[Target], k: int) -> Bounds:
@@ -134,144 +96,7 @@ def governed_rows(trace: Trace, target: Target) -> NDArray[np.bool_]:
     return np.asarray(trace.app.codes == trace.app.names.index(target.app), np.bool_)
 
 
-class _Totals(NamedTuple):
-    """What one replica did, as in SimulationResult."""
-
-    steps: int
-    busy_s: float
-    counted: NDArray[np.int64]  # the counts that _TOTALS names
-    gaps: ReplicaGaps | None  # None: not noted
-
-
-class Run(NamedTuple):
-    """What all replicas share."""
-
-    policy: str
-    hashes: NDArray[np.int64]
-    blocks_per_hash: int
-    tables: StepTables
-    draft_tables: StepTables | None
-    requests: Requests
-    times: Times
-    bounds: Bounds
-    k: int
-    jump: bool
-    chances: Chances | None  # None: nothing is proposed
-    recorder: Recorder | None = None  # None: nothing is written down
-
-
-class Replica:
-    """One replica on its own virtual clock.
-
-    queue, ended, cursor, clock  as in `run_replica`
-    """
-
-    def __init__(self, pool: Pool, run: Run, queue: NDArray[np.int64] | None = None) -> None:
-        """queue: rows of the requests that it gets, where that is known beforehand."""
-        self.state = new_state(
-            pool, policy=run.policy, hashes=run.hashes, blocks_per_hash=run.blocks_per_hash, own_content=True
-        )
-        self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
-        self.ended = np.zeros_like(self.queue)
-        self.cursor = np.zeros(7, np.int64)
-        self.cursor[QUEUED] = 0 if queue is None else len(queue)
-        self.clock = np.zeros(3 + pool.pipeline_parallel_size)
-        self._outstanding_tokens = 0
-        self._plans = tuple(new_plan(pool) for _ in range(pool.pipeline_parallel_size))
-        self._decode_run = new_decode_run(pool)
-        self.run = run
-        self._sums = None if run.recorder is None else run.recorder.replica(pool.pipeline_parallel_size)
-        self._gone = 0
-        self._most_tokens = 1 if run.chances is None else 1 + int(run.chances.most[0])  # of a request in a step
-        runs, singles = 1024 + 6 * len(self.queue), 2 * pool.max_num_seqs * self._most_tokens
-        self.gaps = Gaps(
-            np.zeros(len(self.state.request_id)),
-            *(np.empty(runs), np.empty(runs), np.empty(runs, np.int64), np.empty(runs), np.empty(runs, np.int64)),
-            *(np.empty(singles, np.int64), np.empty(singles), np.empty(singles)),
-        )
-
-    def add(self, request: int) -> None:
-        if self.cursor[QUEUED] == len(self.queue):
-            self.queue, self.ended = (np.concatenate([x, np.zeros_like(x)]) for x in (self.queue, self.ended))
-        self.queue[self.cursor[QUEUED]] = request
-        self.cursor[QUEUED] += 1
-        self._outstanding_tokens += int(self.run.requests.max_num_tokens[request])
-
-    def advance(self, until_s: float) -> int:
-        """Compute every step that begins before until_s; returns why the loop ended."""
-        alive = self.state.counts[NUM_RUNNING] + self.state.counts[NUM_WAITING]
-        if self.clock[0] >= until_s or (alive == 0 and self.cursor[ARRIVED] == self.cursor[QUEUED]):
-            return DRAINED
-        while (status := self._loop(until_s)) in (OUT_OF_SLOTS, OUT_OF_ROOM):
-            if status == OUT_OF_SLOTS:
-                self.state = grow(self.state)
-            self.gaps = self._grown_gaps()
-        return int(status)
-
-    def _grown_gaps(self) -> Gaps:
-        """Room for the gaps of more steps, where there is little left, and for those of all slots."""
-        runs, singles = self.cursor[RUNS], self.cursor[SINGLES]
-        most_singles = self.state.running.shape[0] * self._most_tokens
-        more_runs = len(self.gaps.run_steps) if 2 * runs > len(self.gaps.run_steps) else 0
-        more_singles = len(self.gaps.request) if singles + most_singles > len(self.gaps.request) // 2 else 0
-        more = {"last_s": len(self.state.request_id) - len(self.gaps.last_s)}
-        more |= dict.fromkeys(("run_first_s", "run_growth_s", "run_steps", "run_end_s", "run_weight"), more_runs)
-        more |= dict.fromkeys(("request", "from_s", "to_s"), more_singles)
-        return Gaps(
-            **{
-                name: np.concatenate([array, np.zeros(more[name], array.dtype)]) if more[name] else array
-                for name, array in self.gaps._asdict().items()
-            }
-        )
-
-    def outstanding_tokens(self, now_s: float) -> int:
-        """Tokens that its requests may take which have not ended; `advance` has brought it to now_s."""
-        requests, times = self.run.requests, self.run.times
-        client_s = self.run.tables.request_s[1]
-        while self._gone < self.cursor[ENDED]:
-            request = self.ended[self._gone]
-            if times.end_s[request] - client_s > now_s:
-                break
-            self._outstanding_tokens -= int(requests.max_num_tokens[request])
-            self._gone += 1
-        return self._outstanding_tokens
-
-    def _loop(self, until_s: float) -> int:
-        run, own = self.run, (self.queue, self.ended, self.cursor, self.clock, until_s)
-        shared = (run.tables, run.requests, run.times, self.gaps, run.bounds, run.k)
-        if run.recorder is not None and self._sums is not None:
-            seen = (self._sums, self.state, self._plans, run.tables, run.draft_tables)
-            return run.recorder.run(*seen, run.requests, run.times, run.bounds, run.k, run.chances, *own)
-        if len(self._plans) > 1:
-            return run_pipeline(self.state, self._plans, *shared, *own)
-        if run.chances is not None:
-            draft = run.tables if run.draft_tables is None else run.draft_tables
-            first = (self.state, self._plans[0], run.tables, draft, *shared[1:])
-            return run_speculative(*first, run.chances, *own)
-        return run_replica(self.state, self._plans[0], self._decode_run, *shared, run.jump, *own)
-
-    def totals(self) -> _Totals:
-        counted = self.state.counts[list(_TOTALS.values())]
-        gaps = None if self._sums is not None else self._noted_gaps()
-        return _Totals(int(self.cursor[STEPS]), float(self.clock[1]), counted, gaps)
-
-    def _noted_gaps(self) -> ReplicaGaps:
-        runs, singles, noted = self.cursor[RUNS], self.cursor[SINGLES], self.gaps
-        return ReplicaGaps(
-            noted.run_first_s[:runs],
-            noted.run_growth_s[:runs],
-            noted.run_steps[:runs],
-            noted.run_end_s[:runs],
-            noted.run_weight[:runs],
-            noted.request[:singles],
-            noted.from_s[:singles],
-            noted.to_s[:singles],
-            self.ended[: self.cursor[ENDED]],
-            bool(self.cursor[ENDED] == self.cursor[QUEUED]),
-        )
-
-
-def _serve_in_turn(pool: Pool, run: Run, rows: NDArray[np.int64]) -> tuple[int, list[_Totals]]:
+def _serve_in_turn(pool: Pool, run: Run, rows: NDArray[np.int64]) -> tuple[int, list[Totals]]:
     """Round robin: who gets what is known beforehand, so that one replica after the other runs through."""
     totals = []
     status = DRAINED
@@ -284,7 +109,7 @@ def _serve_in_turn(pool: Pool, run: Run, rows: NDArray[np.int64]) -> tuple[int, 
     return status, totals
 
 
-def _serve_routed(pool: Pool, run: Run, rows: NDArray[np.int64], most_hashes: int) -> tuple[int, list[_Totals]]:
+def _serve_routed(pool: Pool, run: Run, rows: NDArray[np.int64], most_hashes: int) -> tuple[int, list[Totals]]:
     """Route each request by how the replicas stand when it arrives, which takes all of them there first."""
     replicas = [Replica(pool, run) for _ in range(pool.replicas)]
     router = new_router(pool)
@@ -305,7 +130,7 @@ def _serve_routed(pool: Pool, run: Run, rows: NDArray[np.int64], most_hashes: in
     return status, [replica.totals() for replica in replicas]
 
 
-def _serve_in_time(pool: Pool, run: Run, rows: NDArray[np.int64], batch: BatchTables) -> tuple[int, list[_Totals]]:
+def _serve_in_time(pool: Pool, run: Run, rows: NDArray[np.int64], batch: BatchTables) -> tuple[int, list[Totals]]:
     """Step times by the batch: groups of `batch.ranks` replicas that step together, requests to them in turn."""
     groups = pool.replicas // batch.ranks
     totals = []
@@ -321,13 +146,19 @@ def _serve_in_time(pool: Pool, run: Run, rows: NDArray[np.int64], batch: BatchTa
         own = (queue, cursor, clock, counts, ended)
         while run_ahead(states, plans, batch, run.requests, run.times, run.k, *own) == OUT_OF_SLOTS:
             states = tuple(grow(state) for state in states)
-        counted = np.sum([state.counts[list(_TOTALS.values())] for state in states], axis=0)
-        totals.append(_Totals(int(cursor[1]), float(clock[1]), counted, None))
+        counted = np.sum([state.counts[list(TOTALS.values())] for state in states], axis=0)
+        totals.append(Totals(int(cursor[1]), float(clock[1]), counted, None))
     return DRAINED, totals
 
 
-def _check_in_time(pool: Pool, batch: BatchTables) -> None:
-    """Raises: BadSpec: step times by the batch do not hold for such a pool."""
+def _check_in_time(
+    pool: Pool, batch: BatchTables, arrivals: DependentArrivals | None, autoscaler: Autoscaler | None
+) -> None:
+    """Raises: BadSpec: step times by the batch do not hold for such a pool, or such a run."""
+    if arrivals is not None or autoscaler is not None:
+        found = "requests that wait for others" if autoscaler is None else "autoscaling"
+        allowed = "recorded arrivals and a fixed number of replicas, where step times are known by the batch"
+        raise BadSpec("step times", found, f"{allowed}; or step times of a profile or a data sheet")
     todo = "1, where step times are known by the batch"
     if pool.pipeline_parallel_size > 1:
         raise BadSpec("pools.0.pipeline_parallel_size", pool.pipeline_parallel_size, todo)
@@ -369,6 +200,8 @@ def simulate(
     give_up: Sequence[Target] = (),
     jump: bool = True,
     recorder: Recorder | None = None,
+    arrivals: DependentArrivals | None = None,
+    autoscaler: Autoscaler | None = None,
 ) -> SimulationResult:
     """Serve a trace on a virtual clock.
 
@@ -387,10 +220,12 @@ def simulate(
         give_up: stop as soon as one of these can no longer be met (for searches, which need no exact figure then).
         jump: take runs of equal decode steps at once; False steps one by one, to check the jumps.
         recorder: is told of every step, one by one, and where the time of every request goes; no run is given up then.
+        arrivals: which requests wait for others' ends (traces/sessions.py); left out: an open loop, as recorded.
+        autoscaler: how many replicas there are, from time to time, in place of the pool's number.
     Returns: times by request in trace order, and what it took.
     Raises: BadTrace: the trace's prefix blocks do not cover whole KV blocks, or it does not say how often proposals
-        are kept, and the pool speculates. BadSpec: a pool that speculates in several stages. ValueError: no positive
-        rate.
+        are kept, and the pool speculates. BadSpec: a pool that speculates in several stages, or step times by the batch
+        where requests wait for others or replicas come and go. ValueError: no positive rate.
     """
     if not 0 < rate < math.inf:
         raise ValueError(f"rate must be a positive number, not {rate}")
@@ -431,26 +266,38 @@ def simulate(
     run = Run(policy, hashes, per_hash, whole, tables.draft, requests, times, bounds, k, jump, chances, recorder)
     if recorder is not None:
         recorder.begin(n, int(trace.output_tokens.sum()))
+    if autoscaler is not None and arrivals is None:
+        arrivals = open_loop(n)
+    sends = None if arrivals is None else SendOrder(arrivals, scheduled_s.copy())
+    if sends is not None:  # they are written when they are known
+        requests.scheduled_s[:], requests.arrival_s[:] = np.nan, np.nan
     # the server counts the requests that it takes, so those that are too long take no turn
     rows = np.flatnonzero(fits)
+    held: tuple[Held, ...] = ()
+    prefix_block = pool.block_size if trace.prefix is None else trace.prefix.block_size
     if tables.batch is not None:
-        _check_in_time(pool, tables.batch)
+        _check_in_time(pool, tables.batch, arrivals, autoscaler)
         if recorder is not None:
             allowed = "step times as sums of their parts, which alone can be explained"
             raise BadSpec("step times", "known by the whole batch", allowed)
         status, totals = _serve_in_time(pool, run, rows, tables.batch)
+    elif sends is not None:
+        fleet: Fleet = Fleet(pool, run, prefix_block)
+        if autoscaler is not None:
+            fleet = ElasticFleet(pool, run, prefix_block, autoscaler, sends.next_s())
+        status = serve_in_order(fleet, sends, fits)
+        totals, held = [replica.totals() for replica in fleet.replicas], fleet.held
     elif pool.router == "round_robin":
         status, totals = _serve_in_turn(pool, run, rows)
     else:
-        prefix_block = pool.block_size if trace.prefix is None else trace.prefix.block_size
         status, totals = _serve_routed(pool, run, rows, num_prefix_hashes(prefix_block))
     counted = np.sum([each.counted for each in totals], axis=0)
     finished = ~np.isnan(times.end_s)
     noted = tuple(each.gaps for each in totals if each.gaps is not None)
     return SimulationResult(
         times=RequestTimes(
-            scheduled_s=scheduled_s,
-            sent_s=scheduled_s,
+            scheduled_s=scheduled_s if sends is None else sends.scheduled_s,
+            sent_s=scheduled_s if sends is None else sends.sent_s,
             first_token_s=times.first_s,
             kth_token_s=times.kth_s,
             end_s=times.end_s,
@@ -461,8 +308,9 @@ def simulate(
         ),
         steps=sum(each.steps for each in totals),
         busy_s=sum(each.busy_s for each in totals),
-        **dict(zip(_TOTALS, counted.tolist())),
+        **dict(zip(TOTALS, counted.tolist())),
         **Speculated(*([] if chances is None else chances.totals.tolist()))._asdict(),
         rejected=int((~fits).sum()),
         gave_up=status == GAVE_UP,
+        held=held,
     )

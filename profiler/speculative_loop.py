@@ -20,6 +20,7 @@ from ..runtime.speculation import room_for_drafts
 from .event_loop import (
     ARRIVED,
     DRAINED,
+    ENDED,
     GAVE_UP,
     OUT_OF_ROOM,
     OUT_OF_SLOTS,
@@ -141,6 +142,7 @@ def run_speculative(
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
     until_s: float,
+    stop_at_end: bool,
 ) -> int:
     """`event_loop.run_replica` where steps verify proposals.
 
@@ -149,7 +151,11 @@ def run_speculative(
     """
     now_s = clock[0]
     client_s = tables.request_s[1]
+    seen = cursor[ENDED]
     while True:
+        if stop_at_end and cursor[ENDED] > seen:
+            status = PAUSED
+            break
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break

@@ -27,6 +27,7 @@ from .event_loop import (
     ARRIVED,
     BEGUN,
     DRAINED,
+    ENDED,
     OUT_OF_SLOTS,
     PAUSED,
     QUEUED,
@@ -82,6 +83,7 @@ def record_replica(
     cursor: NDArray[np.int64],
     clock: NDArray[np.float64],
     until_s: float,
+    stop_at_end: bool,
 ) -> int:
     """`event_loop.run_pipeline`, of one stage or several, with proposals where `chances.most` has any, and recording.
 
@@ -92,10 +94,14 @@ def record_replica(
     drafts = chances.most[1] > 0
     now_s = clock[0]
     client_s = tables.request_s[1]
+    seen = cursor[ENDED]
     while True:
-        seen = cursor[ARRIVED]
+        if stop_at_end and cursor[ENDED] > seen:
+            status = PAUSED
+            break
+        arrived = cursor[ARRIVED]
         all_in = admit(state, requests, queue, cursor, now_s)
-        count_arrivals(record, sums, requests, queue, seen, cursor[ARRIVED], now_s)
+        count_arrivals(record, sums, requests, queue, arrived, cursor[ARRIVED], now_s)
         if not all_in:
             status = OUT_OF_SLOTS
             break
@@ -245,6 +251,7 @@ class Recorder:
         cursor: NDArray[np.int64],
         clock: NDArray[np.float64],
         until_s: float,
+        stop_at_end: bool,
     ) -> int:
         """Go on with a replica, as in `event_loop.run_replica`."""
         draft = tables if draft_tables is None else draft_tables
@@ -255,7 +262,7 @@ class Recorder:
             assert self.record is not None, "begin comes first"
             status = record_replica(
                 state, plans, tables, draft, self._limits, self._draft_limits, requests, times, bounds, k, chances,
-                self.record, sums, queue, ended, cursor, clock, until_s,
+                self.record, sums, queue, ended, cursor, clock, until_s, stop_at_end,
             )  # fmt: skip
             if status != LOG_FULL:
                 return int(status)

@@ -19,7 +19,7 @@ from ..runtime.spec import BadSpec, Pool
 from ..traces.metrics import PERCENTILES, Summary
 from ..traces.trace import BadTrace, Trace
 from .event_loop import ARRIVED, ENDED, QUEUED, RUNS, SINGLES, STEPS, Bounds, Requests, Times
-from .simulator import Replica, Run
+from .replica import Replica, Run
 from .step_time import StepTables
 from .token_gaps import count_runs
 

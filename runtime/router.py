@@ -53,14 +53,23 @@ def num_prefix_hashes(block_size: int) -> int:
     return max(1, PREFIX_TOKENS // block_size)
 
 
-def route(router: Router, outstanding: NDArray[np.int64], num_tokens: int, prefix: NDArray[np.int64]) -> int:
+def route(
+    router: Router,
+    outstanding: NDArray[np.int64],
+    num_tokens: int,
+    prefix: NDArray[np.int64],
+    takes: NDArray[np.bool_] | None = None,
+) -> int:
     """The replica for a request, which the router remembers.
 
     Args:
         outstanding: (replicas,) tokens that each replica's unfinished requests may take.
         num_tokens: that this request may take.
         prefix: (n,) chained hashes of the prompt's first whole blocks, at most num_prefix_hashes; may be empty.
+        takes: (replicas,) those that take requests, one at least (others start, or drain); None: all.
     """
+    if takes is not None and not takes.all():
+        return _route_to_some(router, outstanding, num_tokens, prefix, takes)
     chosen = _NOBODY
     if router.policy == "prefix_affinity":
         chosen = _had_it_last(router, prefix)
@@ -73,6 +82,27 @@ def route(router: Router, outstanding: NDArray[np.int64], num_tokens: int, prefi
         places = prefix % _PLACES
         router.known[places] = prefix
         router.replica[places] = chosen
+    return chosen
+
+
+def _route_to_some(
+    router: Router,
+    outstanding: NDArray[np.int64],
+    num_tokens: int,
+    prefix: NDArray[np.int64],
+    takes: NDArray[np.bool_],
+) -> int:
+    """`route` among the replicas that take requests: the others are passed over in turn, and forgotten as owners."""
+    some = np.flatnonzero(takes)
+    place = np.full(len(takes) + 1, _NOBODY, np.int64)  # the last one is that of _NOBODY
+    place[some] = np.arange(len(some))
+    known = router.replica
+    turn = np.array([int(np.searchsorted(some, router.turn[0])) % len(some)], np.int64)
+    among = router._replace(turn=turn, replica=place[known])
+    chosen = int(some[route(among, outstanding[some], num_tokens, prefix)])
+    if router.policy == "prefix_affinity":
+        known[prefix % _PLACES] = chosen
+    router.turn[0] = some[turn[0]]
     return chosen
 
 

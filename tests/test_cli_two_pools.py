@@ -93,8 +93,12 @@ def test_size_says_how_many_of_each(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--survive", "1"), ("--head-room",), ("--layer-times", "."), ("--calibration", "spec.yaml")]
-)
+    "arguments",
+    [
+        ("--survive", "1"), ("--head-room",), ("--layer-times", "."), ("--calibration", "spec.yaml"), ("--sessions",),
+        ("--clients", "2"), ("--pause", "0"), ("--autoscale", "1:2"), ("--cold-start", "0"),
+    ],
+)  # fmt: skip
 def test_what_is_asked_of_one_pool_is_refused_by_the_options_name(here: Path, arguments: tuple[str, ...]) -> None:
     done = paretune("simulate", "log.csv", "--spec", "spec.yaml", *arguments)
     assert done.exit_code == 2

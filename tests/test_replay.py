@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from paretune.profiler.http_stream import Connection, Origin, Stream
 from paretune.profiler.replay import BadReplay, NoServer, prompt_token_ids, prompts, replay, request_times
 from paretune.runtime.model_shape import resolve_model
-from paretune.traces.columns import PrefixHashes
+from paretune.traces.columns import Labels, PrefixHashes
 from paretune.traces.metrics import Metric
+from paretune.traces.sessions import closed_loop, limited, sessions
 from paretune.traces.trace import Trace
 
 IDS = np.arange(3, 100, dtype=np.int32)
@@ -172,6 +173,59 @@ def test_requests_are_sent_at_their_times_however_busy_the_server_is() -> None:
     late = result.times.sent_s - result.times.scheduled_s
     assert result.schedule_error_s["max"] == late.max()
     assert result.schedule_error_s["p50"] <= result.schedule_error_s["p95"] <= result.schedule_error_s["max"]
+
+
+def test_a_turn_is_sent_when_the_turn_before_it_has_ended_and_its_pause_is_over() -> None:
+    log = trace([0.0, 0.01, 0.02, 0.03], session=Labels.of(["a", "b", "a", "a"]))
+    with fake(steady(0.05, 0.02)) as server:
+        result = run(server, log, arrivals=sessions(log, pause_s=0.1))
+    times = result.times
+    assert result.errors == ()
+    for turn, before in ((2, 0), (3, 2)):
+        # a busy client hears of an end late, and only that
+        assert times.sent_s[turn] >= times.end_s[before] + 0.1
+        assert times.scheduled_s[turn] == pytest.approx(times.end_s[before] + 0.1, abs=0.05)
+        assert times.sent_s[turn] >= times.scheduled_s[turn]
+    assert times.scheduled_s[:2].tolist() == [0.0, 0.01]
+    # the schedule is that of the ends: waiting for them is no delay of the client's
+    assert result.schedule_error_s["max"] < times.end_s[0]
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_clients_have_no_more_requests_open_than_they_are(clients: int) -> None:
+    open_now, most_open = 0, 0
+
+    async def counted(body: dict, writer: asyncio.StreamWriter) -> None:
+        nonlocal open_now, most_open
+        open_now += 1
+        most_open = max(most_open, open_now)
+        await asyncio.sleep(0.1)
+        open_now -= 1
+        await steady(0.0, 0.0)(body, writer)
+
+    log = trace([50.0 * i for i in range(9)])  # recorded arrivals play no part
+    with fake(counted) as server:
+        result = run(server, log, arrivals=closed_loop(log, clients, think_s=0.01))
+    assert result.errors == ()
+    assert most_open == clients
+    assert (np.diff(result.times.scheduled_s) >= 0).all()
+    assert (result.times.scheduled_s <= result.times.sent_s).all()
+
+
+def test_a_request_that_waits_for_a_seat_at_the_client_counts_from_its_arrival() -> None:
+    log = trace([0.0, 0.0, 0.01], outputs=1)
+    with fake(steady(0.1, 0.0)) as server:
+        times = run(server, log, arrivals=limited(log, 1)).times
+    assert times.scheduled_s.tolist() == [0.0, 0.0, 0.01]
+    assert times.sent_s[1] >= times.end_s[0]
+    assert times.values(Metric("ttft"))[2] > times.ttft_from_send()[2] + 0.1
+
+
+def test_a_session_goes_on_after_a_turn_that_failed() -> None:
+    log = Trace(np.array([0.0, 0.02, 0.04]), np.full(3, 4), np.array([2, 13, 2]), session=Labels.of(["a"] * 3))
+    with fake(failing(b"HTTP/1.1 429 Busy\r\ncontent-length: 0\r\n\r\n")) as server:
+        result = run(server, log, arrivals=sessions(log, pause_s=0.0))
+    assert result.times.finished.tolist() == [True, False, True]
 
 
 def test_a_higher_rate_compresses_the_arrivals() -> None:

@@ -97,8 +97,8 @@ def time_blocks(times: RequestTimes, alike: float = 1.0) -> NDArray[np.int64]:
     blocks = max(1, min(BLOCKS, int(len(times) / _per_block(alike))))
     if not len(times):
         return np.zeros(0, np.int64)
-    since_s = times.scheduled_s - times.scheduled_s[0]
-    span_s = max(float(since_s[-1]), 1e-9)
+    since_s = times.scheduled_s - times.scheduled_s.min()
+    span_s = max(float(since_s.max()), 1e-9)
     block: NDArray[np.int64] = np.minimum((since_s / span_s * blocks).astype(np.int64), blocks - 1)
     return block
 
@@ -177,14 +177,17 @@ def estimate(times: RequestTimes, metric: Metric, p: float, rows: Mask | None = 
     values = times.values(metric)
     if rows is not None:
         values = np.where(rows, values, np.nan)
+    # where requests wait for others, the order of the log is not that of time
+    order = np.argsort(times.scheduled_s, kind="stable")
+    values = values[order]
     known = ~np.isnan(values)
     n = int(known.sum())
-    duration_s = float(times.scheduled_s[-1] - times.scheduled_s[0]) if len(times) else 0.0
+    duration_s = float(np.ptp(times.scheduled_s)) if len(times) else 0.0
     value = percentile(values, p)
     if n == 0:
         return Estimate(str(metric), p, value, math.nan, math.nan, 0, 0.0, math.inf, duration_s, "no request has one")
     alike = alike_neighbors(values[known] > value)
-    block = time_blocks(times, alike)
+    block = time_blocks(times, alike)[order]
     low = high = math.nan  # a single block says nothing of how blocks differ
     if len(np.unique(block[known])) > 1:
         low, high = block_bootstrap(values, block, (p,), np.random.default_rng(_SEED), alike)[0]

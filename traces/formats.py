@@ -6,6 +6,7 @@ import importlib.resources
 import os
 from pathlib import Path
 
+from .agent_formats import read_llmservingsim
 from .columns import BadTrace
 from .csv_formats import AZURE_COLUMNS, BURSTGPT_COLUMNS, header_of, read_azure, read_burstgpt
 from .jsonl_formats import object_of, read_mooncake, read_openai
@@ -15,11 +16,17 @@ from .trace import Trace
 
 __all__ = ["FORMATS", "BadTrace", "read", "sample_path", "sniff", "write"]
 
-_TEXT_READERS = {"azure": read_azure, "burstgpt": read_burstgpt, "mooncake": read_mooncake, "openai": read_openai}
+_TEXT_READERS = {
+    "azure": read_azure,
+    "burstgpt": read_burstgpt,
+    "llmservingsim": read_llmservingsim,
+    "mooncake": read_mooncake,
+    "openai": read_openai,
+}
 FORMATS = (*_TEXT_READERS, "parquet")
 _RECOGNIZED = (
     f"CSV with the columns {','.join(AZURE_COLUMNS)} (azure) or {','.join(BURSTGPT_COLUMNS)} (burstgpt); "
-    "JSON lines with input_length (mooncake) or usage (openai); Parquet"
+    "JSON lines with input_length (mooncake), input_toks or sub_requests (llmservingsim), or usage (openai); Parquet"
 )
 
 
@@ -38,7 +45,7 @@ def read(path: str | os.PathLike[str], *, format: str | None = None) -> Trace:
     data = read_bytes(path)
     name = path.name
     format = sniff(data, name) if format is None else format
-    return read_parquet(data, name) if format == "parquet" else _TEXT_READERS[format](data, name)
+    return read_parquet(data, path) if format == "parquet" else _TEXT_READERS[format](data, name)
 
 
 def write(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -59,6 +66,8 @@ def sniff(data: bytes, name: str) -> str:
         raise bad_line(name, number, "", line, "one JSON object a line, no list", "convert it: jq -c '.[]'")
     if line.lstrip().startswith("{"):
         row = object_of(line, name, number)
+        if "sub_requests" in row or "input_toks" in row:
+            return "llmservingsim"
         if "input_length" in row or "hash_ids" in row:
             return "mooncake"
         if "usage" in row or "response" in row:

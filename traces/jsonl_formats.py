@@ -7,6 +7,7 @@ https://platform.openai.com/docs/api-reference/chat/object, as gateways and serv
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ import numpy as np
 
 from .acceptance import COUNTS, Acceptance, merged
 from .columns import MAX_SECONDS, MAX_TOKENS, BadTrace, Labels, PrefixHashes, is_text
+from .sessions import turns_before
 from .text_file import COUNT, bad_line, lines_of
 from .trace import Trace, join_targets, parse_target
 
@@ -29,17 +31,37 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def read_mooncake(data: bytes, name: str) -> Trace:
-    """timestamp (ms), input_length, output_length, hash_ids (one per 512 tokens, the last may be partial, chained)."""
+    """timestamp (ms), input_length, output_length, hash_ids (one per 512 tokens, the last may be partial, chained).
+
+    Sessions as NVIDIA's AIPerf adds them (docs/benchmark-modes/trace-replay.md): `session_id`, and `delay`, the ms from
+    the end of the session's line before until this one is sent. Lines of sessions may lack hash_ids, and a time: then
+    they come `delay` after the session's line before, as if that had taken no time, and the first at second 0. With
+    sessions the lines are sorted by time.
+    """
     arrival_ms: list[float] = []
     inputs, outputs, hashes = [], [], []
+    names: list[str | None] = []
+    pauses_ms: list[float] = []
+    last_ms: dict[str, float] = {}
+    timeless = 0
     chain = _Chain(name, "hash_ids")
     failed = 0
     objects, notes = _objects(data, name)
     for number, row in objects:
-        time_ms = _milliseconds(row, "timestamp", name, number)
-        if arrival_ms and time_ms < arrival_ms[-1]:
+        session = _text(row, "session_id", name, number)
+        delay_ms = _milliseconds(row, "delay", name, number) if row.get("delay") is not None else math.nan
+        if session is not None and row.get("timestamp") is None:
+            time_ms = last_ms[session] + np.nan_to_num(delay_ms) if session in last_ms else 0.0
+            timeless += 1
+        else:
+            time_ms = _milliseconds(row, "timestamp", name, number)
+        if session is not None:
+            last_ms[session] = time_ms
+        elif arrival_ms and not last_ms and time_ms < arrival_ms[-1]:
             allowed = f"not before {arrival_ms[-1]}, the line above"
             raise bad_line(name, number, "timestamp", time_ms, allowed, "sort the log by arrival and run again")
+        if session is not None and "hash_ids" not in row:
+            row = {**row, "hash_ids": []}
         input_tokens = _count(row, "input_length", name, number)
         output_tokens = _count(row, "output_length", name, number)
         row_hashes = chain.checked(row.get("hash_ids"), number, input_tokens, MOONCAKE_BLOCK_SIZE)
@@ -50,12 +72,20 @@ def read_mooncake(data: bytes, name: str) -> Trace:
         inputs.append(input_tokens)
         outputs.append(output_tokens)
         hashes.append(row_hashes)
+        names.append(session)
+        pauses_ms.append(delay_ms)
     _refuse_none(name, inputs)
+    times_ms, pause_s = np.array(arrival_ms), np.array(pauses_ms) / 1e3
+    order = np.argsort(times_ms, kind="stable")
+    if timeless:
+        notes = (*notes, f"{timeless} requests of sessions have no time: placed as if the answers before took none")
     return Trace(
-        arrival_s=(np.array(arrival_ms) - arrival_ms[0]) / 1e3,
-        input_tokens=np.array(inputs),
-        output_tokens=np.array(outputs),
-        prefix=PrefixHashes.of(hashes, MOONCAKE_BLOCK_SIZE),
+        arrival_s=(times_ms[order] - times_ms[order[0]]) / 1e3,
+        input_tokens=np.array(inputs)[order],
+        output_tokens=np.array(outputs)[order],
+        session=Labels.of(names[i] for i in order),
+        pause_s=None if np.isnan(pause_s).all() else pause_s[order],
+        prefix=PrefixHashes.of([hashes[i] for i in order], MOONCAKE_BLOCK_SIZE),
         source=name,
         notes=(*notes, *_left_out(failed, len(inputs))),
     )
@@ -68,9 +98,10 @@ def read_openai(data: bytes, name: str) -> Trace:
     `timestamp`, else `created`, of the object or else of the response. Beside them, optional, in the object:
     `app` or `metadata.app` (else the model is the application), `session` or `metadata.session`, `adapter`,
     `prefix_hashes` with `prefix_block_size`, `target`, the request's own, and `speculation`, what was proposed for it
-    and kept (traces/acceptance.py). Prompts, answers and the end user's name (`user`) are not read. Failed requests (an
-    `error`, a status of 400 or more, a null response or usage, 0 tokens) are left out and counted. Logs are written at
-    completion: lines are sorted by time, ties in file order.
+    and kept (traces/acceptance.py). Where `timings.e2e_s` says how long the session's request before took, the time
+    from its end is the pause, 0 for a request that came before that end. Prompts, answers and the end user's name
+    (`user`) are not read. Failed requests (an `error`, a status of 400 or more, a null response or usage, 0 tokens) are
+    left out and counted. Logs are written at completion: lines are sorted by time, ties in file order.
     """
     requests: list[_Request] = []
     failed = 0
@@ -90,6 +121,11 @@ def read_openai(data: bytes, name: str) -> Trace:
     if len(times) > 1 and (times == np.floor(times)).all():
         notes = (*notes, "times are whole seconds: arrivals within one second coincide")
     ordered = [requests[i] for i in order]
+    session = Labels.of(request["session"] for request in ordered)
+    ends = times[order] + np.array([request["took_s"] for request in ordered])
+    pause_s, overlapping = _pauses_after(session, times[order], ends)
+    if overlapping:
+        notes = (*notes, f"{overlapping} requests came before the end of their session's request before: pause 0")
     hashes = [request["hashes"] for request in ordered]
     targets, target = join_targets(
         [], [request["target"] for request in ordered], lambda i: f"{name}:{ordered[i]['line']}: target"
@@ -100,7 +136,8 @@ def read_openai(data: bytes, name: str) -> Trace:
         output_tokens=np.array([request["output_tokens"] for request in ordered]),
         app=Labels.of(request["app"] for request in ordered),
         adapter=Labels.of(request["adapter"] for request in ordered),
-        session=Labels.of(request["session"] for request in ordered),
+        session=session,
+        pause_s=pause_s,
         prefix=PrefixHashes.of(hashes, chain.block_size) if chain.block_size else None,
         targets=targets,
         target=target,
@@ -147,6 +184,7 @@ def _request(row: dict[str, Any], name: str, number: int, chain: _Chain) -> _Req
     return {
         "line": number,
         "time_s": time_s,
+        "took_s": _took_s(row, name, number),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "app": app,
@@ -156,6 +194,29 @@ def _request(row: dict[str, Any], name: str, number: int, chain: _Chain) -> _Req
         "hashes": hashes,
         "target": target,
     }
+
+
+def _took_s(row: dict[str, Any], name: str, number: int) -> float:
+    """From the request's time to its end, as our server logs it; NaN where nobody says."""
+    timings = row.get("timings")
+    if not isinstance(timings, dict) or timings.get("e2e_s") is None:
+        return math.nan
+    value = timings["e2e_s"]
+    if not _is_number(value) or not 0 <= value < MAX_SECONDS:
+        raise bad_line(name, number, "timings.e2e_s", value, f"seconds from 0 to {MAX_SECONDS:g}")
+    return float(value)
+
+
+def _pauses_after(
+    session: Labels | None, times_s: np.ndarray[Any, Any], ends_s: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any] | None, int]:
+    """(n,) seconds from the end of the session's request before, NaN where it is not known, or None; and how many of
+    them came before that end."""
+    if session is None:
+        return None, 0
+    after = turns_before(session.codes)
+    pause_s = np.where(after >= 0, times_s - ends_s[after], np.nan)
+    return None if np.isnan(pause_s).all() else np.maximum(pause_s, 0.0), int((pause_s < 0).sum())
 
 
 def _acceptance(row: dict[str, Any], app: str, name: str, number: int) -> Acceptance | None:

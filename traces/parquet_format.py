@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .acceptance import acceptance_of_rows, acceptance_rows
+from .agent_formats import LMCACHE_COLUMNS, lmcache_trace
 from .columns import BadTrace, Labels, PrefixHashes
+from .servegen import RATE_COLUMNS, draw_servegen
 from .trace import Trace, join_targets, parse_target
 from .whole_file import whole_file
 
@@ -20,8 +23,8 @@ _LABELS = ("app", "adapter", "session")
 
 
 def write_parquet(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Columns arrival_s, input_tokens, output_tokens; app, adapter, session, prefix_hashes, target where the trace has
-    them. The file appears whole or not at all.
+    """Columns arrival_s, input_tokens, output_tokens; app, adapter, session, pause_s, prefix_hashes, target where the
+    trace has them. The file appears whole or not at all.
 
     Raises: OSError: the folder cannot be written, or the disk is full.
     """
@@ -34,6 +37,8 @@ def write_parquet(trace: Trace, path: str | os.PathLike[str]) -> None:
         if labels is not None:
             codes = pa.array(labels.codes, mask=labels.codes < 0)
             columns[name] = pa.DictionaryArray.from_arrays(codes, pa.array(labels.names, type=pa.string()))
+    if trace.pause_s is not None:
+        columns["pause_s"] = pa.array(trace.pause_s, mask=np.isnan(trace.pause_s))
     if trace.prefix is not None:
         columns["prefix_hashes"] = pa.LargeListArray.from_arrays(trace.prefix.offsets, trace.prefix.hashes)
     owned: set[int] = set()
@@ -54,21 +59,29 @@ def write_parquet(trace: Trace, path: str | os.PathLike[str]) -> None:
         pq.write_table(table, scratch, compression="zstd")
 
 
-def read_parquet(data: bytes, name: str) -> Trace:
-    """Raises: BadTrace: damaged, of a newer version, or without the columns of a trace."""
+def read_parquet(data: bytes, path: Path) -> Trace:
+    """A trace of ours, an agents' log (agent_formats.py), or one drawn from a client pool (servegen.py).
+
+    Raises: BadTrace: damaged, of a newer version, or without the columns of a trace.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    name = path.name
     try:
         table = pq.read_table(pa.BufferReader(data))
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         todo = "the file is damaged or cut off; write it again"
         raise BadTrace(name, str(error).split("\n")[0], "a whole Parquet file", todo) from None
+    if set(LMCACHE_COLUMNS) <= set(table.column_names):
+        return lmcache_trace(table, name)
+    if set(RATE_COLUMNS) <= set(table.column_names):
+        return draw_servegen(table, path)
     about = _about(table.schema.metadata or {}, name)
     columns: dict[str, Any] = {column: _numbers(table, column, kind, name) for column, kind in _NUMBERS.items()}
     columns |= {column: _labels(table, column, name) for column in _LABELS}
-    optional = (*_LABELS, "prefix_hashes", "target")
+    optional = (*_LABELS, "pause_s", "prefix_hashes", "target")
     unread = [column for column in table.column_names if column not in (*_NUMBERS, *optional)]
     own = _texts(table, "target", name)
     targets, target = join_targets(
@@ -78,6 +91,7 @@ def read_parquet(data: bytes, name: str) -> Trace:
     )
     return Trace(
         **columns,
+        pause_s=_pauses(table, name),
         prefix=_prefix(table, about["prefix_block_size"], name),
         targets=targets,
         target=target,
@@ -130,6 +144,18 @@ def _numbers(table: Any, column: str, kind: str, name: str) -> np.ndarray[Any, A
         row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
         raise BadTrace(f"{name}: row {row}: {column}", None, "a number", "fill it or leave the row out")
     return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def _pauses(table: Any, name: str) -> np.ndarray[Any, Any] | None:
+    """Seconds, NaN where there is none."""
+    import pyarrow as pa
+
+    if "pause_s" not in table.column_names:
+        return None
+    values = _column(table, "pause_s", name)
+    if not pa.types.is_floating(values.type):
+        raise BadTrace(f"{name}: pause_s", str(values.type), "double", "write the column as numbers")
+    return np.array(values.to_numpy(zero_copy_only=False), np.float64)
 
 
 def _texts(table: Any, column: str, name: str) -> list[str | None] | None:

@@ -55,7 +55,7 @@ class RunProtocol:
         """(n,) which requests count."""
         if not len(times):
             return np.zeros(0, np.bool_)
-        return np.asarray(times.scheduled_s >= times.scheduled_s[0] + self.warm_up_s, np.bool_)
+        return np.asarray(times.scheduled_s >= np.nanmin(times.scheduled_s) + self.warm_up_s, np.bool_)
 
     def words(self, times: RequestTimes) -> str:
         """What was done, for people; said also where nothing was."""

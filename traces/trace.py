@@ -29,6 +29,8 @@ class Trace:
     input_tokens   (n,) int32    >= 1
     output_tokens  (n,) int32    >= 1
     app, adapter, session        Labels of n rows, or None
+    pause_s        (n,) float64  seconds from the end of the session's request before until this one was sent, >= 0 and
+                                 < 1e12; NaN = not recorded; or None
     prefix         PrefixHashes of n rows, or None; at most ceil(input_tokens / block_size) hashes a request
     targets        what the requests are owed; see `rows`
     target         (n,) int32, index into targets for requests with a target of their own, -1 = none; or None
@@ -48,6 +50,7 @@ class Trace:
     app: Labels | None = None
     adapter: Labels | None = None
     session: Labels | None = None
+    pause_s: npt.NDArray[np.float64] | None = None
     prefix: PrefixHashes | None = None
     targets: tuple[Target, ...] = ()
     target: npt.NDArray[np.int32] | None = None
@@ -64,6 +67,8 @@ class Trace:
             labels = getattr(self, name)
             if labels is not None and len(labels.codes) != len(self):
                 raise self._bad(name, len(labels.codes), f"{len(self)} rows, as many as arrival_s")
+        if self.pause_s is not None:
+            self._check_pauses()
         if self.prefix is not None:
             self._check_prefix(self.prefix)
         self._check_targets()
@@ -114,6 +119,7 @@ class Trace:
             app=None if self.app is None else self.app.select(rows),
             adapter=None if self.adapter is None else self.adapter.select(rows),
             session=None if self.session is None else self.session.select(rows),
+            pause_s=None if self.pause_s is None else self.pause_s[rows],
             prefix=None if self.prefix is None else self.prefix.select(rows),
             targets=targets,
             target=target,
@@ -131,6 +137,8 @@ class Trace:
             if labels is not None:
                 _update(sha, f"{name} names", json.dumps(labels.names).encode())
                 _update(sha, f"{name} codes", labels.codes.astype("<i4").tobytes())
+        if self.pause_s is not None:
+            _update(sha, "pause_s", self.pause_s.astype("<f8").tobytes())
         if self.prefix is not None:
             _update(sha, "prefix block size", str(self.prefix.block_size).encode())
             _update(sha, "prefix hashes", self.prefix.hashes.astype("<i8").tobytes())
@@ -161,6 +169,8 @@ class Trace:
                 frame[name] = pd.Categorical.from_codes(
                     labels.codes, categories=pd.Index(list(labels.names), dtype=str)
                 )
+        if self.pause_s is not None:
+            frame["pause_s"] = self.pause_s
         if self.prefix is not None:
             frame["prefix_hashes"] = pd.Series([self.prefix.row(i) for i in range(len(self))], dtype=object)
         if self.target is not None:
@@ -206,6 +216,7 @@ class Trace:
             app=_labels_of(frame, "app"),
             adapter=_labels_of(frame, "adapter"),
             session=_labels_of(frame, "session"),
+            pause_s=frame["pause_s"].to_numpy(np.float64) if "pause_s" in frame else None,
             prefix=prefix,
             targets=targets,
             target=target,
@@ -243,6 +254,16 @@ class Trace:
         if back.any():
             i = int(np.argmax(back)) + 1
             raise self._bad(f"row {i}: arrival_s", float(arrival_s[i]), f"not before {arrival_s[i - 1]}, the row above")
+
+    def _check_pauses(self) -> None:
+        pause_s = np.asarray(self.pause_s, dtype=np.float64)
+        object.__setattr__(self, "pause_s", frozen(pause_s + 0.0))
+        if pause_s.shape != (len(self),):
+            raise self._bad("pause_s", f"shape {pause_s.shape}", f"{len(self)} rows, as many as arrival_s")
+        unfit = ~(((pause_s >= 0) & (pause_s < MAX_SECONDS)) | np.isnan(pause_s))
+        if unfit.any():
+            i = int(np.argmax(unfit))
+            raise self._bad(f"row {i}: pause_s", float(pause_s[i]), f"seconds from 0 to {MAX_SECONDS:g}, or none")
 
     def _checked_tokens(self, name: str) -> npt.NDArray[np.int32]:
         column: npt.NDArray[Any] = np.asarray(getattr(self, name))

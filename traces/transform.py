@@ -81,6 +81,8 @@ def scale(
         for name, factor in (("arrival rate", rate), ("input lengths", input_length), ("output lengths", output_length))
         if factor != 1
     ]
+    if rate != 1 and trace.pause_s is not None:
+        notes.append("pauses within sessions as they were")
     scaled = _with_lengths(trace, _times(trace.input_tokens, input_length), _times(trace.output_tokens, output_length))
     scaled = replace(scaled, arrival_s=trace.arrival_s / rate, notes=(*scaled.notes, *notes))
     return scaled if max_tokens is None else clip(scaled, max_tokens)

@@ -45,12 +45,15 @@ def worst_window(
     values = times.values(metric)
     if rows is not None:
         values = np.where(rows, values, np.nan)
+    # where requests wait for others, the order of the log is not that of time
+    order = np.argsort(times.scheduled_s, kind="stable")
+    values, scheduled_s = values[order], times.scheduled_s[order]
     known = np.flatnonzero(~np.isnan(values))
     whole = percentile(values, p)
     if not len(known):
         return WorstWindow(str(metric), p, 0.0, 0.0, 0, whole, whole)
-    since_s = times.scheduled_s[known] - times.scheduled_s[0]
-    duration_s = float(times.scheduled_s[-1] - times.scheduled_s[0])
+    since_s = scheduled_s[known] - scheduled_s[0]
+    duration_s = float(scheduled_s[-1] - scheduled_s[0])
     worst = WorstWindow(str(metric), p, 0.0, duration_s, len(known), whole, whole)
     if duration_s <= seconds:
         return worst

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ..output import Speaker, speaks, table
+from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import EXISTING, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE
 from .run_words import milliseconds, protocol_options, samples_text, worst_text
@@ -101,7 +102,9 @@ record_option = click.option(
 )
 
 
-def _check_record(record: str | None, ramp_s: float, length_jitter: float) -> None:
+def _check_record(record: str | None, ramp_s: float, length_jitter: float, waiting: Waiting) -> None:
+    if record is not None and waiting.asked:
+        raise click.UsageError("--record keeps a run that `explain` can predict, an open loop: leave one of them out")
     if record is not None and (ramp_s or length_jitter):
         raise click.UsageError("--record keeps a run of the log as it is: leave out --ramp and --length-jitter")
 
@@ -115,6 +118,7 @@ def _check_record(record: str | None, ramp_s: float, length_jitter: float) -> No
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts' tokens.")
 @click.option("--timeout", type=POSITIVE, default=600.0, show_default=True, help="Seconds for one request.")
 @record_option
+@arrival_options
 @protocol_options
 @speaks
 def replay(
@@ -130,6 +134,7 @@ def replay(
     warm_up_s: float,
     ramp_s: float,
     length_jitter: float,
+    waiting: Waiting,
 ) -> None:
     """Send a request log's requests to a running server at their recorded times, and measure.
 
@@ -146,9 +151,11 @@ def replay(
     from ..traces.run_protocol import RunProtocol
     from ..traces.worst_window import worst_windows
 
-    _check_record(record, ramp_s, length_jitter)
+    _check_record(record, ramp_s, length_jitter, waiting)
     protocol = RunProtocol(warm_up_s, ramp_s, length_jitter, seed)
-    trace = protocol.applied(read(log))
+    recorded = read(log)
+    arrivals = waiting.arrivals(recorded, rate, ramp_s)
+    trace = protocol.applied(recorded)
     with speaker.progress("replaying") as report:
         result = run(
             trace,
@@ -159,6 +166,7 @@ def replay(
             api_key=os.environ.get("PARETUNE_API_KEY"),
             model=model,
             timeout_s=timeout,
+            arrivals=arrivals,
             progress=lambda ended, all_: report(ended / all_, f"{ended:,} of {all_:,} requests"),
         )
     warn_of(result.errors, speaker)
@@ -169,13 +177,14 @@ def replay(
     samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
     text = (
         f"{summary_table(summary, goodput_of(result.times, trace))}\n{samples_text(samples)}\n{worst_text(worst)}\n"
-        f"{protocol.words(result.times)}\n{schedule_kept(result.schedule_error_s)}"
+        f"{protocol.words(result.times)}\n{arrival_words(arrivals, rate)}\n{schedule_kept(result.schedule_error_s)}"
     )
     data = {
         "summary": summary.to_dict(),
         "samples": plain(samples),
         "worst_window": worst,
         "protocol": vars(protocol),
+        "arrivals": arrival_words(arrivals, rate).split("\n"),
         "goodput_per_s": goodput_of(result.times, trace),
         "schedule_error_s": result.schedule_error_s,
         "errors": result.errors,

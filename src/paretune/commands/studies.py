@@ -12,9 +12,11 @@ from click.core import ParameterSource
 from ..default_paths import LEDGER
 from ..output import Speaker, speaks, table
 from . import two_pools
+from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import EXISTING, MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .run_words import milliseconds, protocol_options, room_text, samples_text, worst_text
+from .scaling_words import Scaling, autoscale_options, autoscaler_words, elastic_text
 from .source_options import calibration_option, profile_option, table_options
 from .traces import LOG
 
@@ -79,6 +81,8 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
 @click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
 @click.option("--size", is_flag=True, help="Of a prefill and a decode pool: also the replicas that hold at least cost.")
+@arrival_options
+@autoscale_options
 @protocol_options
 @speaks
 def simulate(
@@ -98,6 +102,8 @@ def simulate(
     warm_up_s: float,
     ramp_s: float,
     length_jitter: float,
+    waiting: Waiting,
+    scaling: Scaling,
 ) -> None:
     """Serve a request log on a virtual clock with one deployment.
 
@@ -106,6 +112,7 @@ def simulate(
     """
     from ..optimizer.bill import run_cost
     from ..optimizer.capacity import check_governed, k_of
+    from ..optimizer.elastic_fleet import ELASTIC_LEAVES_OUT, compared
     from ..optimizer.head_room import head_room, survivors
     from ..optimizer.sources import Sources
     from ..profiler.hardware import as_cataloged
@@ -120,7 +127,8 @@ def simulate(
 
     deployment = as_cataloged(load_deployment(spec_path))
     protocol = RunProtocol(warm_up_s, ramp_s, length_jitter)
-    trace = protocol.applied(read(log))
+    recorded = read(log)
+    trace = protocol.applied(recorded)
     targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
     check_governed(trace, targets)
     if (survive or ask_head_room or size) and not targets:
@@ -128,8 +136,9 @@ def simulate(
     k = k or k_of(target.metric for target in targets)
     if deployment.is_disaggregated:
         two_pools.check_options(
-            {"--calibration": calibration_path, **tables.flags(), "--survive": survive, "--head-room": ask_head_room}
-        )
+            {"--calibration": calibration_path, **tables.flags(), "--survive": survive, "--head-room": ask_head_room,
+             **waiting.given, **scaling.given}
+        )  # fmt: skip
         two_pools.simulate_pools(
             speaker, deployment, trace, protocol, profile_path=profile_path, prices_path=prices_path, targets=targets,
             k=k, rate=rate, size=size,
@@ -137,6 +146,7 @@ def simulate(
         return
     if size:
         raise click.UsageError("--size: for a spec with a prefill and a decode pool; `tune --cost sizing` has one pool")
+    arrivals = waiting.arrivals(recorded, rate, ramp_s)
     pool = deployment.pool
     sources = Sources.of(
         deployment.model,
@@ -147,7 +157,16 @@ def simulate(
         tables=tables,
     )
     modeled = sources.step_model(pool)
-    result = run(trace, pool, modeled.tables, policy=deployment.scheduler_policy, k=k, rate=rate)
+    autoscaler = scaling.autoscaler(sources.shape, pool)
+    if (survive or ask_head_room) and (waiting.asked or autoscaler is not None):
+        raise click.UsageError("--survive and --head-room ask about recorded arrivals and the spec's replicas alone")
+    asked: dict[str, Any] = {"policy": deployment.scheduler_policy, "k": k, "rate": rate, "arrivals": arrivals}
+    result = run(trace, pool, modeled.tables, autoscaler=autoscaler, **asked)
+    elastic = None
+    if autoscaler is not None:
+        pool = pool.model_copy(update={"replicas": autoscaler.max_replicas})
+        fixed = run(trace, pool, modeled.tables, **asked)
+        elastic = compared(result, fixed, pool, sources, autoscaler=autoscaler, cold_start_inferred=scaling.inferred)
     counted = protocol.counted(result.times)
     summary = summarize(result.times, counted)
     label = "" if modeled.measured else f"\n{NOT_MEASURED}"
@@ -160,14 +179,21 @@ def simulate(
     text = (
         f"{summary_table(summary, goodput_of(result.times, trace))}\n"
         f"{samples_text(samples)}\n{worst_text(worst)}\n{protocol.words(result.times)}\n"
+        f"{arrival_words(arrivals, rate)}\n{''.join(f'note: {note}{chr(10)}' for note in trace.notes)}"
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
         f"step times +-{modeled.relative_error:.0%}{label}"
     )
     if pool.speculation != "none":
         kept = result.accepted_tokens / max(1, result.draft_tokens)
         text += f"\n{result.draft_tokens:,} tokens proposed, {kept:.0%} of them kept, as often as the log recorded"
-    cost = run_cost(result, pool, sources)
-    text = "\n".join([text, *run_words(cost)])
+    cost = None
+    if autoscaler is not None and elastic is not None:
+        not_modeled = (*not_modeled, *ELASTIC_LEAVES_OUT)
+        text = f"{text}\n{autoscaler_words(autoscaler, scaling.inferred)}\n{elastic_text(elastic)}"
+        text += "".join(f"\nnot modeled: {each}" for each in ELASTIC_LEAVES_OUT)
+    else:
+        cost = run_cost(result, pool, sources)
+        text = "\n".join([text, *run_words(cost)])
     for target, value in violations(result.times, trace):
         text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
     lost = survivors(trace, deployment, sources.step_model, targets, lost=survive, k=k, rate=rate) if survive else None
@@ -184,6 +210,10 @@ def simulate(
         "samples": plain(samples),
         "worst_window": worst,
         "protocol": vars(protocol),
+        "arrivals": arrival_words(arrivals, rate).split("\n"),
+        "notes": trace.notes,
+        "autoscaler": autoscaler,
+        "elastic": elastic and elastic.to_dict(),
         "survive": lost,
         "head_room": room,
         "steps": result.steps,
@@ -195,7 +225,7 @@ def simulate(
         "measured_step_times": modeled.measured,
         "relative_error": modeled.relative_error,
         "not_modeled": not_modeled,
-        "cost": cost.to_dict(),
+        "cost": cost and cost.to_dict(),
     }
     speaker.result(data, text)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..traces.describe import AppStatistics, Lengths, Statistics
 
 LOG = click.Path(exists=True, dir_okay=False)
-FORMATS = click.Choice(["azure", "burstgpt", "mooncake", "openai", "parquet"])
+FORMATS = click.Choice(["azure", "burstgpt", "llmservingsim", "mooncake", "openai", "parquet"])
 format_option = click.option("--format", "format_", type=FORMATS, help="Do not sniff the format.")
 
 
