@@ -41,7 +41,8 @@ from paretune.profiler.merged_profile import merged
 from paretune.profiler.profile import Key, Profile
 from paretune.profiler.replay import prompt_token_ids, replay
 from paretune.profiler.simulator import simulate
-from paretune.profiler.tables import ModeledStep, scaled, step_tables
+from paretune.profiler.step_time import ModeledStep, scaled
+from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import ModelShape, resolve_model
 from paretune.runtime.spec import SMALL_MODEL, Deployment, Pool
 from paretune.traces import Target, Trace, read, sample_path, scale, window

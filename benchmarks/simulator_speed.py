@@ -29,9 +29,9 @@ from paretune.profiler.hardware import accelerator
 from paretune.profiler.importers import read_tables
 from paretune.profiler.operator_source import OperatorSource
 from paretune.profiler.simulator import SimulationResult, simulate
-from paretune.profiler.step_time import StepTables
+from paretune.profiler.step_time import StepTables, scaled
 from paretune.profiler.stream import simulate_stream
-from paretune.profiler.tables import scaled, step_tables
+from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
 from paretune.traces import Trace, read

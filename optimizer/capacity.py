@@ -16,8 +16,7 @@ import numpy as np
 
 from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, governed_rows, simulate
-from ..profiler.step_time import StepTables, composed_time_s
-from ..profiler.tables import ModeledStep
+from ..profiler.step_time import ModeledStep, StepTables, composed_time_s
 from ..runtime.spec import Pool
 from ..traces.metrics import PERCENTILES, Metric, Target, meets
 from ..traces.trace import Trace

@@ -11,8 +11,7 @@ import numpy as np
 from ..profiler.prices import Price
 from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, simulate
-from ..profiler.step_time import StepTables
-from ..profiler.tables import ModeledStep, scaled
+from ..profiler.step_time import ModeledStep, StepTables, scaled
 from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import (
     Metric,

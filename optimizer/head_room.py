@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..profiler.profile import BadProfile
 from ..profiler.simulator import governed_rows, simulate
-from ..profiler.tables import ModeledStep, scaled
+from ..profiler.step_time import ModeledStep, scaled
 from ..runtime.spec import BadSpec, Deployment
 from ..traces.metrics import Target, meets
 from ..traces.trace import Trace

@@ -9,7 +9,7 @@ from itertools import product
 
 from ..profiler.disaggregated import DisaggregatedResult, Prefilled, prefill_trace, simulate_disaggregated
 from ..profiler.kv_transfer import transfer_link
-from ..profiler.tables import ModeledStep
+from ..profiler.step_time import ModeledStep
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import BadSpec, Deployment, Pool
 from ..traces.metrics import Target

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..profiler.prices import Price
-from ..profiler.tables import ModeledStep
+from ..profiler.step_time import ModeledStep
 from ..runtime.spec import Deployment, Pool
 from ..traces.metrics import Metric, Target
 from ..traces.trace import Trace

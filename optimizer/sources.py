@@ -15,8 +15,9 @@ from ..profiler.profile import BadProfile, Profile
 from ..profiler.recalibration import Calibration
 from ..profiler.roofline import kv_blocks
 from ..profiler.step_source import StepSource, digest_of, open_tables
+from ..profiler.step_time import ModeledStep
 from ..profiler.table_choice import TableChoice
-from ..profiler.tables import ModeledStep, step_bounds, step_tables
+from ..profiler.tables import step_bounds, step_tables
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.spec import CPU, Deployment, Pool
 from ..traces.trace import Trace

@@ -29,7 +29,7 @@ from ..runtime.scheduler_state import (
     State,
 )
 from .batch_time import BatchTables, step_time_s
-from .event_loop import DRAINED, OUT_OF_SLOTS, Requests, Times
+from .loop_notes import DRAINED, OUT_OF_SLOTS, Requests, Times
 
 COUNTS_EVERY_S = 0.1  # vllm/v1/engine/coordinator.py: min_stats_update_interval_ms
 WAITING_WEIGHT = 4

@@ -34,8 +34,8 @@ from ..runtime.spec import BadSpec, Deployment, KvTransfer, Pool
 from ..runtime.speculated import Speculated
 from ..traces.metrics import RequestTimes
 from ..traces.trace import Trace
-from .event_loop import Bounds, Requests, Times
 from .kv_transfer import TransferLink, TransferTime, transfer_time
+from .loop_notes import Bounds, Requests, Times
 from .replica import Replica, Run
 from .simulator import SimulationResult, chances_of, simulate
 from .step_record import Recorder

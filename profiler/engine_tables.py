@@ -18,8 +18,7 @@ from .hardware import Accelerator
 from .importers.llmservingsim import LAYERS, ONCE, SAMPLED, EngineProfile, Skew
 from .operator_tables import BadTable, OperatorTable
 from .operators import load_imbalance, touched
-from .step_time import WORK_GRID, StepTables
-from .tables import ModeledStep
+from .step_time import WORK_GRID, ModeledStep, StepTables
 
 Floats = NDArray[np.float64]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..runtime.router import new_router, num_prefix_hashes, route
 from ..runtime.spec import Pool
 from ..traces.sessions import SendOrder
-from .event_loop import DRAINED, GAVE_UP
+from .loop_notes import DRAINED, GAVE_UP
 from .replica import Replica, Run
 
 

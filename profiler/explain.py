@@ -21,8 +21,7 @@ from .simulator import SimulationResult, simulate
 from .step_limits import RESOURCES, LimitTables
 from .step_parts import PARTS, STEP_FLOATS, STEP_INTS, TO_CLIENT, Record
 from .step_record import Gaps, Recorder
-from .step_time import StepTables
-from .tables import ModeledStep
+from .step_time import ModeledStep, StepTables
 
 Floats = NDArray[np.float64]
 

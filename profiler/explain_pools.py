@@ -24,7 +24,7 @@ from .simulator import SimulationResult
 from .step_limits import HOST, LINKS, RESOURCES, LimitTables
 from .step_parts import PARTS, TO_CLIENT, Record
 from .step_record import Recorder
-from .tables import ModeledStep
+from .step_time import ModeledStep
 
 Floats = NDArray[np.float64]
 

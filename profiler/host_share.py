@@ -18,7 +18,8 @@ from ..runtime.spec import CPU, Pool
 from ..traces.trace import Trace
 from .profile import Profile
 from .simulator import simulate
-from .tables import ModeledStep, step_tables
+from .step_time import ModeledStep
+from .tables import step_tables
 
 PROMPTS = (16, 64, 256, 1024, 4096, 16384)
 

@@ -31,8 +31,7 @@ from .calibration import LoggedStep, read_step_log
 from .profile import BadProfile, now
 from .simulator import simulate
 from .step_fit import CONFIDENCE, non_negative_least_squares
-from .step_time import StepTables, interpolate
-from .tables import ModeledStep, scaled
+from .step_time import ModeledStep, StepTables, interpolate, scaled
 
 SCHEMA_VERSION = 1
 PARTS = ("tokens_s", "rows_s", "samples_s", "decode_attention_s", "prefill_attention_s")

@@ -24,7 +24,8 @@ from ..runtime.scheduler_state import (
     new_state,
 )
 from ..runtime.spec import Pool
-from .event_loop import (
+from .event_loop import run_pipeline, run_replica
+from .loop_notes import (
     ARRIVED,
     BEGUN,
     DRAINED,
@@ -39,8 +40,6 @@ from .event_loop import (
     Gaps,
     Requests,
     Times,
-    run_pipeline,
-    run_replica,
 )
 from .speculative_loop import Chances, run_speculative
 from .step_record import Recorder

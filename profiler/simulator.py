@@ -24,8 +24,8 @@ from ..traces.trace import BadTrace, Trace
 from .ahead_loop import run_ahead
 from .autoscale import Autoscaler, ElasticFleet
 from .batch_time import BatchTables
-from .event_loop import DRAINED, GAVE_UP, METRIC_CODE, OUT_OF_SLOTS, Bounds, Requests, Times
 from .event_order import Fleet, Held, serve_in_order
+from .loop_notes import DRAINED, GAVE_UP, METRIC_CODE, OUT_OF_SLOTS, Bounds, Requests, Times
 from .replica import TOTALS, Replica, Run, Totals
 from .speculative_loop import Chances
 from .step_record import Recorder

@@ -17,7 +17,7 @@ from ..kernels.jit import njit
 from ..runtime.scheduler import commit, schedule
 from ..runtime.scheduler_state import NUM_RUNNING, PLAN_PREEMPTED, PLAN_SIZE, PLAN_TOKENS, Plan, State
 from ..runtime.speculation import room_for_drafts
-from .event_loop import (
+from .loop_notes import (
     ARRIVED,
     DRAINED,
     ENDED,

@@ -21,8 +21,7 @@ from .hardware import Accelerator
 from .operators import Composition, OperatorWork, linears, rank_weight_bytes, step_work
 from .profile import Profile
 from .roofline import step_bound_s
-from .step_time import WORK_GRID, PromptPairs, StepTables
-from .tables import ModeledStep
+from .step_time import WORK_GRID, ModeledStep, PromptPairs, StepTables
 
 Floats = NDArray[np.float64]
 

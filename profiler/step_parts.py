@@ -32,7 +32,7 @@ from ..runtime.scheduler_state import (
     Plan,
     State,
 )
-from .event_loop import Requests
+from .loop_notes import Requests
 from .step_limits import BANDWIDTH, HOST, LINKS, RESOURCES, LimitTables
 from .step_time import WORK_GRID, composition, grid_place, row_pairs
 

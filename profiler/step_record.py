@@ -23,7 +23,7 @@ from ..runtime.scheduler_state import (
     Plan,
     State,
 )
-from .event_loop import (
+from .loop_notes import (
     ARRIVED,
     BEGUN,
     DRAINED,

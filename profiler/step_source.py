@@ -20,8 +20,9 @@ from .importers.llmservingsim import EngineProfile, find_profile, read_profile
 from .importers.step_rows import StepRows
 from .operator_source import OperatorSource
 from .operator_tables import BadTable
+from .step_time import ModeledStep
 from .table_choice import TableChoice
-from .tables import ModeledStep, step_tables, with_adapters, with_block_copies
+from .tables import step_tables, with_adapters, with_block_copies
 from .vidur_step import vidur_step
 from .whole_steps import whole_step
 

@@ -8,6 +8,7 @@ measurements or from a data sheet (tables.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,17 @@ from numpy.typing import NDArray
 from ..kernels.jit import njit
 from ..runtime.adapter_slots import NO_ADAPTER
 from ..runtime.scheduler_state import PLAN_COPIES, PLAN_FILLS, PLAN_SIZE, Plan, State
-from .batch_time import BatchTables
+from .batch_time import BatchTables, scaled_batch
 
 POINTS_PER_OCTAVE = 4
 OCTAVES = 44
 
 # Work of attention, in tokens read or query-key pairs: 2**0 ... 2**44, four points an octave.
 WORK_GRID: NDArray[np.float64] = 2.0 ** (np.arange(OCTAVES * POINTS_PER_OCTAVE + 1) / POINTS_PER_OCTAVE)
+
+
+# fields of StepTables that are no times of steps by their composition
+NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s", "adapters")
 
 
 class PromptPairs(NamedTuple):
@@ -82,6 +87,33 @@ class StepTables(NamedTuple):
     batch: BatchTables | None = None
     block_copy_s: float = 0.0
     adapters: AdapterTimes = AdapterTimes()
+
+
+@dataclass(frozen=True)
+class ModeledStep:
+    """Step times of one replica of a pool, and how far to trust them.
+
+    measured        False: from a data sheet, not measured
+    relative_error  half width of the 90 % interval of a step's time, as a share of it
+    not_modeled    what the times leave out or assume, for people
+    host_step_s    of every step's time: what the host takes between and around its operators, however large it is
+    """
+
+    tables: StepTables
+    measured: bool
+    relative_error: float
+    not_modeled: tuple[str, ...]
+    host_step_s: float = 0.0
+
+
+def scaled(tables: StepTables, factor: float) -> StepTables:
+    """All step times times a factor; what happens outside the steps stays."""
+    parts = {name: table * factor for name, table in tables._asdict().items() if name not in NO_STEP_TIMES}
+    return tables._replace(
+        **parts,
+        draft=None if tables.draft is None else scaled(tables.draft, factor),
+        batch=None if tables.batch is None else scaled_batch(tables.batch, factor),
+    )
 
 
 @njit

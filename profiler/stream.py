@@ -18,7 +18,7 @@ from ..runtime.scheduler_state import NUM_PREEMPTIONS
 from ..runtime.spec import BadSpec, Pool
 from ..traces.metrics import PERCENTILES, Summary
 from ..traces.trace import BadTrace, Trace
-from .event_loop import ARRIVED, ENDED, QUEUED, RUNS, SINGLES, STEPS, Bounds, Requests, Times
+from .loop_notes import ARRIVED, ENDED, QUEUED, RUNS, SINGLES, STEPS, Bounds, Requests, Times
 from .replica import Replica, Run
 from .step_time import StepTables
 from .token_gaps import count_runs

@@ -6,35 +6,29 @@ allow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.tiles import Tile, TileTable, bucket
-from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.draft_shape import draft_pool, draft_shape
 from ..runtime.graph_sizes import captured_sizes
-from ..runtime.model_shape import ModelShape, matrix_dtype
+from ..runtime.model_shape import ModelShape
 from ..runtime.spec import CPU, Pool
 from .adapter_work import Adapters, adapter_work
-from .batch_time import scaled_batch
 from .collectives import latency_unknown
 from .hardware import Accelerator, BadHardware
+from .measured_step import bound_tables, measured_step
 from .operator_source import RELATIVE_ERROR as OPERATOR_ERROR
 from .operator_source import OperatorSource, operator_step_tables
-from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
-from .profile import BadProfile, Configuration, LivePoint, Peaks, Profile, Serving, StepPoint
+from .operators import kv_bytes_per_token
+from .profile import Profile
 from .roofline import EFFICIENCY, LAYER_OVERHEAD_S, RELATIVE_ERROR, roofline_bounds, roofline_tables
-from .step_fit import StepFit, fit_steps
-from .step_time import WORK_GRID, AdapterTimes, StepTables, composed_time_s
+from .step_time import AdapterTimes, ModeledStep, StepTables
 
 Floats = NDArray[np.float64]
 Source = Profile | Accelerator | OperatorSource
 
-_NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s", "adapters")
 _SPECULATION_LEAVES_OUT = (
     "speculation: tokens are kept as often as when the log was written, by application, whatever proposed them then",
     "speculation: the time to look for n-grams; what is proposed beyond the end of an answer",
@@ -42,23 +36,6 @@ _SPECULATION_LEAVES_OUT = (
     "less than to read their context)",
     "speculation: screening, and the loads that are tried where no target is given, know nothing of proposals",
 )
-
-
-@dataclass(frozen=True)
-class ModeledStep:
-    """Step times of one replica of a pool, and how far to trust them.
-
-    measured        False: from a data sheet, not measured
-    relative_error  half width of the 90 % interval of a step's time, as a share of it
-    not_modeled    what the times leave out or assume, for people
-    host_step_s    of every step's time: what the host takes between and around its operators, however large it is
-    """
-
-    tables: StepTables
-    measured: bool
-    relative_error: float
-    not_modeled: tuple[str, ...]
-    host_step_s: float = 0.0
 
 
 def step_tables(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep:
@@ -149,7 +126,7 @@ def _without_draft(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep
         if pool.accelerator != CPU:
             todo = "give the accelerator of the catalog, or tune for 'cpu'"
             raise BadHardware("pool.accelerator", pool.accelerator, f"{CPU!r}, which the profile measured", todo)
-        return _measured(source, shape, pool)
+        return measured_step(source, shape, pool)
     if isinstance(source, Accelerator) and pool.accelerator != source.name:
         raise BadHardware("pool.accelerator", pool.accelerator, source.name, "give the accelerator of the pool")
     for field in ("pipeline_parallel_size", "context_parallel_size"):
@@ -248,310 +225,3 @@ def _draft_tables(
     )
     inferred = "draft model: its passes are taken in proportion to the model's by what bounds both, not measured"
     return own, (inferred, catching_up)
-
-
-def scaled(tables: StepTables, factor: float) -> StepTables:
-    """All step times times a factor; what happens outside the steps stays."""
-    parts = {name: table * factor for name, table in tables._asdict().items() if name not in _NO_STEP_TIMES}
-    return tables._replace(
-        **parts,
-        draft=None if tables.draft is None else scaled(tables.draft, factor),
-        batch=None if tables.batch is None else scaled_batch(tables.batch, factor),
-    )
-
-
-def _measured(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
-    profile.check_shape(shape)
-    configuration = profile.configuration(pool)
-    peaks = profile.peaks_of(pool.num_threads)
-    fit = _fit(configuration.steps, _least_s(configuration.steps, shape, pool, peaks))
-    bound = bound_tables(shape, pool, peaks)
-    tables = fitted_tables(fit, bound)
-    notes = []
-    for table, head in ((tables.tokens_s, False), (tables.samples_s, True)):
-        delta_s, unknown = _tile_difference(shape, pool, configuration, len(table) - 1, head=head)
-        table[1:] += delta_s[1:]
-        notes += unknown
-    for operator in ("decode_attention", "prefill_attention"):
-        if _tiles_of(pool.tiles, operator) != _tiles_of(configuration.tiles, operator):
-            notes.append(f"tiles of {operator}: taken as those of the profile")
-    if shape.experts and pool.tiles != configuration.tiles:
-        notes.append("tiles of the experts: taken as those of the profile")
-    if shape.experts:
-        notes.append("experts: taken as touched by the profile's random prompts, not by the trace's")
-    error = fit.relative_error
-    if not profile.serving:
-        notes.append("serving over HTTP: time outside the steps and its share of the cores were not measured")
-    else:
-        cores = configuration.replicas * pool.devices_per_replica
-        ranks = configuration.key.ranks
-        serving = min(profile.serving, key=lambda s: (abs(s.cores - cores), abs(s.ranks - ranks), s.cores, s.ranks))
-        for what, measured, asked in (("cores", serving.cores, cores), ("ranks", serving.ranks, ranks)):
-            if measured != asked:
-                notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
-        tables, error = _served(tables, serving, error, _slowing(profile, serving, shape, pool), pool.max_num_seqs)
-    # serving may take less time than the profile's steps did, and other tiles may: never less than physics
-    tables = not_faster(tables, bound)
-    notes += extrapolated(fit, pool)
-    beside = profile.replicas_beside(pool)
-    if configuration.replicas > beside:
-        notes.append(f"{beside} replicas on one machine: taken as {configuration.replicas}, so too slow")
-    if pool.replicas > configuration.replicas:
-        notes.append(f"replicas beyond {configuration.replicas}: on further machines like the measured one")
-    host_step_s = _host_step_s(shape, configuration, tables, float(bound.tokens_s[1]))
-    return ModeledStep(tables, True, error, tuple(dict.fromkeys(notes)), host_step_s)
-
-
-def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTables, bound_s: float) -> float:
-    """Of a step of one token: what its linear layers, measured by themselves, do not explain.
-
-    Where they were not (experts, an imported profile) what the machine's peaks do not explain, which is more.
-    """
-    tile = configuration.tiles.lookup("linear", configuration.weight_dtype, 1)
-    curve = _linear_curve(shape, configuration, tile, head=False)
-    linear_s = (
-        bound_s if curve is None or shape.experts else max(bound_s, float(_interpolated(curve, np.array([1]))[0]))
-    )
-    return max(0.0, float(tables.tokens_s[1]) - linear_s)
-
-
-def not_faster(tables: StepTables, bound: StepTables) -> StepTables:
-    """The tables with no step faster than the bound, part by part; a step of no tokens takes no time."""
-    least = {name: table for name, table in bound._asdict().items() if name not in _NO_STEP_TIMES}
-    found = tables._replace(**{name: np.maximum(getattr(tables, name), table) for name, table in least.items()})
-    found.tokens_s[0] = 0.0
-    return found
-
-
-def extrapolated(fit: StepFit, pool: Pool) -> list[str]:
-    """Which steps of a pool are larger than any that was measured, for people."""
-    most_of = {"num_tokens": pool.max_num_batched_tokens, "num_rows": pool.max_num_seqs}
-    if pool.speculation != "none":
-        most_of["num_samples"] = pool.max_num_samples
-    return [
-        f"steps of {part} > {fit.largest[part]:.0f}: extrapolated, not measured"
-        for part, most in most_of.items()
-        if most > fit.largest[part]
-    ]
-
-
-@lru_cache(maxsize=256)
-def _fit(steps: tuple[StepPoint, ...], least_s: tuple[float, ...]) -> StepFit:
-    return fit_steps(steps, least_s)
-
-
-def fitted_tables(fit: StepFit, bound: StepTables) -> StepTables:
-    """What physics allows at least, and what was measured beyond it."""
-    tokens, seqs, samples = (
-        np.arange(len(table), dtype=np.float64) for table in (bound.tokens_s, bound.rows_s, bound.samples_s)
-    )
-    return bound._replace(
-        tokens_s=bound.tokens_s + fit.step_s + fit.tokens(tokens),
-        rows_s=bound.rows_s + fit.rows(seqs),
-        samples_s=bound.samples_s + fit.samples(samples),
-        decode_attention_s=bound.decode_attention_s + fit.decode(WORK_GRID),
-        prefill_attention_s=bound.prefill_attention_s + fit.prefill(WORK_GRID),
-    )
-
-
-def large_enough(pool: Pool, steps: Sequence[StepPoint | LivePoint]) -> Pool:
-    """The pool with limits that let such steps be, and without speculation."""
-    return pool.model_copy(
-        update={
-            "max_num_batched_tokens": max(step.num_tokens for step in steps),
-            "max_num_seqs": max(max(step.num_rows, step.num_samples) for step in steps),
-            "num_speculative_tokens": 0,
-        }
-    )
-
-
-def seconds_of(tables: StepTables, steps: Sequence[StepPoint | LivePoint]) -> tuple[float, ...]:
-    """Of each step by the tables, which must be large enough for it."""
-    return tuple(
-        composed_time_s(tables, s.num_tokens, s.num_rows, s.num_samples, s.decode_context, s.prefill_pairs)
-        for s in steps
-    )
-
-
-def _least_s(steps: tuple[StepPoint, ...], shape: ModelShape, pool: Pool, peaks: Peaks) -> tuple[float, ...]:
-    """Of each measured step what the machine's peaks allow at least."""
-    return seconds_of(bound_tables(shape, large_enough(pool, steps), peaks), steps)
-
-
-def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> tuple[float, float]:
-    """Step time on a live server / step time of that configuration alone: of decode steps, and of those with prompts.
-
-    Raises: BadProfile: the configuration that served is not in the profile.
-    """
-    found = [each.key for each in profile.configurations if str(each.key) == serving.measured_on]
-    if not found:
-        known = "; ".join(str(each.key) for each in profile.configurations)
-        raise BadProfile(
-            "profile: serving.measured_on", serving.measured_on, known, "measure again: `paretune profile`"
-        )
-    key = found[0]
-    alone = large_enough(pool.model_copy(update=key._asdict()), serving.points)
-    steps = profile.configuration(alone).steps
-    peaks = profile.peaks_of(alone.num_threads)
-    fit = _fit(steps, _least_s(steps, shape, alone, peaks))
-    modeled_s = np.array(seconds_of(fitted_tables(fit, bound_tables(shape, alone, peaks)), serving.points))
-    count = np.array([point.count for point in serving.points])
-    measured_s = np.array([point.mean_s for point in serving.points])
-    prompts = np.array([point.prefill_pairs > 0 for point in serving.points])
-    whole = float((count @ measured_s) / (count @ modeled_s))
-    slowing = [
-        float((count[kind] @ measured_s[kind]) / (count[kind] @ modeled_s[kind])) if kind.any() else whole
-        for kind in (~prompts, prompts)
-    ]
-    return slowing[0], slowing[1]
-
-
-def _served(
-    tables: StepTables, serving: Serving, error: float, slowing: tuple[float, float], max_num_seqs: int
-) -> tuple[StepTables, float]:
-    """Decode steps have no more tokens than requests, so what lies beyond as many tokens is that of prompts."""
-    decode, prompts = slowing
-    busy = scaled(tables, decode)
-    few = tables.tokens_s[: max_num_seqs + 1]
-    busy.tokens_s[len(few) :] = decode * few[-1] + prompts * (tables.tokens_s[len(few) :] - few[-1])
-    busy.tokens_s[1:] += serving.between_steps_s
-    request_s = np.array([serving.to_scheduler_s, serving.to_client_s])
-    busy = busy._replace(request_s=request_s, prefill_attention_s=prompts * tables.prefill_attention_s)
-    # two independent causes: what the fit misses, and how unevenly the server and its clients take the cores
-    return busy, float(np.hypot(error, serving.spread))
-
-
-def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
-    """The least step times that the measured peaks allow; weights and cached KV count, activations do not.
-
-    Weights come at the rate of an array as large as all of a rank's weights; KV and arithmetic of attention at the best
-    rate of any size and of any precision. Of experts the least counts: all tokens choose the same ones, and ranks that
-    divide them have as much to do as the mean.
-    """
-    tp = pool.tensor_parallel_size
-    weight_rate = peaks.bytes_per_s(rank_weight_bytes(shape, tp, pool.weight_dtype))
-    cache_rate = max(rate for _, rate in peaks.read_bytes)
-    attention_rate = max(peaks.flops_per_s.values())
-    parts = pool.context_parallel_size  # that long prompts are divided into; weights are read whole by each
-
-    def linear_s(size: int, head: bool) -> Floats:
-        rows = np.arange(size + 1, dtype=np.float64)
-        total = np.zeros(size + 1)
-        for layer in linears(shape, tp):
-            elements = layer.out_features * layer.in_features
-            stored_as = matrix_dtype(layer.name, pool.weight_dtype)
-            linear_rate = _linear_rate(peaks, stored_as)
-            weights_s = elements * WEIGHT_FORMATS[stored_as].bytes_per_weight() / weight_rate
-            least_s = np.maximum(2.0 * elements * rows / (parts * linear_rate), weights_s)
-            total += linear_count(layer, head) * layer.chosen * least_s
-        total[0] = 0.0
-        return total
-
-    per_pair = 4.0 * (shape.num_heads // tp) * shape.head_dim * shape.num_layers / attention_rate
-    per_token = kv_bytes_per_token(shape, tp, pool.kv_cache_dtype) / cache_rate
-    return StepTables(
-        tokens_s=linear_s(pool.max_num_batched_tokens, head=False),
-        rows_s=np.zeros(pool.max_num_seqs + 1),
-        samples_s=linear_s(pool.max_num_samples, head=True),
-        decode_attention_s=WORK_GRID * max(per_pair, per_token),
-        prefill_attention_s=WORK_GRID * per_pair / parts,
-        request_s=np.zeros(2),
-    )
-
-
-def _linear_rate(peaks: Peaks, weight_dtype: str) -> float:
-    """The best rate of the arithmetic that these weights are multiplied in, or of themselves where it was higher."""
-    arithmetic = peaks.flops_per_s[WEIGHT_FORMATS[weight_dtype].arithmetic]
-    return max(arithmetic, peaks.flops_per_s.get(weight_dtype, 0.0))
-
-
-def linear_count(layer: Linear, sampled: bool) -> int:
-    """How many of a kind of linear layer the bundled engine computes for all tokens, or for the samples alone.
-
-    Of the last layer only the rows that sample go through what follows attention (runtime/transformer.py).
-    """
-    if layer.name == "head":
-        return layer.count if sampled else 0
-    if layer.name == "qkv":
-        return 0 if sampled else layer.count
-    return layer.in_last if sampled else layer.count - layer.in_last
-
-
-def _tiles_of(table: TileTable, operator: str) -> dict[tuple[str, str, int], Tile]:
-    return {key: tile for key, tile in table.items() if key[0] == operator}
-
-
-def _tile_difference(
-    shape: ModelShape, pool: Pool, configuration: Configuration, size: int, *, head: bool
-) -> tuple[Floats, list[str]]:
-    """By rows: time of the linear layers with the pool's tiles less that with the tiles of the measured steps, seconds.
-
-    Both from the operator points, where each tile was measured by itself; 0 where a tile was not, which is said.
-    """
-    delta_s = np.zeros(size + 1)
-    if pool.tiles == configuration.tiles:
-        return delta_s, []
-    notes = []
-    curves: dict[Tile | None, tuple[Floats, Floats] | None] = {}
-    rows = 1
-    while rows < 2 * size:
-        mine, measured = (t.lookup("linear", pool.weight_dtype, rows) for t in (pool.tiles, configuration.tiles))
-        if mine != measured:
-            for tile in (mine, measured):
-                if tile not in curves:
-                    curves[tile] = _linear_curve(shape, configuration, tile, head)
-            new, old = curves[mine], curves[measured]
-            if new is None or old is None:
-                notes.append(f"tiles of linear layers up to {rows} rows: not measured, taken as those of the profile")
-            else:
-                at = np.arange(rows // 2 + 1, min(rows, size) + 1)
-                delta_s[at] = _interpolated(new, at) - _interpolated(old, at)
-        rows *= 2
-    return delta_s, notes
-
-
-def _linear_curve(
-    shape: ModelShape, configuration: Configuration, tile: Tile | None, head: bool
-) -> tuple[Floats, Floats] | None:
-    """(rows, seconds) of all linear layers of a step with one tile, at the rows at which all were measured."""
-    layers = [
-        x
-        for x in linears(shape, configuration.tensor_parallel_size)
-        if linear_count(x, head) and x.chosen == 1 and x.name not in UNTILED
-    ]
-    by_rows: dict[int, dict[str, float]] = {}
-    for point in configuration.operators:
-        if point.operator != "linear" or point.precision != configuration.weight_dtype:
-            continue
-        if tile is None:
-            same = point.default
-        else:
-            same = point.backend == tile.backend and point.parameters == dict(tile.parameters)
-        if same:
-            by_rows.setdefault(point.rows, {})[point.name] = point.median_s
-    whole = {r: s for r, s in sorted(by_rows.items()) if all(x.name in s for x in layers)}
-    if not whole:
-        return None
-    seconds = [sum(linear_count(x, head) * s[x.name] for x in layers) for s in whole.values()]
-    return np.array(list(whole), np.float64), np.array(seconds)
-
-
-def _interpolated(curve: tuple[Floats, Floats], rows: NDArray[np.int64]) -> Floats:
-    """Between measured rows linear in the logarithms; beyond them in proportion to the rows."""
-    at, seconds = curve
-    inside = np.exp(np.interp(np.log(rows), np.log(at), np.log(seconds)))
-    return np.asarray(inside * np.maximum(1.0, rows / at[-1]), np.float64)
-
-
-def fastest_tiles(configuration: Configuration) -> TileTable:
-    """The fastest measured tile of the linear layers for each bucket of rows, as a table for a deployment."""
-    best: dict[int, tuple[float, Tile]] = {}
-    totals: dict[tuple[int, str, tuple[tuple[str, int], ...]], float] = {}
-    for point in configuration.operators:
-        if point.operator == "linear":
-            key = (bucket(point.rows), point.backend, tuple(point.parameters.items()))
-            totals[key] = totals.get(key, 0.0) + point.median_s
-    for (rows, backend, parameters), seconds in totals.items():
-        if rows not in best or seconds < best[rows][0]:
-            best[rows] = (seconds, Tile("linear", backend, parameters))
-    return TileTable(tuple((("linear", configuration.weight_dtype, rows), tile) for rows, (_, tile) in best.items()))

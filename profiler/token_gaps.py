@@ -1,7 +1,7 @@
 """The gaps between tokens of simulated requests: exact, without a number for each token.
 
 Requests that decode together wait equally long for their next tokens. So the event loop notes runs of steps, and how
-many requests were there at each (Gaps in event_loop.py). How many of some requests were there is counted here: when a
+many requests were there at each (Gaps in loop_notes.py). How many of some requests were there is counted here: when a
 request got its first and its last token is known. Gaps that a request has for itself, because it was preempted or
 passed over, stand beside them.
 """
@@ -26,7 +26,7 @@ _MOST_ENTRIES = 1 << 12  # that are sorted
 
 @dataclass(frozen=True)
 class ReplicaGaps:
-    """What one replica's event loop noted, as in `event_loop.Gaps`, and which requests it served.
+    """What one replica's event loop noted, as in `loop_notes.Gaps`, and which requests it served.
 
     run_first_s, run_growth_s, run_end_s (m,) float64, run_steps, run_weight (m,) int64; single_request (g,) int64,
     single_from_s, single_to_s (g,) float64; served (r,) int64 rows of the requests that ended; all_ended: nobody else

@@ -14,11 +14,11 @@ from ..runtime.spec import Pool
 from .closed_loop import Host
 from .hardware import BadHardware
 from .importers.vidur import OPERATORS, VidurTables
+from .measured_step import not_faster
 from .operator_tables import BadTable, OperatorTable
 from .roofline import check_kv_blocks, roofline_bounds, roofline_tables
 from .serving_point import PUBLISHED_HOST
-from .step_time import WORK_GRID, PromptPairs, StepTables
-from .tables import ModeledStep, not_faster
+from .step_time import WORK_GRID, ModeledStep, PromptPairs, StepTables
 
 Floats = NDArray[np.float64]
 

@@ -10,11 +10,12 @@ from ..runtime.spec import Pool
 from .facts import same_name
 from .hardware import Accelerator
 from .importers.step_rows import StepRows, layer_parameters
+from .measured_step import extrapolated, fitted_tables, large_enough, not_faster, seconds_of
 from .operator_tables import BadTable
 from .profile import StepPoint
 from .roofline import check_kv_blocks, roofline_bounds
 from .step_fit import StepFit, fit_all_steps
-from .tables import ModeledStep, extrapolated, fitted_tables, large_enough, not_faster, seconds_of
+from .step_time import ModeledStep
 
 _SAME_MODEL = 1e-3  # a share by which two counts of one model's parameters may differ
 _SHARDING = (

@@ -7,8 +7,7 @@ import numpy as np
 from paretune.optimizer.front import Evaluation
 from paretune.optimizer.space import SearchSpace
 from paretune.profiler.hardware import Price
-from paretune.profiler.step_time import WORK_GRID, StepTables
-from paretune.profiler.tables import ModeledStep
+from paretune.profiler.step_time import WORK_GRID, ModeledStep, StepTables
 from paretune.runtime.spec import Deployment, Pool
 from paretune.traces.acceptance import Acceptance
 from paretune.traces.columns import Labels

@@ -15,8 +15,8 @@ from paretune.profiler.simulator import simulate
 from paretune.profiler.step_limits import BANDWIDTH, COMPUTE, HOST, LINKS, LimitTables, limit_tables
 from paretune.profiler.step_parts import PARTS
 from paretune.profiler.step_record import Gaps, Recorder
-from paretune.profiler.step_time import StepTables, composed_time_s
-from paretune.profiler.tables import ModeledStep, step_tables
+from paretune.profiler.step_time import ModeledStep, StepTables, composed_time_s
+from paretune.profiler.tables import step_tables
 from paretune.runtime.spec import Pool
 from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, Metric
 from paretune.traces.trace import Trace

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretune.profiler.explain_pools import NAMES, POOL_WORDS, PoolsExplained, PoolStep, explain_pools
-from paretune.profiler.step_time import StepTables
-from paretune.profiler.tables import ModeledStep
+from paretune.profiler.step_time import ModeledStep, StepTables
 from paretune.runtime.spec import Deployment
 from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, BadTarget, Metric
 from paretune.traces.trace import Trace

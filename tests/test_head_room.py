@@ -14,7 +14,7 @@ from paretune.profiler.explain import Explained, Part
 from paretune.profiler.profile import BadProfile
 from paretune.profiler.simulator import simulate
 from paretune.profiler.step_limits import RESOURCES
-from paretune.profiler.tables import ModeledStep
+from paretune.profiler.step_time import ModeledStep
 from paretune.runtime.spec import Deployment, Pool
 from paretune.traces.metrics import Target
 from paretune.traces.trace import Trace

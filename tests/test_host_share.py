@@ -9,8 +9,8 @@ import pytest
 
 from paretune.profiler.hardware import accelerator
 from paretune.profiler.host_share import PROMPTS, host_shares, shares_of_profile
-from paretune.profiler.step_time import WORK_GRID, StepTables
-from paretune.profiler.tables import ModeledStep, step_tables
+from paretune.profiler.step_time import WORK_GRID, ModeledStep, StepTables
+from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Deployment, Pool, save_deployment
 

@@ -19,7 +19,7 @@ from paretune.optimizer.capacity import (
 from paretune.optimizer.evaluate import Question, assess, evaluate
 from paretune.optimizer.screen import estimate, means_of
 from paretune.profiler.simulator import simulate
-from paretune.profiler.tables import scaled
+from paretune.profiler.step_time import scaled
 from paretune.traces.metrics import Metric, Target
 from paretune.traces.transform import scale
 

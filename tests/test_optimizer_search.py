@@ -16,7 +16,8 @@ from paretune.optimizer.store import Ledger, NoSuchStudy
 from paretune.optimizer.study import Interrupted, Study, load_study
 from paretune.profiler.hardware import BadHardware
 from paretune.profiler.simulator import simulate
-from paretune.profiler.tables import scaled, step_tables
+from paretune.profiler.step_time import scaled
+from paretune.profiler.tables import step_tables
 from paretune.traces.metrics import Metric, Target
 
 from .optimizer_examples import deployment, poisson_trace, price, small_space, step_model

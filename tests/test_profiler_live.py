@@ -18,9 +18,10 @@ from paretune.profiler.calibration import calibrate_serving, read_step_log
 from paretune.profiler.live import ServerFailed, live_server, measure_live
 from paretune.profiler.measure import measure, possible_configurations
 from paretune.profiler.measure_worker import Driver
+from paretune.profiler.measured_step import bound_tables
 from paretune.profiler.profile import Key, Profile
 from paretune.profiler.step_time import composed_time_s
-from paretune.profiler.tables import bound_tables, step_tables
+from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.random_model import write_random_model
 from paretune.runtime.small_model import MODEL_DIR

@@ -13,6 +13,7 @@ from paretune.optimizer.export.vllm import CannotExport, export
 from paretune.optimizer.space import default_space
 from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.measure import possible_configurations
+from paretune.profiler.measured_step import bound_tables, linear_count
 from paretune.profiler.operators import (
     Composition,
     OperatorWork,
@@ -24,7 +25,7 @@ from paretune.profiler.operators import (
 )
 from paretune.profiler.profile import Peaks, shape_data
 from paretune.profiler.roofline import roofline_tables
-from paretune.profiler.tables import bound_tables, linear_count, step_tables
+from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import Experts, ModelShape
 from paretune.runtime.spec import Deployment, Pool
 

@@ -14,8 +14,8 @@ from paretune.profiler.hardware import accelerator
 from paretune.profiler.profile import BadProfile
 from paretune.profiler.recalibration import PARTS, Calibration, RecordedRun, calibrate, read_recorded
 from paretune.profiler.simulator import simulate
-from paretune.profiler.step_time import composed_time_s
-from paretune.profiler.tables import ModeledStep, step_bounds, step_tables
+from paretune.profiler.step_time import ModeledStep, composed_time_s
+from paretune.profiler.tables import step_bounds, step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Deployment, Pool, save_deployment
 from paretune.traces import Trace

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.hardware import BadHardware
+from paretune.profiler.measured_step import bound_tables, fastest_tiles
 from paretune.profiler.operators import Composition, linears, step_work
 from paretune.profiler.profile import BadProfile, Peaks, StepPoint
 from paretune.profiler.step_fit import fit_all_steps, fit_steps, non_negative_least_squares
-from paretune.profiler.step_time import composed_time_s
-from paretune.profiler.tables import bound_tables, fastest_tiles, scaled, step_tables
+from paretune.profiler.step_time import composed_time_s, scaled
+from paretune.profiler.tables import step_tables
 from paretune.runtime.spec import Pool
 
 from .profiler_examples import (

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from paretune.profiler.hardware import accelerator
 from paretune.profiler.simulator import simulate
 from paretune.profiler.speculative_loop import chance
-from paretune.profiler.step_time import WORK_GRID, StepTables, composed_time_s
-from paretune.profiler.tables import scaled, step_tables
+from paretune.profiler.step_time import WORK_GRID, StepTables, composed_time_s, scaled
+from paretune.profiler.tables import step_tables
 from paretune.runtime.engine import Engine, Request
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.random_model import write_random_model
