@@ -105,13 +105,17 @@ def serving_from(
     )
 
 
+def kind_of_step(step: LoggedStep | LivePoint) -> tuple[int, ...]:
+    """Equal for steps that are alike: in rows and samples, and within a quarter of an octave in the rest."""
+    sizes = (step.num_tokens, step.decode_context, step.prefill_pairs)
+    return (step.num_rows, step.num_samples, *(round(4 * math.log2(1 + size)) for size in sizes))
+
+
 def live_points(steps: Sequence[LoggedStep]) -> tuple[LivePoint, ...]:
-    """The steps by composition: those alike in rows and samples, and within a quarter of an octave in the rest."""
+    """The steps by composition, those that are alike as one."""
     alike: dict[tuple[int, ...], list[LoggedStep]] = {}
     for step in steps:
-        sizes = (step.num_tokens, step.decode_context, step.prefill_pairs)
-        parts = (round(4 * math.log2(1 + size)) for size in sizes)
-        alike.setdefault((step.num_rows, step.num_samples, *parts), []).append(step)
+        alike.setdefault(kind_of_step(step), []).append(step)
     return tuple(
         LivePoint(
             num_tokens=round(fmean(step.num_tokens for step in found)),

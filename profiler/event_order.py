@@ -92,7 +92,8 @@ def serve_in_order(fleet: Fleet, sends: SendOrder, fits: NDArray[np.bool_]) -> i
     while True:
         arrival_s = sends.next_s() + to_scheduler_s
         busy = [replica for replica in replicas if replica.num_requests]
-        if not busy and math.isinf(arrival_s):
+        served_s = max((replica.now_s for replica in replicas), default=0.0)
+        if not busy and math.isinf(arrival_s) and fleet.next_change_s >= served_s:
             return DRAINED
         event_s = min(arrival_s, fleet.next_change_s)
         behind = [replica for replica in busy if replica.now_s < event_s]

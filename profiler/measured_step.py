@@ -55,7 +55,7 @@ def measured_step(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledSte
         for what, measured, asked in (("cores", serving.cores, cores), ("ranks", serving.ranks, ranks)):
             if measured != asked:
                 notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
-        tables, error = _served(tables, serving, error, _slowing(profile, serving, shape, pool), pool.max_num_seqs)
+        tables, error = _served(tables, serving, error, _slowing(profile, serving, shape, pool))
     # serving may take less time than the profile's steps did, and other tiles may: never less than physics
     tables = not_faster(tables, bound)
     notes += extrapolated(fit, pool)
@@ -144,8 +144,15 @@ def _least_s(steps: tuple[StepPoint, ...], shape: ModelShape, pool: Pool, peaks:
     return seconds_of(bound_tables(shape, large_enough(pool, steps), peaks), steps)
 
 
+def _most_rows(serving: Serving) -> int:
+    """Of a live step; decode steps have no more tokens, so what lies beyond as many is that of prompts."""
+    return max(point.num_rows for point in serving.points)
+
+
 def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> tuple[float, float]:
-    """Step time on a live server / step time of that configuration alone: of decode steps, and of those with prompts.
+    """Step time on a live server / step time of that configuration alone: of decoding, and of what prompts add to it.
+
+    Steps without prompts give the first; what steps with prompts take beyond it the second.
 
     Raises: BadProfile: the configuration that served is not in the profile.
     """
@@ -160,25 +167,32 @@ def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) 
     steps = profile.configuration(alone).steps
     peaks = profile.peaks_of(alone.num_threads)
     fit = _fit(steps, _least_s(steps, shape, alone, peaks))
-    modeled_s = np.array(seconds_of(fitted_tables(fit, bound_tables(shape, alone, peaks)), serving.points))
+    tables = fitted_tables(fit, bound_tables(shape, alone, peaks))
+    few = _most_rows(serving)
+    of_prompts = tables._replace(
+        tokens_s=np.maximum(0.0, tables.tokens_s - tables.tokens_s[min(few, len(tables.tokens_s) - 1)]),
+        rows_s=np.zeros_like(tables.rows_s),
+        samples_s=np.zeros_like(tables.samples_s),
+        decode_attention_s=np.zeros_like(tables.decode_attention_s),
+    )
     count = np.array([point.count for point in serving.points])
-    measured_s = np.array([point.mean_s for point in serving.points])
-    prompts = np.array([point.prefill_pairs > 0 for point in serving.points])
-    whole = float((count @ measured_s) / (count @ modeled_s))
-    slowing = [
-        float((count[kind] @ measured_s[kind]) / (count[kind] @ modeled_s[kind])) if kind.any() else whole
-        for kind in (~prompts, prompts)
-    ]
-    return slowing[0], slowing[1]
+    measured_s = count * np.array([point.mean_s for point in serving.points])
+    prompts_s = count * np.array(seconds_of(of_prompts, serving.points))
+    decode_s = count * np.array(seconds_of(tables, serving.points)) - prompts_s
+    decodes = np.array([point.prefill_pairs == 0 for point in serving.points])
+    whole = float(measured_s.sum() / (decode_s + prompts_s).sum())
+    decode = float(measured_s[decodes].sum() / decode_s[decodes].sum()) if decodes.any() else whole
+    if not prompts_s.any():
+        return decode, decode
+    return decode, max(0.0, float((measured_s - decode * decode_s)[~decodes].sum() / prompts_s.sum()))
 
 
 def _served(
-    tables: StepTables, serving: Serving, error: float, slowing: tuple[float, float], max_num_seqs: int
+    tables: StepTables, serving: Serving, error: float, slowing: tuple[float, float]
 ) -> tuple[StepTables, float]:
-    """Decode steps have no more tokens than requests, so what lies beyond as many tokens is that of prompts."""
     decode, prompts = slowing
     busy = scaled(tables, decode)
-    few = tables.tokens_s[: max_num_seqs + 1]
+    few = tables.tokens_s[: _most_rows(serving) + 1]
     busy.tokens_s[len(few) :] = decode * few[-1] + prompts * (tables.tokens_s[len(few) :] - few[-1])
     busy.tokens_s[1:] += serving.between_steps_s
     request_s = np.array([serving.to_scheduler_s, serving.to_client_s])

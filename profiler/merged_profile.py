@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from .calibration import kind_of_step
 from .profile import BadProfile, Configuration, LivePoint, OperatorPoint, Peaks, Profile, Serving
 
 
@@ -21,7 +22,12 @@ def merged(profiles: Sequence[Profile]) -> Profile:
     first = profiles[0]
     for other in profiles[1:]:
         mine, its = (
-            (p.machine, p.shape, [c.key for c in p.configurations], [(s.cores, s.ranks) for s in p.serving])
+            (
+                p.machine,
+                p.shape,
+                [c.key for c in p.configurations],
+                [(s.cores, s.ranks, s.measured_on) for s in p.serving],
+            )
             for p in (first, other)
         )
         if mine != its:
@@ -77,13 +83,18 @@ def _middle(same: Sequence[Serving]) -> Serving:
 
 def _apart(same: Sequence[Serving]) -> float:
     """Half the range of step times, relative, of the compositions that all of them have; 0 where there are none."""
-    times = [{_kind(point): point for point in each.points} for each in same]
+    times = []
+    for each in same:
+        found: dict[tuple[int, ...], list[LivePoint]] = {}
+        for point in each.points:
+            found.setdefault(kind_of_step(point), []).append(point)
+        times.append({kind: _count_and_mean_s(points) for kind, points in found.items()})
     common = set.intersection(*map(set, times))
-    weight = {kind: sum(each[kind].count for each in times) for kind in common}
-    sums = [sum(weight[kind] * each[kind].mean_s for kind in common) for each in times]
+    weight = {kind: sum(each[kind][0] for each in times) for kind in common}
+    sums = [sum(weight[kind] * each[kind][1] for kind in common) for each in times]
     return (max(sums) - min(sums)) / 2 / statistics.median(sums) if common else 0.0
 
 
-def _kind(point: LivePoint) -> tuple[int, ...]:
-    sizes = (point.num_tokens, point.decode_context, point.prefill_pairs)
-    return (point.num_rows, point.num_samples, *(round(2 * math.log2(1 + size)) for size in sizes))
+def _count_and_mean_s(points: Sequence[LivePoint]) -> tuple[int, float]:
+    count = sum(point.count for point in points)
+    return count, sum(point.count * point.mean_s for point in points) / count

@@ -75,7 +75,6 @@ PARTS = (
     TO_CLIENT,
 ) = range(len(PARTS))
 
-_RESOURCES = len(RESOURCES)
 _REASONS = 4  # to queue, in the order of the parts from QUEUE_SEATS on
 _BY_PREFILL, _BY_DECODE = 4, 5  # places in a replica's sums, behind the reasons
 _LAST = 6  # of the last step alone

@@ -132,7 +132,7 @@ def name_own_blocks(state: State, slot: int) -> None:
 
 @njit
 def _name_blocks(state: State, slot: int, begin: int, end: int, also: bool) -> None:
-    """Name those of a request's blocks begin ... end - 1 that have no name; `also` as in kv_cache.name."""
+    """Name those of a request's blocks begin ... end - 1 that have no name; `name_all` as in kv_cache.name."""
     per_hash, row = state.limits[BLOCKS_PER_HASH], state.block_table[state.lane[slot]]
     begin = _without_name(state, row, begin, end)
     while begin < end:

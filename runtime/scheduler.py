@@ -6,8 +6,9 @@ hits, recompute after preemption and the verification of proposed tokens are tha
 tokens, no randomness.
 
 In a pool of role "decode" a request comes with the KV of its prompt, all but the last token of it: it holds blocks for
-that when it is admitted, and computes from there. Once preempted by recompute that KV is gone, and the replica computes
-the prompt itself (as vLLM does).
+that when it is admitted, and computes from there. Once preempted by recompute it has to compute the prompt itself (as
+in vLLM), but for the blocks that the prefix cache still has: under `vllm_v1` those of the prompt are named when it is
+admitted, under our policy those alone that the replica filled.
 
 A step is `schedule`, then the caller computes, then `commit`. The engine does that with the wall clock and tensors, the
 simulator with a virtual clock and a step-time model. Several plans may be in flight before the first is committed.

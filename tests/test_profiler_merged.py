@@ -45,6 +45,27 @@ def test_all_live_steps_are_kept_and_their_spread_has_the_range_added() -> None:
     assert found.requests == 30
 
 
+def test_steps_that_one_of_them_has_besides_are_no_distance() -> None:
+    one, other = at_speed(1.0), at_speed(1.0)
+    live = other.serving[0]
+    longer = [
+        point.model_copy(
+            update={"decode_context": 1.05 * point.decode_context, "mean_s": 1.02 * point.mean_s, "count": 1}
+        )
+        for point in live.points
+    ]
+    more = live.model_copy(update={"points": (*live.points, *longer)})
+    found = merged([one, other.model_copy(update={"serving": (more,)})]).serving[0]
+    assert found.spread == pytest.approx(live.spread, rel=0.01)
+
+
+def test_servers_of_different_configurations_are_not_one() -> None:
+    one, other = at_speed(1.0), at_speed(1.0)
+    elsewhere = other.serving[0].model_copy(update={"measured_on": "TP 1 x 1 threads int8/bf16"})
+    with pytest.raises(BadProfile):
+        merged([one, other.model_copy(update={"serving": (elsewhere,)})])
+
+
 def test_of_different_machines_none_is_made() -> None:
     other = at_speed(1.0)
     other = other.model_copy(update={"machine": other.machine.model_copy(update={"cores": 99})})

@@ -192,6 +192,30 @@ def test_serving_may_slow_prompts_down_more_than_decoding() -> None:
             assert composed_time_s(served, *step) == pytest.approx(slower * formula_s(step) + 1e-4, rel=0.08), step
 
 
+def test_a_live_server_s_own_steps_are_given_back_with_prompts_and_without() -> None:
+    live = serving(1.1, 1.4)
+    tables = step_tables(profile(serving=(live,)), SMALL, POOL).tables
+    for with_prompts in (False, True):
+        points = [point for point in live.points if (point.prefill_pairs > 0) == with_prompts]
+        steps = [
+            Composition(p.num_tokens, p.num_rows, p.num_samples, p.decode_context, p.prefill_pairs) for p in points
+        ]
+        modeled_s = sum(composed_time_s(tables, *step) - live.between_steps_s for step in steps)
+        assert modeled_s == pytest.approx(sum(point.mean_s for point in points), rel=0.01)
+
+
+def test_how_much_a_server_slows_a_step_does_not_depend_on_the_seats() -> None:
+    few, many = (
+        step_tables(
+            profile(serving=(serving(1.1, 1.4),)), SMALL, POOL.model_copy(update={"max_num_seqs": seats})
+        ).tables
+        for seats in (16, 64)
+    )
+    for step in compositions(most_rows=16):
+        if step.num_rows <= 16:
+            assert composed_time_s(few, *step) == pytest.approx(composed_time_s(many, *step)), step
+
+
 def test_a_server_that_was_measured_on_no_configuration_of_the_profile_is_refused() -> None:
     with pytest.raises(BadProfile, match="measured_on"):
         step_tables(profile(serving=(serving(measured_on="TP 9 x 1 threads bf16/bf16"),)), SMALL, POOL)
