@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bars import Bar, finish, needed_data
 from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers import vidur
-from paretune.profiler.importers.checks import by_file
+from paretune.profiler.importers.checks import Finding, by_file
 from paretune.profiler.importers.kinds import read_step_table
 from paretune.profiler.importers.step_rows import StepRows, bound_s
 from paretune.profiler.operator_tables import OperatorTable
@@ -48,6 +48,24 @@ def wrong(predicted: Floats, measured: Floats) -> Floats:
 def said(errors: Sequence[float] | Floats) -> str:
     median, most = np.quantile(np.asarray(errors), (0.5, 0.9))
     return f"{len(errors):5d} left out, median {median:6.1%}, 90 % {most:6.1%}"
+
+
+def summed(errors: Sequence[float] | Floats) -> dict[str, float]:
+    """What `said` prints."""
+    median, most = np.quantile(np.asarray(errors), (0.5, 0.9))
+    return {"left_out": len(errors), "median": float(median), "90 %": float(most)}
+
+
+def counted(findings: Sequence[Finding]) -> dict[str, object]:
+    """What was refused and flagged, all together and by file and reason."""
+    return {
+        "refused": sum(each.rows for each in findings if each.refused),
+        "flagged": sum(each.rows for each in findings if not each.refused),
+        "by file": [
+            {"file": each.file, "refused": each.refused, "reason": each.reason, "rows": each.rows, "of": each.of}
+            for each in by_file(findings)
+        ],
+    }
 
 
 def halved(table: OperatorTable) -> Floats:
@@ -78,12 +96,13 @@ def vidur_bars(tables: vidur.VidurTables) -> tuple[list[Bar], dict[str, object]]
         Bar("Vidur: operators of a layer left out, median error", float(np.median(layers)), 0.05, at_least=False),
         Bar("Vidur: collectives left out, median error", float(np.median(links)), 0.05, at_least=False),
     ]
-    return bars, {name: np.quantile(errors, (0.5, 0.9)).tolist() for name, errors in by_operator.items()}
+    found: dict[str, object] = {name: summed(errors) for name, errors in by_operator.items()}
+    return bars, found | {"findings": counted(tables.findings)}
 
 
 def splitwise_bars(tables: Sequence[StepRows]) -> tuple[list[Bar], dict[str, object]]:
     errors: dict[str, list[float]] = {"prompts": [], "decode steps": []}
-    details = {}
+    details: dict[str, object] = {}
     print("Splitwise, whole steps:")
     for table in tables:
         ordered = sorted(table.points, key=lambda p: (p.prefill_pairs, p.decode_context))
@@ -94,10 +113,10 @@ def splitwise_bars(tables: Sequence[StepRows]) -> tuple[list[Bar], dict[str, obj
         for name, of in (("prompts", prompts), ("decode steps", ~prompts)):
             print(f"  {table.of!s:42} {name:13} {said(found[of])}")
             errors[name] += found[of].tolist()
-            details[f"{table.of}: {name}"] = np.quantile(found[of], (0.5, 0.9)).tolist()
+            details[f"{table.of}: {name}"] = summed(found[of])
     for name, each in errors.items():
         print(f"  {'all of them':42} {name:13} {said(each)}")
-        details[f"all: {name}"] = np.quantile(each, (0.5, 0.9)).tolist()
+        details[f"all: {name}"] = summed(each)
     bars = [
         Bar(f"Splitwise: {name} left out, median error", float(np.median(each)), target, at_least=False)
         for (name, each), target in zip(errors.items(), (0.10, 0.05))
@@ -140,7 +159,7 @@ def together(tables: vidur.VidurTables, steps: Sequence[StepRows]) -> tuple[list
             )
     for name, each in errors.items():
         print(f"  {name:28} {said(each)}")
-        details[name] = np.quantile(each, (0.5, 0.9)).tolist()
+        details[name] = summed(each)
     found = errors.get("prompts by operators")
     value = float(np.median(found)) if found else None
     return [Bar("Splitwise's prompts from Vidur's operators, median error", value, 0.30, at_least=False)], details
@@ -155,6 +174,7 @@ def main() -> int:
         print(finding)
     more, about_steps = splitwise_bars(steps)
     last, about_both = together(tables, steps)
+    about_steps["findings"] = counted(findings)
     finish(
         [*bars, *more, *last], {"vidur": details, "splitwise": about_steps, "together": about_both}, "imported_tables"
     )

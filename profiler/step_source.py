@@ -26,6 +26,8 @@ from .tables import step_tables, with_adapters, with_block_copies
 from .vidur_step import vidur_step
 from .whole_steps import whole_step
 
+_USUAL_ENGINE = "vllm"  # of aiconfigurator's tables
+
 
 class StepSource(Protocol):
     """Step times of one accelerator.
@@ -53,7 +55,8 @@ class StepSource(Protocol):
 def open_tables(choice: TableChoice, device: Accelerator) -> StepSource | None:
     """What was chosen, opened; None: nothing was, so the data sheet it is.
 
-    Raises: BadTable: several, or none of the accelerator; BadHardware: tables for "cpu"; OSError.
+    Raises: BadTable: several, or none of the accelerator, or an engine or version of what has none; BadHardware: tables
+        for "cpu"; OSError.
     """
     given = choice.given
     if len(given) > 1:
@@ -61,6 +64,8 @@ def open_tables(choice: TableChoice, device: Accelerator) -> StepSource | None:
     if given and not device.peak_bytes_per_s:
         todo = "name one: its data sheet is what they take the place of"
         raise BadHardware(next(iter(given)), device.name, "an accelerator of the catalog", todo)
+    if choice.operator_tables is None:
+        _check_of_no_engine(choice, " and ".join(given) or "no operator tables")
     if choice.layer_times is not None:
         return LayerTimes(find_profile(Path(choice.layer_times)))
     if choice.step_times is not None:
@@ -70,11 +75,20 @@ def open_tables(choice: TableChoice, device: Accelerator) -> StepSource | None:
         return None
     kind = kind_of(choice.operator_tables)
     if kind == VIDUR:
+        _check_of_no_engine(choice, "Vidur's tables")
         return VidurTimes(vidur.read_tables(Path(choice.operator_tables), device.name))
     if kind == AICONFIGURATOR:
-        return _operator_times(choice.operator_tables, device, choice.engine, choice.engine_version)
+        return _operator_times(choice.operator_tables, device, choice.engine or _USUAL_ENGINE, choice.engine_version)
     instead = "layer times" if kind == LLMSERVINGSIM else "step times"
     raise BadTable(choice.operator_tables, kind, "tables of aiconfigurator or Vidur", f"give it as {instead}")
+
+
+def _check_of_no_engine(choice: TableChoice, what: str) -> None:
+    """Raises: BadTable: an engine or version was named, and what is read has none to choose."""
+    for option, value in (("tables-engine", choice.engine), ("tables-version", choice.engine_version)):
+        if value is not None:
+            todo = "give --operator-tables of aiconfigurator's, or leave it out"
+            raise BadTable(option, value, f"none with {what}", todo)
 
 
 def digest_of(source: StepSource) -> str:

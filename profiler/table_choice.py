@@ -25,13 +25,14 @@ class TableChoice:
     operator_tables  a folder of aiconfigurator's or Vidur's, or "aiconfigurator-core" for the installed package
     layer_times      a folder of LLMServingSim's profiler
     step_times       a file of whole steps: exported, or Splitwise's
-    engine, engine_version  of aiconfigurator's tables: whose kernels; without a version the newest of each table
+    engine, engine_version  of aiconfigurator's tables alone: whose kernels, None: vllm's; without a version the newest
+                            of each table
     """
 
     operator_tables: str | None = None
     layer_times: str | None = None
     step_times: str | None = None
-    engine: str = "vllm"
+    engine: str | None = None
     engine_version: str | None = None
 
     @property
@@ -61,8 +62,9 @@ class TableChoice:
         return {name: value for name, value in values.items() if value is not None}
 
     def flags(self) -> dict[str, str]:
-        """Of the three, what was given, by its option on the command line."""
-        return {f"--{name.replace(' ', '-')}": value for name, value in self.given.items()}
+        """What was given, by its option on the command line."""
+        values = {f"--{name}": getattr(self, field) for name, field in _OPTIONS.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> TableChoice:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
 from .closed_loop import Host
+from .facts import same_name
 from .hardware import BadHardware
-from .importers.vidur import OPERATORS, VidurTables
+from .importers.vidur import OPERATORS, OPTIONAL, VidurTables
 from .measured_step import not_faster
 from .operator_tables import BadTable, OperatorTable
 from .roofline import check_kv_blocks, roofline_bounds, roofline_tables
@@ -70,26 +71,30 @@ def vidur_step(
         prompt_pairs=pairs,
     )
     bounded = not_faster(whole, roofline_bounds(device, shape, pool))
-    notes = _notes(tables, model, attention is not None, joined)
+    notes = _notes(tables, model, ranks, attention is not None, joined)
     return ModeledStep(bounded, False, RELATIVE_ERROR, notes, host.step_s)
 
 
 def _usual_network(tables: VidurTables) -> str:
     known = tables.networks
-    usual = f"{tables.device}_dgx"
-    if usual in known or len(known) == 1:
-        return usual if usual in known else known[0]
+    usual = [name for name in known if same_name(name, f"{tables.device}_dgx")] or known
+    if len(usual) == 1:
+        return usual[0]
     raise BadTable(f"{tables.folder}: network", f"{len(known)} of {tables.device}", "one", "keep the one that you have")
 
 
 def _tokens_s(tables: VidurTables, model: str, shape: ModelShape, pool: Pool, network: str | None) -> Floats:
-    """(max_num_batched_tokens + 1,) all layers but attention, the embedding, the last norm, and what joins ranks."""
+    """(max_num_batched_tokens + 1,) all layers but attention itself, the embedding, the last norm, and what joins
+    ranks."""
     tokens = np.arange(1, pool.max_num_batched_tokens + 1, dtype=np.float64)[:, None]
     layer = tables.layer(model, pool.tensor_parallel_size)
     seconds = np.zeros(len(tokens))
     for name, table in layer.items():
         beside = 1 if name in ("emb", "input_layernorm") else 0  # the embedding; of the norms one more at the end
         seconds += (shape.num_layers * OPERATORS[name] + beside) * table.lookup(tokens)
+    saved = tables.cache_save(model, pool.tensor_parallel_size)
+    if saved is not None:
+        seconds += shape.num_layers * saved.lookup(tokens)
     if network is not None:
         reduced = tables.collective("all_reduce", network, pool.tensor_parallel_size)
         seconds += 2 * shape.num_layers * reduced.lookup(2.0 * shape.hidden_size * tokens)
@@ -106,7 +111,7 @@ def _attention_s(prefill: OperatorTable, decode: OperatorTable, shape: ModelShap
     return layers * np.maximum.accumulate(prefill_s), layers * np.maximum.accumulate(decode_s)
 
 
-def _notes(tables: VidurTables, model: str, attention: bool, network: str | None) -> tuple[str, ...]:
+def _notes(tables: VidurTables, model: str, ranks: int, attention: bool, network: str | None) -> tuple[str, ...]:
     notes = [
         f"step times are sums of single operators that others measured (Vidur, {model} on {tables.device}, half "
         "precision), not measured steps",
@@ -118,6 +123,10 @@ def _notes(tables: VidurTables, model: str, attention: bool, network: str | None
         notes.append(f"decode attention: by the sum of contexts, at {_CONTEXT_OF_A_ROW:.0f} tokens a row")
     else:
         notes.append("attention: not measured there, estimated from the data sheet")
+    if tables.cache_save(model, ranks) is None:
+        notes.append("saving new keys and values to the cache: not measured there, counted as no time of its own")
+    if left_out := [name for name in OPTIONAL if name not in tables.layer(model, ranks)]:
+        notes.append(f"{', '.join(left_out)}: not measured there, counted as no time")
     if network is not None:
         notes.append(f"all-reduce: as NCCL took on {network}, alone")
     return tuple(notes)

@@ -95,8 +95,9 @@ def test_size_says_how_many_of_each(here: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--survive", "1"), ("--head-room",), ("--layer-times", "."), ("--calibration", "spec.yaml"), ("--sessions",),
-        ("--clients", "2"), ("--pause", "0"), ("--autoscale", "1:2"), ("--cold-start", "0"),
+        ("--survive", "1"), ("--head-room",), ("--layer-times", "."), ("--tables-engine", "vllm"),
+        ("--calibration", "spec.yaml"), ("--sessions",), ("--clients", "2"), ("--pause", "0"),
+        ("--autoscale", "1:2"), ("--cold-start", "0"),
     ],
 )  # fmt: skip
 def test_what_is_asked_of_one_pool_is_refused_by_the_options_name(here: Path, arguments: tuple[str, ...]) -> None:
@@ -128,6 +129,7 @@ def test_explain_says_what_part_is_transfer(here: Path) -> None:
         (("--metric", "itl:p99"), "itl"),
         (("--analyze", "."), "--analyze"),
         (("--operator-tables", "somewhere"), "--operator-tables"),
+        (("--tables-version", "1.0"), "--tables-version"),
         (("--calibration", "spec.yaml"), "--calibration"),
     )
     for arguments, words in told:

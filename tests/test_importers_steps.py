@@ -197,6 +197,84 @@ def test_no_step_takes_less_than_to_read_the_weights_or_multiply_them() -> None:
     assert bound_s(of, [few, many], device).tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("weight_dtype", "name", "rate", "weight_bytes"),
+    [
+        ("nvfp4", "B200", 9000e12, 0.5),
+        ("mxfp4", "RTX PRO 6000", 1871.2e12, 0.5),
+        ("nvfp4", "H100", 989e12, 0.5),  # expanded to bf16
+        ("int4", "H100", 989e12, 0.5),
+        ("ternary", "H100", 1979e12, 0.25),
+        ("ternary", "Gaudi 3", 1677e12, 0.25),  # no int8 there
+        ("fp8", "A100", 312e12, 1.0),
+        ("fp16", "A100", 312e12, 2.0),
+    ],
+)
+def test_a_step_is_bounded_by_the_arithmetic_of_its_weights(
+    weight_dtype: str, name: str, rate: float, weight_bytes: float
+) -> None:
+    of, device = StepsOf("m", 10**9, name, weight_dtype=weight_dtype), accelerator(name)
+    few, many = (
+        StepPoint(num_tokens=n, num_rows=1, num_samples=1, decode_context=0.0, prefill_pairs=0.0, median_s=1.0,
+                  iqr_s=0.0, count=1)
+        for n in (1, 100_000)
+    )  # fmt: skip
+    expected = [1e9 * weight_bytes / device.peak_bytes_per_s, 2e14 / rate]
+    assert bound_s(of, [few, many], device).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "", "two", float("inf")])
+@pytest.mark.parametrize("column", ["tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"])
+def test_a_number_of_ranks_that_is_none_is_refused_by_name(tmp_path: Path, column: str, value: Any) -> None:
+    path = tmp_path / "steps.csv"
+    write_steps(path, [steps_of()])
+    frame = pd.read_csv(path)
+    frame[column] = frame[column].astype(object)
+    frame.loc[3, column] = value
+    frame.to_csv(path, index=False)
+    with pytest.raises(BadTable, match=column) as refused:
+        read_step_table(path)
+    assert refused.value.exit_code == 2
+
+
+def test_whole_numbers_that_another_program_wrote_as_floats_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    write_steps(path, [steps_of()])
+    frame = pd.read_csv(path)
+    frame["pipeline_parallel_size"] = frame["pipeline_parallel_size"].astype(float)
+    frame.to_csv(path, index=False)
+    (table,), _ = read_step_table(path)
+    assert measured_as([table], LLAMA_2_70B, POOL).of == steps_of().of
+
+
+def test_the_hosts_part_of_a_step_is_what_no_token_adds_to() -> None:
+    # 50 ms, and 10 ms a token, of which reading 68 GB on eight devices is 8 ms of every step
+    steps = tuple(
+        StepPoint(num_tokens=n, num_rows=rows, num_samples=rows, decode_context=0.0,
+                  prefill_pairs=n * (n / rows + 1) / 2, median_s=0.05 + 0.01 * n, iqr_s=0.0, count=1)
+        for n in (4, 8, 16, 32, 64, 128, 256)
+        for rows in (1, 4)
+    )  # fmt: skip
+    found = whole_step([StepRows(steps_of().of, steps)], LLAMA_2_70B, POOL, accelerator("A100"))
+    assert found.host_step_s == pytest.approx(0.042, rel=0.05)
+    assert any("the host's part of a step" in note for note in found.not_modeled)
+
+
+@pytest.mark.parametrize(("hardware", "known"), [("a100-40gb", False), ("h100-pcie", False), ("H100-80GB", True)])
+def test_another_board_of_a_name_is_not_that_of_the_catalog(tmp_path: Path, hardware: str, known: bool) -> None:
+    (table,), findings = read_step_table(
+        write(tmp_path / "perf.csv", [{**row, "hardware": hardware} for row in runs()])
+    )
+    assert table.of.accelerator == ("H100" if known else hardware)
+    assert any("not in the catalog" in finding.reason for finding in findings) == (not known)
+    pool = POOL.model_copy(update={"accelerator": hardware[:4].upper()})
+    if known:
+        assert measured_as([table], LLAMA_2_70B, pool) is table
+    else:
+        with pytest.raises(BadTable, match="accelerator"):
+            measured_as([table], LLAMA_2_70B, pool)
+
+
 def test_splitwises_published_runs_are_read(data_dir: Path) -> None:
     tables, findings = read_step_table(data_dir / "ops" / "splitwise" / "splitwise_a100_dev.csv")
     assert sorted(table.of.tensor_parallel_size for table in tables) == [2, 4, 8, 8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers.vidur import OPERATORS, VidurTables, read_tables
+from paretune.profiler.importers.vidur_folder import devices
 from paretune.profiler.operator_tables import BadTable
 from paretune.profiler.roofline import roofline_tables
 from paretune.profiler.serving_point import PUBLISHED_HOST
@@ -149,14 +151,28 @@ def test_attention_is_taken_where_it_was_measured(tmp_path: Path) -> None:
             moved = 4 * KV_HEADS * 128 * many * context
             step = {**same, "batch_size": many, "prefill_chunk_size": 0, "kv_cache_size": context}
             rows.append({**step, **statistics("attn_decode", 0.005 + 2e3 * moved / 2.039e12)})
-    pd.DataFrame(rows).to_csv(tmp_path / "compute" / "a100" / "meta" / "Llama" / "attention.csv", index=False)
-    found = vidur_step(read_tables(tmp_path), SHAPE, POOL).tables
+    attention = tmp_path / "compute" / "a100" / "meta" / "Llama" / "attention.csv"
+    pd.DataFrame(rows).to_csv(attention, index=False)
+    modeled = vidur_step(read_tables(tmp_path), SHAPE, POOL)
+    assert any(note.startswith("saving new keys and values") for note in modeled.not_modeled)
+    found = modeled.tables
     grid = 2.0 ** (np.arange(len(found.decode_attention_s)) / 4)
     at = int(np.argmin(abs(grid - 1024 * 1025 / 2)))
     assert found.prefill_attention_s[at] == pytest.approx(LAYERS * (1e-5 + 2 * 4 * HIDDEN * grid[at] / 312e12), rel=0.1)
     at = int(np.argmin(abs(grid - 32 * 1024)))
     moved = 4 * KV_HEADS * 128 * grid[at]
     assert found.decode_attention_s[at] == pytest.approx(LAYERS * (5e-6 + 2 * moved / 2.039e12), rel=0.1)
+    # 3 µs, and 1 ns a token: those of the prompt, or one of each decode row
+    saving = [
+        {**row, **statistics("attn_kv_cache_save", 3e-3 + 1e-6 * max(row["prefill_chunk_size"], row["batch_size"]))}
+        for row in rows
+    ]
+    pd.DataFrame(saving).to_csv(attention, index=False)
+    modeled = vidur_step(read_tables(tmp_path), SHAPE, POOL)
+    assert not any(note.startswith("saving new keys and values") for note in modeled.not_modeled)
+    for tokens in (1, 32, 64, 1024):
+        added_s = modeled.tables.tokens_s[tokens] - found.tokens_s[tokens]
+        assert added_s == pytest.approx(LAYERS * (3e-6 + 1e-9 * tokens), rel=1e-6)
 
 
 def test_more_than_the_peak_rate_is_refused_and_what_a_cache_held_is_raised(tmp_path: Path) -> None:
@@ -190,6 +206,77 @@ def test_statistics_out_of_order_and_times_that_fall_are_said(tmp_path: Path) ->
         (False, "less than half the time"),
         (True, "min"),
     ]
+
+
+@pytest.mark.parametrize("name", ["attn_pre_proj", "mlp_down_proj", "input_layernorm", "attn_rope"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_operator_of_every_model_is_needed(tmp_path: Path, name: str, empty: bool) -> None:
+    def change(row: dict[str, Any]) -> None:
+        for each in list(row):
+            if each.startswith(f"time_stats.{name}."):
+                row[each] = np.nan
+                if not empty:
+                    del row[each]
+
+    with pytest.raises(BadTable, match=name):
+        vidur_step(tables_of(tmp_path, change), SHAPE, POOL)
+
+
+def test_an_operator_that_models_may_lack_is_named_where_it_was_not_timed(tmp_path: Path) -> None:
+    def change(row: dict[str, Any]) -> None:
+        for each in ("min", "max", "mean", "median", "std"):
+            del row[f"time_stats.post_attention_layernorm.{each}"]
+
+    whole = vidur_step(tables_of(tmp_path / "whole"), SHAPE, POOL)
+    found = vidur_step(tables_of(tmp_path / "without", change), SHAPE, POOL)
+    assert whole.tables.tokens_s[256] - found.tables.tokens_s[256] == pytest.approx(1e-3 * LAYERS * SMALL_MS)
+    assert any(note.startswith("post_attention_layernorm: not measured") for note in found.not_modeled)
+    assert not any("post_attention_layernorm" in note for note in whole.not_modeled)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("time_stats.mlp_act.median", "fast"), ("num_tokens", "many"), ("n_head", 0), ("n_embd", None)],
+)
+def test_what_is_no_number_is_refused_by_line_and_column(tmp_path: Path, column: str, value: Any) -> None:
+    rows = mlp_rows()
+    for row in rows:
+        row[column] = str(row[column])
+    rows[2][column] = value
+    with pytest.raises(BadTable, match=column) as refused:
+        read_tables(write(tmp_path, rows, "csv"), "A100").layer("meta/Llama", 1)
+    assert refused.value.where.endswith("mlp.csv:4")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path, suffix=suffix)
+    path = tmp_path / "compute" / "a100" / "meta" / "Llama" / f"mlp.{suffix}"
+    path.write_bytes(b"" if suffix == "csv" else b"no parquet at all")
+    with pytest.raises(BadTable, match="CSV or Parquet"):
+        read_tables(tmp_path, "A100").layer("meta/Llama", 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"), [("A100", "a100"), ("rtx_pro_6000", "RTX PRO 6000"), ("RTX-PRO-6000", "rtx_pro_6000")]
+)
+def test_a_device_is_found_as_the_catalog_writes_it(tmp_path: Path, own: str, asked: str) -> None:
+    write(tmp_path)
+    (tmp_path / "compute" / "a100").rename(tmp_path / "compute" / own)
+    node = tmp_path / "network" / f"{own.lower().replace('-', '_')}_dgx"
+    (tmp_path / "network" / "a100_dgx").rename(node)
+    tables = read_tables(tmp_path, asked)
+    assert devices(tmp_path) == (own,)
+    assert (tables.device, tables.accelerator) == (own, accelerator(asked))
+    assert tables.networks == (node.name,)
+    pool = POOL.model_copy(update={"accelerator": accelerator(asked).name, "tensor_parallel_size": 2})
+    assert any(node.name in note for note in vidur_step(tables, SHAPE, pool).not_modeled)
+
+
+def test_a_node_without_operators_is_of_the_device_that_its_name_begins_with(tmp_path: Path) -> None:
+    for node in ("rtx_pro_6000_dgx", "h100_pairwise_nvlink", "x900_dgx"):
+        (tmp_path / "network" / node).mkdir(parents=True)
+    assert devices(tmp_path) == ("h100", "rtx_pro_6000", "x900")
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1e-3, "larger unit"), (1e3, "smaller unit")])
@@ -258,6 +345,32 @@ def test_the_command_lists_what_was_read_and_what_was_not(tmp_path: Path) -> Non
     data = paretune("profile", "import", tmp_path / "tables", "--json").json["data"]
     assert data["kind"] == "vidur"
     assert data["points"]["mlp_up_proj"] == 2 * len(TOKENS)
+
+
+def test_attention_is_missed_device_by_device(tmp_path: Path) -> None:
+    write(tmp_path)
+    shutil.copytree(tmp_path / "compute" / "a100", tmp_path / "compute" / "h100")
+    same = {"n_embd": HIDDEN, "n_q_head": HEADS, "n_kv_head": KV_HEADS, "batch_size": 1, "kv_cache_size": 1024}
+    rows = [
+        {**same, "num_tensor_parallel_workers": ranks, "prefill_chunk_size": chunk, **statistics(name, 0.1)}
+        for ranks in (1, 2)
+        for chunk, name in ((0, "attn_decode"), (1024, "attn_prefill"))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "compute" / "a100" / "meta" / "Llama" / "attention.csv", index=False)
+    ended = paretune("profile", "import", tmp_path)
+    assert ended.exit_code == 0, ended.stderr
+    assert "attention of h100: not in the folder" in ended.stdout
+    assert "attention of a100" not in ended.stdout
+
+
+def test_a_folder_without_tables_is_no_import(tmp_path: Path) -> None:
+    output = tmp_path / "rows.parquet"
+    for folder in ("compute", "compute/a100"):
+        (tmp_path / "tables" / folder).mkdir(parents=True)
+        ended = paretune("profile", "import", "vidur", tmp_path / "tables", "-o", output)
+        assert ended.exit_code == 2
+        assert "no table of any device" in ended.stderr
+        assert not output.exists()
 
 
 def test_the_published_tables_are_read(data_dir: Path) -> None:

@@ -26,6 +26,7 @@ from .cli_examples import CONFIG, in_folder, paretune, write_inputs
 from .operator_table_examples import write_operators
 from .profiler_examples import points
 from .test_importers_llmservingsim import write_profile
+from .test_importers_vidur import write as write_vidur
 
 POOL = Pool(
     accelerator="H100", max_num_seqs=16, max_num_batched_tokens=512, max_model_len=8192, num_kv_blocks=2000, replicas=1
@@ -40,6 +41,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_inputs(folder)
     write_operators(folder / "operators")
     write_profile(folder / "perf", hardware="H100")
+    write_vidur(folder / "vidur")
     of = StepsOf("a Llama 8B", layer_parameters(SHAPE), "H100", source="made up")
     write_steps(folder / "steps.csv", [StepRows(of, points())])
     with in_folder(folder):
@@ -69,7 +71,7 @@ def test_simulate_takes_operators_and_whole_steps_for_the_data_sheet(here: Path)
 def test_tune_searches_by_operators_and_remembers_them(here: Path) -> None:
     command = (
         "tune", "log.csv", "--model", "model", "--accelerator", "H100", "--slo", "ttf30:p95<=2s", "--trials", "6",
-        "--operator-tables", "operators", "--space", "space.yaml", "--study", "by-operators",
+        "--operator-tables", "operators", "--tables-engine", "vllm", "--space", "space.yaml", "--study", "by-operators",
     )  # fmt: skip
     tuned = paretune(*command, "--json")
     assert tuned.exit_code == 0, tuned.stderr
@@ -160,6 +162,64 @@ def test_what_is_no_such_table_is_refused_by_name(here: Path, tables: dict[str, 
         open_tables(TableChoice(**tables), accelerator("H100"))
     assert refused.value.where == where
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("choice", [{"engine": "trtllm"}, {"engine_version": "1.0"}])
+@pytest.mark.parametrize(
+    "tables", [{}, {"layer_times": "perf"}, {"step_times": "steps.csv"}, {"operator_tables": "vidur"}]
+)
+def test_an_engine_is_refused_where_no_table_has_one(
+    here: Path, tables: dict[str, str], choice: dict[str, str]
+) -> None:
+    with pytest.raises(BadTable) as refused:
+        open_tables(TableChoice(**tables, **choice), accelerator("A100"))
+    assert refused.value.where == ("tables-engine" if "engine" in choice else "tables-version")
+
+
+def test_an_engine_without_tables_ends_a_command(here: Path) -> None:
+    for option, value in (("--tables-engine", "trtllm"), ("--tables-version", "1.0")):
+        ended = paretune("simulate", "log.csv", "--spec", "spec.yaml", option, value)
+        assert ended.exit_code == 2
+        assert option.removeprefix("--") in ended.stderr
+    assert TableChoice(engine="trtllm", engine_version="1.0").flags() == {
+        "--tables-engine": "trtllm",
+        "--tables-version": "1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "option", "value"),
+    [
+        ("operators", "--model", "model"),
+        ("perf", "--system", "H100"),
+        ("perf", "--engine", "vllm"),
+        ("vidur", "--engine", "vllm"),
+        ("vidur", "--version", "1.0"),
+        ("steps.csv", "--system", "H100"),
+        ("steps.csv", "--model", "model"),
+    ],
+)
+def test_an_import_refuses_the_options_of_other_kinds(here: Path, source: str, option: str, value: str) -> None:
+    ended = paretune("profile", "import", source, option, value)
+    assert ended.exit_code == 2
+    assert f"error: {option}: found given for " in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "found"),
+    [
+        ("splitwise", "steps.csv", "steps"),
+        ("vidur", "operators", "aiconfigurator"),
+        ("vidur", "nowhere", "nothing there"),
+        ("aiconfigurator", "vidur", "vidur"),
+    ],
+)
+def test_an_import_is_of_the_kind_that_it_is_said_to_be(here: Path, kind: str, source: str, found: str) -> None:
+    output = Path("imported.parquet")
+    ended = paretune("profile", "import", kind, source, "-o", output)
+    assert ended.exit_code == 2
+    assert found in ended.stderr
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("name", ["operator_tables", "layer_times", "step_times"])

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-
 from ...runtime.model_shape import ModelShape
 from ..hardware import BadHardware, accelerator
 from ..operator_tables import BadTable, OperatorTable
 from ..table_choice import INSTALLED
 from . import aiconfigurator, llmservingsim, splitwise, step_rows, vidur
 from .checks import Finding
+from .measured_file import read_frame
 from .step_rows import StepRows
+from .vidur_folder import devices
 
 AICONFIGURATOR, LLMSERVINGSIM, VIDUR, SPLITWISE, STEPS = (
     "aiconfigurator",
@@ -28,7 +28,7 @@ KINDS = (AICONFIGURATOR, LLMSERVINGSIM, VIDUR, SPLITWISE, STEPS)
 
 @dataclass(frozen=True)
 class ImportAsk:
-    """What an import is to read beside where it lies; each kind says which of these it needs.
+    """What an import is to read beside where it lies; each kind takes some of these.
 
     system    a device, as the folder calls it or as the catalog does
     engine, version  of aiconfigurator's tables
@@ -39,6 +39,16 @@ class ImportAsk:
     engine: str | None = None
     version: str | None = None
     shape: ModelShape | None = None
+
+
+_OPTIONS = {"system": "--system", "engine": "--engine", "version": "--version", "shape": "--model"}
+_TAKES: Mapping[str, tuple[str, ...]] = {
+    AICONFIGURATOR: ("system", "engine", "version"),
+    LLMSERVINGSIM: ("shape",),
+    VIDUR: ("system",),
+    SPLITWISE: (),
+    STEPS: (),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def kind_of(where: str) -> str:
     if path.is_dir() and next(path.rglob("meta.yaml"), None) is not None:
         return LLMSERVINGSIM
     if path.is_file():
-        columns = set(_frame(path).columns)
+        columns = set(read_frame(path).columns)
         for kind, needed in ((SPLITWISE, splitwise.COLUMNS), (STEPS, step_rows.COLUMNS)):
             if len(columns & set(needed)) > len(needed) // 2:
                 return kind
@@ -91,12 +101,12 @@ def read_step_table(path: Path) -> tuple[tuple[StepRows, ...], list[Finding]]:
     """
     kind = kind_of(str(path))
     if kind == SPLITWISE:
-        return splitwise.read(path, _frame(path))
+        return splitwise.read(path, read_frame(path))
     if kind != STEPS:
         raise BadTable(str(path), kind, "a file of whole steps", "give operators and layers as what they are")
     findings: list[Finding] = []
     kept = []
-    for table in step_rows.read_steps(path, _frame(path)):
+    for table in step_rows.read_steps(path, read_frame(path)):
         try:
             device = accelerator(table.of.accelerator)
         except BadHardware:
@@ -112,8 +122,20 @@ def read_step_table(path: Path) -> tuple[tuple[StepRows, ...], list[Finding]]:
     return tuple(kept), findings
 
 
-def imported(where: str, kind: str, ask: ImportAsk) -> Imported:
-    """Everything of a kind at a place, read and checked. Raises: BadTable; OSError."""
+def imported(where: str, kind: str | None, ask: ImportAsk) -> Imported:
+    """Everything at a place, read and checked.
+
+    Args:
+        kind: what it is said to be; None: what it looks like.
+    Raises: BadTable: of another kind, of none, or an option that its kind does not have; OSError.
+    """
+    found = kind_of(where)
+    if kind not in (None, found):
+        raise BadTable(where, f"measurements of {found}", str(kind), f"say {found}, or name the other place")
+    for name, option in _OPTIONS.items():
+        if getattr(ask, name) is not None and name not in _TAKES[found]:
+            taken = ", ".join(_OPTIONS[each] for each in _TAKES[found]) or "none of its kind"
+            raise BadTable(option, f"given for {found}", taken, "leave it out")
     readers: dict[str, Callable[[str, ImportAsk], Imported]] = {
         AICONFIGURATOR: _aiconfigurator,
         LLMSERVINGSIM: _llmservingsim,
@@ -121,7 +143,7 @@ def imported(where: str, kind: str, ask: ImportAsk) -> Imported:
         SPLITWISE: _steps,
         STEPS: _steps,
     }
-    return readers[kind](where, ask)
+    return readers[found](where, ask)
 
 
 def _aiconfigurator(where: str, ask: ImportAsk) -> Imported:
@@ -142,16 +164,20 @@ def _vidur(where: str, ask: ImportAsk) -> Imported:
     operators: list[OperatorTable] = []
     findings: list[Finding] = []
     not_read = []
-    for device in vidur.devices(folder) if ask.system is None else (ask.system,):
+    for device in devices(folder) if ask.system is None else (ask.system,):
         tables = vidur.read_tables(folder, device)
-        operators += tables.every()
+        own = list(tables.every())
+        operators += own
         findings += tables.findings
         if between := tables.between_nodes():
             not_read.append(f"{between:,} rows of collectives of {tables.device} between nodes")
         if tables.accelerator is None:
             not_read.append(f"peaks of {tables.device}, which is not in the catalog: its rows were not checked by them")
-        if not any(table.operator.startswith("attn_decode") for table in operators):
+        if not any(table.operator == "attn_decode" for table in own):
             not_read.append(f"attention of {tables.device}: not in the folder")
+    if not operators:
+        allowed = "compute/DEVICE/ORGANIZATION/MODEL/mlp or network/NODE/all_reduce, .csv or .parquet"
+        raise BadTable(where, "no table of any device", allowed, "name the folder that they lie in")
     return Imported(VIDUR, findings, tuple(operators), not_read=tuple(not_read))
 
 
@@ -173,11 +199,3 @@ def _llmservingsim(where: str, ask: ImportAsk) -> Imported:
 def _steps(where: str, ask: ImportAsk) -> Imported:
     steps, findings = read_step_table(Path(where))
     return Imported(kind_of(where), findings, steps=steps)
-
-
-def _frame(path: Path) -> pd.DataFrame:
-    """Raises: BadTable: neither CSV nor Parquet."""
-    try:
-        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, engine="pyarrow")
-    except (ValueError, pd.errors.ParserError) as error:  # pyarrow's own errors are values, too
-        raise BadTable(str(path), str(error).splitlines()[0], "CSV or Parquet", "name such a file") from None

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..composition import Composition
-from ..hardware import Accelerator, BadHardware, accelerator
+from ..hardware import Accelerator, accelerator
 from ..operator_tables import BadTable
 from ..profile import StepPoint
 from .checks import Finding
@@ -35,6 +35,9 @@ PARAMETERS: Mapping[str, int] = {
     "llama2-70b": 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672),
     "bloom-176b": 70 * 12 * 14336**2,
 }
+
+# What Splitwise calls the devices that it was measured on: boards of DGX-A100 and DGX-H100 (arXiv:2311.18677)
+_DEVICES: Mapping[str, str] = {"a100-80gb": "A100", "h100-80gb": "H100"}
 
 Floats = NDArray[np.float64]
 
@@ -148,8 +151,6 @@ def _run(prompt: int, batch: int, answer: int, rows: pd.DataFrame) -> _Run:
 
 
 def _device(hardware: str) -> Accelerator | None:
-    """ "a100-80gb" -> A100."""
-    try:
-        return accelerator(hardware.split("-")[0])
-    except BadHardware:
-        return None
+    """Of the catalog; None: another memory or board (a100-40gb, h100-pcie) is another device."""
+    name = _DEVICES.get(hardware.casefold())
+    return None if name is None else accelerator(name)

@@ -28,20 +28,22 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ...kernels.weight_formats import WEIGHT_FORMATS
 from ...runtime.model_shape import ModelShape
+from ...runtime.quantization import Storage
 from ...traces.whole_file import write_whole
 from ..hardware import Accelerator
 from ..operator_tables import BadTable
 from ..operators import linears
 from ..profile import Profile, StepPoint
+from ..roofline import arithmetic_of
 from .checks import Finding, faster_than_physics, other_unit
 
 Floats = NDArray[np.float64]
 
-_WEIGHT_BYTES = {
-    "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "nvfp4": 0.5, "mxfp4": 0.5,
-    "ternary": 0.25,
-}  # fmt: skip
+_COUNTS = (
+    "parameters", "tensor_parallel_size", "num_threads", "replicas", "pipeline_parallel_size", "context_parallel_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,7 @@ def read_steps(path: Path, frame: pd.DataFrame) -> tuple[StepRows, ...]:
     for number, row in enumerate(frame[list(COLUMNS)].to_dict("records"), start=2):
         try:
             point = StepPoint.model_validate({name: row[name] for name in _POINT})
-            of = StepsOf(**{name: _plain(row[name]) for name in _OF}, source=_plain(row["source"]))
-            _check_of(of)
+            of = _of_row({name: _plain(row[name]) for name in (*_OF, "source")})
         except (ValueError, TypeError) as error:
             said = str(error).splitlines()
             raise BadTable(f"{path.name}:{number}", "; ".join(said[1:3]) or said[0], "numbers", "correct it") from None
@@ -153,25 +154,35 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _check_of(of: StepsOf) -> None:
-    for name in ("parameters", "tensor_parallel_size", "num_threads", "replicas"):
-        if isinstance(value := getattr(of, name), str | bool) or value < 1:
-            raise ValueError(f"{name}: {value!r}, not a number of at least 1")
-    if of.weight_dtype not in _WEIGHT_BYTES:
-        raise ValueError(f"weight_dtype: {of.weight_dtype!r}, not one of {', '.join(_WEIGHT_BYTES)}")
+def _of_row(row: dict[str, Any]) -> StepsOf:
+    """Raises: ValueError: a value that a column cannot have."""
+    counts = {}
+    for name in _COUNTS:
+        value = row[name]  # another program may have written whole numbers as floats
+        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
+            raise ValueError(f"{name}: {value!r}, not a whole number of at least 1")
+        counts[name] = int(value)
+    if not isinstance(expert_parallel := row["enable_expert_parallel"], bool):
+        raise ValueError(f"enable_expert_parallel: {expert_parallel!r}, not true or false")
+    if row["weight_dtype"] not in WEIGHT_FORMATS:
+        raise ValueError(f"weight_dtype: {row['weight_dtype']!r}, not one of {', '.join(WEIGHT_FORMATS)}")
+    return StepsOf(**{**row, **counts})
 
 
 def bound_s(of: StepsOf, points: Sequence[StepPoint], device: Accelerator) -> Floats:
     """The least that each step may take by its parameters alone: two operations for each and token, and each read once.
 
-    Attention, the cache, the vocabulary and what ranks say to each other only add to it.
+    Attention, the cache, the vocabulary and what ranks say to each other only add to it; so do the scales of groups,
+    which other engines have for more weights or fewer. A precision without a rate of its own is multiplied in bf16.
     """
     ranks = of.tensor_parallel_size * of.pipeline_parallel_size * of.context_parallel_size
-    arithmetic = of.weight_dtype if of.weight_dtype in device.peak_flops_per_s else "bf16"
+    arithmetic = arithmetic_of("layers", Storage.bundled(of.weight_dtype), device)
+    rate = device.flops_per_s(arithmetic if arithmetic in device.peak_flops_per_s else "bf16")
     tokens = np.array([point.num_tokens for point in points], np.float64)
     flops = 2.0 * of.parameters * tokens / ranks
-    read = _WEIGHT_BYTES[of.weight_dtype] * of.parameters / (of.tensor_parallel_size * of.pipeline_parallel_size)
-    return np.maximum(flops / device.flops_per_s(arithmetic), read / device.peak_bytes_per_s)
+    weight_bytes = WEIGHT_FORMATS[of.weight_dtype].bits / 8
+    read = weight_bytes * of.parameters / (of.tensor_parallel_size * of.pipeline_parallel_size)
+    return np.maximum(flops / rate, read / device.peak_bytes_per_s)
 
 
 def checked(

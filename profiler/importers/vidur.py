@@ -1,10 +1,11 @@
 """Operator tables of Vidur (MIT, microsoft/vidur): one layer's operators and NCCL's collectives, timed one by one.
 
 A folder has compute/DEVICE/ORGANIZATION/MODEL/mlp (all operators but attention, by tokens), beside it where measured
-attention (prompts by chunk and cached tokens, decode rows by their number and context), and network/NODE/all_reduce and
-send_recv by message; each as .csv or .parquet. Times are milliseconds (median of repetitions, with min, max, mean and
-std), fp16; message sizes are bytes there (vidur/profiling/collectives/collectives_wrapper.py: elements times two). The
-kernels' own time counts: gaps between them and the host are in none of the files, nor is the vocabulary projection.
+attention (prompts by chunk and cached tokens, decode rows by their number and context; with either, the time to save
+new keys and values), and network/NODE/all_reduce and send_recv by message; each as .csv or .parquet. Times are
+milliseconds (median of repetitions, with min, max, mean and std), fp16; message sizes are bytes there
+(vidur/profiling/collectives/collectives_wrapper.py: elements times two). The kernels' own time counts: gaps between
+them and the host are in none of the files, nor is the vocabulary projection.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ...runtime.model_shape import ModelShape
+from ..facts import same_name
 from ..hardware import Accelerator, BadHardware, accelerator
 from ..operator_tables import BadTable, Bound, OperatorTable, Origin
 from . import bounds
 from .checks import Finding, disordered, drops, faster_than_physics, other_unit
+from .measured_file import read_frame, with_numbers
+from .vidur_folder import device_of, devices, files_of
 
 Floats = NDArray[np.float64]
 
@@ -40,6 +44,8 @@ OPERATORS = {
 }
 """Calls of each in one decoder layer; the embedding is beside the layers. The residual of attention is added, too, and
 is not timed apart from that of the MLP."""
+OPTIONAL = ("emb", "post_attention_layernorm", "add")
+"""Operators that some models do not have, or run inside others: all else of OPERATORS must have been timed."""
 _SIZES = ("n_head", "n_kv_head", "n_embd", "n_expanded_embd", "use_gated_mlp")
 _MLP = (*_SIZES, "num_tokens", "num_tensor_parallel_workers")
 _COLLECTIVE = ("num_workers", "devices_per_node", "size", "collective")
@@ -47,6 +53,8 @@ _ATTENTION = (
     "n_embd", "n_q_head", "n_kv_head", "num_tensor_parallel_workers", "batch_size", "prefill_chunk_size",
     "kv_cache_size",
 )  # fmt: skip
+_TEXT_OR_BOOL = ("use_gated_mlp", "collective")
+_FROM_0 = ("num_tokens", "size", "prefill_chunk_size", "kv_cache_size")
 _STATISTICS = ("min", "median", "max")
 _NOTHING_S = 1e-9  # a bound of what may stay in the cache: its shape is a constant
 
@@ -70,22 +78,22 @@ class VidurTables:
     def models(self) -> tuple[str, ...]:
         """ORGANIZATION/MODEL of every model that was measured."""
         compute = self.folder / "compute" / self.device
-        return tuple(str(path.parent.relative_to(compute)) for path in _files(compute, "mlp"))
+        return tuple(str(path.parent.relative_to(compute)) for path in files_of(compute, "mlp"))
 
     def files(self) -> Iterator[Path]:
         """All that its tables are read from."""
         for stem in ("mlp", "attention"):
-            yield from _files(self.folder / "compute" / self.device, stem)
+            yield from files_of(self.folder / "compute" / self.device, stem)
         for network in self.networks:
             for stem in ("all_reduce", "send_recv"):
-                yield from _files(self.folder / "network" / network, stem)
+                yield from files_of(self.folder / "network" / network, stem)
 
     @property
     def networks(self) -> tuple[str, ...]:
         """Nodes of this device whose collectives were measured."""
         found = self.folder / "network"
-        names = {path.parent.name for stem in ("all_reduce", "send_recv") for path in _files(found, stem)}
-        return tuple(sorted(name for name in names if name.split("_")[0] == self.device))
+        names = {path.parent.name for stem in ("all_reduce", "send_recv") for path in files_of(found, stem)}
+        return tuple(sorted(name for name in names if device_of(self.folder, name) == self.device))
 
     def model_of(self, shape: ModelShape) -> str:
         """The measured model with a shape's sizes; vocabularies may differ, as no vocabulary projection was measured.
@@ -106,34 +114,34 @@ class VidurTables:
         return tuple(sorted(int(n) for n in frame["num_tensor_parallel_workers"].unique()))
 
     def layer(self, model: str, tensor_parallel_size: int) -> Mapping[str, OperatorTable]:
-        """By operator (of OPERATORS; those that the model does not have are left out), axis (tokens).
+        """By operator (of OPERATORS, those of OPTIONAL where they were timed), axis (tokens).
 
-        Raises: BadTable: not measured with so many ranks.
+        Raises: BadTable: not measured with so many ranks, or an operator that every model has was not.
         """
         frame = self._frame("compute", self.device, model, "mlp", _MLP)
         rows = frame[frame["num_tensor_parallel_workers"] == tensor_parallel_size]
         if rows.empty:
             known = ", ".join(map(str, self.ranks_of(model)))
             raise BadTable(f"{model}: tensor_parallel_size", tensor_parallel_size, known, "choose one of these")
+        timed = [name for name in OPERATORS if _timed(rows, name)]
+        missing = [name for name in OPERATORS if name not in timed and name not in OPTIONAL]
+        if missing:
+            where, allowed = f"{model}: mlp of {tensor_parallel_size} ranks", "every operator of a layer"
+            raise BadTable(where, f"no times of {', '.join(missing)}", allowed, "profile them")
         found = {}
-        for name in OPERATORS:
-            column = f"time_stats.{name}.median"
-            if column in rows and rows[column].notna().any():
-                arithmetic, memory = self._bounds(name, rows.iloc[0], tensor_parallel_size)
-                keys = {"model": model, "tensor_parallel_size": tensor_parallel_size}
-                found[name] = self._table(
-                    ("compute", self.device, model, "mlp"), name, keys, rows, {"tokens": "num_tokens"}, arithmetic,
-                    memory,
-                )  # fmt: skip
+        for name in timed:
+            arithmetic, memory = self._bounds(name, rows.iloc[0], tensor_parallel_size)
+            keys = {"model": model, "tensor_parallel_size": tensor_parallel_size}
+            found[name] = self._table(
+                ("compute", self.device, model, "mlp"), name, keys, rows, {"tokens": "num_tokens"}, arithmetic, memory
+            )
         return found
 
     def attention(self, model: str, tensor_parallel_size: int) -> tuple[OperatorTable, OperatorTable] | None:
         """Of one prompt, axes (chunk, cached), and of decode rows, axes (rows, context); None: not in the folder."""
-        parts = ("compute", self.device, model, "attention")
-        if not _files(self.folder.joinpath(*parts[:-1]), "attention"):
+        parts, frame = ("compute", self.device, model, "attention"), self._attention_rows(model, tensor_parallel_size)
+        if frame is None:
             return None
-        frame = self._frame(*parts, _ATTENTION)
-        frame = frame[frame["num_tensor_parallel_workers"] == tensor_parallel_size]
         prompts = frame[(frame["prefill_chunk_size"] > 0) & (frame["batch_size"] == 1)]
         rows = frame[frame["prefill_chunk_size"] == 0]
         if prompts.empty or rows.empty:
@@ -152,6 +160,28 @@ class VidurTables:
             *self._attention_bounds(heads, kv_heads, head_dim, _decode_work),
         )  # fmt: skip
         return prefill, decode
+
+    def cache_save(self, model: str, tensor_parallel_size: int) -> OperatorTable | None:
+        """Of new keys and values into the cache, axis (tokens): those of one prompt or of decode rows; None: not timed
+        apart."""
+        frame = self._attention_rows(model, tensor_parallel_size)
+        if frame is None or not _timed(frame, "attn_kv_cache_save"):
+            return None
+        frame = frame[(frame["prefill_chunk_size"] == 0) | (frame["batch_size"] == 1)]
+        frame = frame.assign(num_tokens=frame[["prefill_chunk_size", "batch_size"]].max(axis=1))
+        keys = {"model": model, "tensor_parallel_size": tensor_parallel_size}
+        return self._table(
+            ("compute", self.device, model, "attention"), "attn_kv_cache_save", keys, frame, {"tokens": "num_tokens"},
+            None, lambda points: np.full(len(points), _NOTHING_S),
+        )  # fmt: skip
+
+    def _attention_rows(self, model: str, ranks: int) -> pd.DataFrame | None:
+        """None: attention of the model is not in the folder."""
+        parts = ("compute", self.device, model, "attention")
+        if not files_of(self.folder.joinpath(*parts[:-1]), "attention"):
+            return None
+        frame = self._frame(*parts, _ATTENTION)
+        return frame[frame["num_tensor_parallel_workers"] == ranks]
 
     def collective(self, name: str, network: str, ranks: int) -> OperatorTable:
         """Of "all_reduce" or "send_recv" among ranks of one node, axis (bytes).
@@ -176,9 +206,11 @@ class VidurTables:
             for ranks in self.ranks_of(model):
                 yield from self.layer(model, ranks).values()
                 yield from self.attention(model, ranks) or ()
+                if (saved := self.cache_save(model, ranks)) is not None:
+                    yield saved
         for network in self.networks:
             for name in ("all_reduce", "send_recv"):
-                if _files(self.folder / "network" / network, name):
+                if files_of(self.folder / "network" / network, name):
                     frame = self._frame("network", network, name, _COLLECTIVE)
                     inside = frame[(frame["num_workers"] == frame["devices_per_node"]) & (frame["num_workers"] > 1)]
                     for ranks in sorted(int(n) for n in inside["num_workers"].unique()):
@@ -189,7 +221,7 @@ class VidurTables:
         left = 0
         for network in self.networks:
             for name in ("all_reduce", "send_recv"):
-                if _files(self.folder / "network" / network, name):
+                if files_of(self.folder / "network" / network, name):
                     frame = self._frame("network", network, name, _COLLECTIVE)
                     left += int((frame["num_workers"] != frame["devices_per_node"]).sum())
         return left
@@ -240,16 +272,20 @@ class VidurTables:
 
     def _frame(self, *parts: Any) -> pd.DataFrame:
         *where, columns = parts
-        found = _files(self.folder.joinpath(*where[:-1]), where[-1])
+        found = files_of(self.folder.joinpath(*where[:-1]), where[-1])
         if not found:
             raise BadTable("/".join(where), "no such table", "a .csv or .parquet of that name", "name Vidur's folder")
         path = found[0]
         if path not in self._frames:
-            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            frame = read_frame(path)
             missing = [column for column in columns if column not in frame]
             if missing:
                 raise BadTable(str(path), f"no {', '.join(missing)}", ", ".join(columns), "profile it again")
-            self._frames[path] = frame
+            counts = [column for column in columns if column not in (*_TEXT_OR_BOOL, *_FROM_0)]
+            frame = with_numbers(path, frame, counts, 1)
+            frame = with_numbers(path, frame, [column for column in columns if column in _FROM_0], 0)
+            times = [column for column in map(str, frame) if column.startswith("time_stats.")]
+            self._frames[path] = with_numbers(path, frame, times, None)
         return self._frames[path]
 
     def _table(
@@ -344,12 +380,11 @@ def read_tables(folder: Path, device: str | None = None) -> VidurTables:
     """The tables of one device below a folder of Vidur's profiles.
 
     Args:
-        device: as the folder calls it ("a100"), or as the catalog does ("A100"); None: the only one.
+        device: as the folder calls it ("rtx_pro_6000"), or as the catalog does ("RTX PRO 6000"); None: the only one.
     Raises: BadTable: none such, or several.
     """
     known = devices(folder)
-    wanted = None if device is None else device.casefold().replace(" ", "")
-    found = [name for name in known if wanted in (None, name)]
+    found = [name for name in known if device is None or same_name(name, device)]
     if len(found) != 1:
         said = device if device is not None else f"{len(known)} devices"
         raise BadTable(str(folder), said, ", ".join(known) or "a folder with compute/ or network/", "name one of these")
@@ -360,14 +395,6 @@ def read_tables(folder: Path, device: str | None = None) -> VidurTables:
     return VidurTables(folder, found[0], cataloged)
 
 
-def devices(folder: Path) -> tuple[str, ...]:
-    """Devices that a folder has tables of, as it calls them."""
-    compute = {path.name for path in (folder / "compute").glob("*") if path.is_dir()}
-    network = {path.name.split("_")[0] for path in (folder / "network").glob("*") if path.is_dir()}
-    return tuple(sorted(compute | network))
-
-
-def _files(folder: Path, stem: str) -> list[Path]:
-    """Tables of a name in or below a folder, one a place: .parquet before .csv."""
-    found = {path.parent: path for suffix in (".csv", ".parquet") for path in sorted(folder.rglob(f"{stem}{suffix}"))}
-    return [found[place] for place in sorted(found)]
+def _timed(rows: pd.DataFrame, operator: str) -> bool:
+    column = f"time_stats.{operator}.median"
+    return column in rows and bool(rows[column].notna().any())

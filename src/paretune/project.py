@@ -42,7 +42,9 @@ class Project(BaseModel):
     operator_tables: str | None = Field(None, description="measured operators for an accelerator's data sheet")
     layer_times: str | None = Field(None, description="layer times of vLLM for it")
     step_times: str | None = Field(None, description="whole steps for it")
-    tables_engine: str = Field("vllm", description="whose kernels, of aiconfigurator's operator tables")
+    tables_engine: str | None = Field(
+        None, description="whose kernels, of aiconfigurator's operator tables; none: vllm's"
+    )
     tables_version: str | None = None
     tiles: str | None = None
     prices: str | None = None

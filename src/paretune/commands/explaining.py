@@ -10,10 +10,10 @@ import click
 
 from ..output import Speaker, speaks, table
 from . import two_pools
-from .machine import EXISTING, OUTPUT
+from .machine import OUTPUT
 from .numbers import POSITIVE
 from .run_words import milliseconds
-from .source_options import calibration_option, profile_option, table_options
+from .source_options import EXISTING, calibration_option, profile_option, table_options
 from .studies import NOT_MEASURED
 from .traces import LOG
 
@@ -155,11 +155,9 @@ def _explain_pools(
     steps, shapes = [], []
     for pool in deployment.phases:
         sources = Sources.of(deployment.model, accelerator_name=pool.accelerator, profile_path=profile_path)
-        source = sources.profile or sources.device
-        assert source is not None, "one of the two is always given"
         modeled = sources.step_model(pool)
-        limits = limit_tables(source, sources.shape, pool, modeled)
-        steps.append(PoolStep(modeled, limits, draft_limit_tables(source, pool, modeled)))
+        limits = limit_tables(sources.peaks, sources.shape, pool, modeled)
+        steps.append(PoolStep(modeled, limits, draft_limit_tables(sources.peaks, pool, modeled)))
         shapes.append(sources.shape)
     link = transfer_link(deployment)
     with speaker.progress("explaining"):

@@ -12,7 +12,7 @@ from ..default_paths import PROFILE
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..output import Speaker, speaks, table
 from .numbers import POSITIVE
-from .source_options import profile_option, table_options
+from .source_options import EXISTING, profile_option, table_options
 
 if TYPE_CHECKING:
     from ..profiler.table_choice import TableChoice
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 TILES_PATH = "out/tiles.json"
 KV_CACHE_DTYPES = ("fp32", "bf16", "fp8", "int8")
 MODEL = "paretune/small"
-EXISTING = click.Path(exists=True, dir_okay=False)
 OUTPUT = click.Path(dir_okay=False)
 
 model_option = click.option("--model", default=MODEL, show_default=True, help="Model directory, or paretune/small.")
@@ -137,19 +136,19 @@ def profile_import(
     Example: paretune profile import aiconfigurator-core --system H100 --engine vllm
     """
     from ..profiler.importers import by_file, write_steps, write_tables
-    from ..profiler.importers.kinds import KINDS, ImportAsk, imported, kind_of
+    from ..profiler.importers.kinds import KINDS, ImportAsk, imported
     from ..runtime.model_shape import ModelShape, resolve_model
 
     if len(what) > 2 or (len(what) == 2 and what[0] not in KINDS):
         raise click.UsageError(f"[KIND] SOURCE: {' '.join(what)}; allowed: one source, after one of {', '.join(KINDS)}")
     source = what[-1]
-    kind = what[0] if len(what) == 2 else kind_of(source)
+    kind = what[0] if len(what) == 2 else None
     shape = None if model_path is None else ModelShape.load(resolve_model(model_path))
     with speaker.progress("reading and checking"):
         read = imported(source, kind, ImportAsk(system, engine, version, shape))
     rows = [[name, read.versions.get(name, "-"), f"{count:,}"] for name, count in read.points.items()]
     findings = by_file(read.findings)
-    lines = [table([kind, "version", "points"], rows), "", *(str(finding) for finding in findings)]
+    lines = [table([read.kind, "version", "points"], rows), "", *(str(finding) for finding in findings)]
     refused = sum(finding.rows for finding in read.findings if finding.refused)
     flagged = sum(finding.rows for finding in read.findings if not finding.refused)
     lines.append(f"{refused} rows refused, {flagged} flagged")
@@ -159,8 +158,8 @@ def profile_import(
         path = Path(output)
         count = write_tables(path, read.operators) if read.operators else write_steps(path, read.steps)
         lines.append(f"wrote {output}: {count:,} points")
-    found = {"kind": kind, "points": read.points, "findings": read.findings, "refused": refused, "flagged": flagged}
-    speaker.result({**found, "not_read": read.not_read, "written": output}, "\n".join(lines))
+    found = {"kind": read.kind, "points": read.points, "findings": read.findings, "not_read": read.not_read}
+    speaker.result({**found, "refused": refused, "flagged": flagged, "written": output}, "\n".join(lines))
 
 
 @profile.command("export")
@@ -205,7 +204,7 @@ def _profile_text(found: object) -> str:
                 f"{fit.relative_error:.0%}",
             ]
         )
-    lines = [found.name, table(["configuration", "points", "host per step", "held-out error (90 %)"], rows)]
+    lines = [found.name, table(["configuration", "points", "constant per step", "held-out error (90 %)"], rows)]
     for live in found.serving:
         lines.append(
             f"live server, {live.cores} cores computing, {live.ranks} ranks a replica: {live.steps} steps "
@@ -220,6 +219,9 @@ def _profile_text(found: object) -> str:
 @speaks
 def profile_show(speaker: Speaker, path: str) -> None:
     """Show what a profile holds, and what the host takes of the time to first token by prompt length.
+
+    "Constant per step" is what every step takes, whatever stands in it: the host, and reading the weights. The host's
+    share counts it without the linear layers, which were measured by themselves.
 
     \b
     Example: paretune profile show out/profile.json

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from ..output import Speaker, speaks
-from .machine import EXISTING, OUTPUT
+from .machine import OUTPUT
+from .source_options import EXISTING
 
 # Of the shipped sample: enough requests for a p95, and short enough to be replayed against several finalists.
 INIT_WINDOW_S = 120.0

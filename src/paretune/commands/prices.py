@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..output import Speaker, speaks, table
-from .machine import EXISTING
 from .numbers import POSITIVE
+from .source_options import EXISTING
 from .studies import compare_prices_option, deployment_words, dollars, storage_option
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..output import Speaker, speaks
-from .machine import EXISTING, OUTPUT
+from .machine import OUTPUT
+from .source_options import EXISTING
 from .studies import NOT_MEASURED, storage_option
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import click
 
 from ..output import Speaker, speaks, table
 from .arrival_words import Waiting, arrival_options, arrival_words
-from .machine import EXISTING, OUTPUT
+from .machine import OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE
 from .run_words import milliseconds, protocol_options, samples_text, worst_text
+from .source_options import EXISTING
 from .studies import goodput_of, summary_table
 from .traces import LOG
 

@@ -30,10 +30,10 @@ _TABLE_OPTIONS = (
     click.option("--layer-times", type=click.Path(exists=True, file_okay=False),
                  help="Layer times of vLLM for the data sheet: a folder of LLMServingSim's profiler."),
     click.option("--step-times", type=EXISTING,
-                 help="Whole steps for the data sheet: a file of `profile export`, or of Splitwise."),
-    click.option("--tables-engine", type=click.Choice(ENGINES), default="vllm", show_default=True,
-                 help="Whose kernels, of aiconfigurator's operator tables."),
-    click.option("--tables-version", help="Of that engine. Default: the newest of each table."),
+                 help="Whole steps for the data sheet: a file in the columns of `profile export`, or of Splitwise."),
+    click.option("--tables-engine", type=click.Choice(ENGINES),
+                 help="Whose kernels, of aiconfigurator's operator tables. Default: vllm."),
+    click.option("--tables-version", help="Of that engine, there. Default: the newest of each table."),
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def table_options(function: Command) -> Command:
         operator_tables: str | None,
         layer_times: str | None,
         step_times: str | None,
-        tables_engine: str,
+        tables_engine: str | None,
         tables_version: str | None,
         **options: Any,
     ) -> Any:

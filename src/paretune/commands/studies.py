@@ -13,11 +13,11 @@ from ..default_paths import LEDGER
 from ..output import Speaker, speaks, table
 from . import two_pools
 from .arrival_words import Waiting, arrival_options, arrival_words
-from .machine import EXISTING, MODEL, OUTPUT
+from .machine import MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
 from .run_words import milliseconds, protocol_options, room_text, samples_text, worst_text
 from .scaling_words import Scaling, autoscale_options, autoscaler_words, elastic_text
-from .source_options import calibration_option, profile_option, table_options
+from .source_options import EXISTING, calibration_option, profile_option, table_options
 from .traces import LOG
 
 if TYPE_CHECKING:
