@@ -158,10 +158,11 @@ def test_within_a_reach_the_search_finds_what_a_walk_over_all_pairs_finds(
 def test_a_named_link_is_walked_over_pairs_that_are_not_equal() -> None:
     pools = tuple(pool.model_copy(update={"accelerator": "H100"}) for pool in two_pools().pools)
     near = Deployment(pools=pools, kv_transfer=KvTransfer(link="NVLink 4"))
-    trace = poisson_trace(200, 60.0)
-    counts = [(p, d) for p in range(1, 8) for d in range(1, 9 - p)]
-    walked = {pair for pair in counts if holds(trace, near, TARGETS, *pair)}
-    found = size_phases(trace, near, LLAMA_8B, step_model, (1.0, 1.0), TARGETS)
-    assert bool(found.prefill) == bool(walked)
-    if walked:
-        assert found.usd_per_hour == min(sum(pair) for pair in walked)
+    trace = poisson_trace(200, 30.0)
+    counts = [(prefill, decode) for prefill in range(1, 8) for decode in range(1, 9 - prefill)]
+    walked = {pair for pair in counts if holds(trace, near, TIGHT, *pair)}
+    assert walked
+    assert not any(prefill == decode for prefill, decode in walked)
+    found = size_phases(trace, near, LLAMA_8B, step_model, (1.0, 1.0), TIGHT)
+    assert (found.prefill, found.decode) in walked
+    assert found.usd_per_hour == min(sum(pair) for pair in walked)
