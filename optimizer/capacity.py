@@ -18,7 +18,7 @@ from ..profiler.profile import BadProfile
 from ..profiler.simulator import SimulationResult, governed_rows, simulate
 from ..profiler.step_time import ModeledStep, StepTables, composed_time_s
 from ..runtime.spec import Pool
-from ..traces.metrics import PERCENTILES, Metric, Target, meets
+from ..traces.metrics import PERCENTILES, Mask, Metric, Target, meets
 from ..traces.trace import Trace
 
 # The capacity that is returned was seen to hold, and this much more was seen to fail: for what may win, and for all
@@ -95,6 +95,26 @@ def check_governed(trace: Trace, targets: Sequence[Target]) -> None:
         if not governed_rows(trace, target).any():
             apps = "no applications" if trace.app is None else ", ".join(trace.app.names)
             raise BadQuestion(f"target {target}", "no request that it governs", apps, "correct the application's name")
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What a run is held to: targets from wherever they come, as `metrics.violations` and `goodput` take them.
+
+    A target that the trace has governs the rows that the trace says; any other those of its application.
+
+    targets  of the log, or of the spec or the command line in their place
+    counted  (n,) bool, which requests count (see RunProtocol); None: all
+    """
+
+    trace: Trace
+    targets: tuple[Target, ...]
+    counted: Mask | None = None
+
+    def rows(self, target: Target) -> Mask:
+        """The requests that count and that a target governs, (n,) bool."""
+        rows = governed_rows(self.trace, target)
+        return rows if self.counted is None else rows & self.counted
 
 
 def k_of(metrics: Iterable[Metric]) -> int:

@@ -17,6 +17,7 @@ from ..profiler.simulator import SimulationResult
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
 from ..traces.metrics import Summary, summarize
+from ..traces.run_protocol import RunProtocol
 from .sources import Sources
 
 # What a run of an elastic fleet leaves out.
@@ -29,6 +30,9 @@ ELASTIC_LEAVES_OUT = (
 
 def inferred_cold_start_s(shape: ModelShape, pool: Pool, bytes_per_s: float, start_s: float = 0.0) -> float:
     """Seconds until a new replica of a pool takes requests: inferred, not measured.
+
+    The bytes are those of the weights as the pool stores them (`weight_dtype`), each once: not those of a checkpoint in
+    another precision, nor of what several ranks hold twice.
 
     Args:
         bytes_per_s: at which a replica, all its ranks together, loads the weights.
@@ -84,11 +88,13 @@ def compared(
     *,
     autoscaler: Autoscaler,
     cold_start_inferred: bool,
+    protocol: RunProtocol,
 ) -> ElasticComparison:
     """Both runs of one log.
 
     Args:
         pool: one replica's devices.
+        protocol: which requests the latencies count. Hours and money are those of the whole runs.
     """
     price, unpriced = None, ""
     try:
@@ -98,7 +104,7 @@ def compared(
 
     def run(result: SimulationResult, hours: float, most: int) -> FleetRun:
         usd = None if price is None else hours * pool.devices_per_replica * price.usd_per_hour
-        return FleetRun(hours, most, usd, summarize(result.times))
+        return FleetRun(hours, most, usd, summarize(result.times, protocol.counted(result.times)))
 
     end_s = _last_s(elastic)
     over_time = tuple(replicas_over_time(elastic.held, end_s))

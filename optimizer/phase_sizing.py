@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 
 from ..profiler.disaggregated import DisaggregatedResult, Prefilled, prefill_trace, simulate_disaggregated
@@ -24,12 +26,13 @@ NEAR = 2
 class PhaseSizing:
     """What sizing found.
 
-    prefill, decode  replicas; 0 of both: no number up to the limit holds
+    prefill, decode  replicas; 0 of both: none that were tried hold
     usd_per_hour     of both pools
     reason           what the most that was tried still breaks; empty where some hold
     fewer            what breaks with one prefill replica less, and with one decode replica less; empty where there is
                      none to lose
     simulations      runs that it took
+    tried            where none hold, which were tried, in words; else empty
     """
 
     prefill: int
@@ -38,11 +41,12 @@ class PhaseSizing:
     reason: str
     fewer: tuple[str, str]
     simulations: int
+    tried: str = ""
 
     @property
     def words(self) -> str:
         if not self.prefill:
-            return f"no number of replicas holds the targets: {self.reason}"
+            return f"{self.tried} hold the targets: {self.reason}"
         lost = [f"one {name} replica less {why}" for name, why in zip(("prefill", "decode"), self.fewer) if why]
         counts = f"{self.prefill} prefill and {self.decode} decode replicas"
         found = f"least cost that holds the targets: {counts}, ${self.usd_per_hour:,.2f} an hour"
@@ -72,10 +76,7 @@ class _Tried:
 
     def _run(self, prefill: int, decode: int) -> str:
         deployment = self.deployment.with_replicas(prefill, decode)
-        try:
-            link = transfer_link(deployment)
-        except BadSpec as out_of_reach:
-            return str(out_of_reach)
+        link = transfer_link(deployment)
         first, second = deployment.phases
         tables, answers = self.step_model(first).tables, self.step_model(second).tables
         if prefill not in self.prefilled:
@@ -106,11 +107,19 @@ def size_phases(
             that the link joins; without a name the nearest link is taken that joins so many.
         usd_per_replica: an hour, of the prefill and of the decode pool.
         most: replicas of one pool that may be had.
+    Raises: BadSpec: not even one replica of each is within the link's reach.
     """
+    transfer_link(deployment.with_replicas(1, 1))
+    within = _reach(deployment, most)
     tried = _Tried(trace, deployment, shape, step_model, targets, k, rate)
-    found = cheapest_counts(lambda *counts: not tried.why_not(*counts), usd_per_replica, most)
+    found = cheapest_counts(lambda *counts: not tried.why_not(*counts), usd_per_replica, most, within)
     if found is None:
-        return PhaseSizing(0, 0, math.nan, list(tried.reasons.values())[-1], ("", ""), len(tried.reasons))
+        words = f"no equal numbers of replicas, doubled up to {most},"
+        if within(most) < most:
+            link = transfer_link(deployment.with_replicas(1, 1)).name
+            words = f"no numbers of replicas up to {most} that {link} joins"
+        reason = list(tried.reasons.values())[-1]
+        return PhaseSizing(0, 0, math.nan, reason, ("", ""), len(tried.reasons), words)
     prefill, decode = found
     fewer = (
         tried.why_not(prefill - 1, decode) if prefill > 1 else "",
@@ -119,33 +128,72 @@ def size_phases(
     return PhaseSizing(prefill, decode, _usd(found, usd_per_replica), "", fewer, len(tried.reasons))
 
 
-def cheapest_counts(
-    holds: Callable[[int, int], bool], usd_per_replica: tuple[float, float], most: int
-) -> tuple[int, int] | None:
-    """The cheapest numbers of prefill and decode replicas that hold; None: no equal numbers up to the limit do.
+def _reach(deployment: Deployment, most: int) -> Callable[[int], int]:
+    """Decode replicas -> the most prefill replicas, up to the limit, that the deployment's link joins with them."""
 
-    First both are doubled until they hold. Then for every number of decode replicas that could still be cheaper the
-    most prefill replicas are tried that would be, and where these hold the fewest that do, by bisection. So nothing
-    cheaper holds, provided that more replicas of a pool never do worse than fewer. Percentiles of a finite log need not
-    obey, so all counts with up to NEAR fewer replicas of either pool are tried besides.
+    def joined(prefill: int, decode: int) -> bool:
+        try:
+            transfer_link(deployment.with_replicas(prefill, decode))
+        except BadSpec:
+            return False
+        return True
+
+    @cache
+    def within(decode: int) -> int:
+        return bisect_left(range(1, most + 1), True, key=lambda prefill: not joined(prefill, decode))
+
+    return within
+
+
+def cheapest_counts(
+    holds: Callable[[int, int], bool],
+    usd_per_replica: tuple[float, float],
+    most: int,
+    within: Callable[[int], int] | None = None,
+) -> tuple[int, int] | None:
+    """The cheapest numbers of prefill and decode replicas that hold; None: none that were tried do.
+
+    First both are doubled until they hold; where they do not up to the limit, every pair is tried to which no replica
+    can be added. Then for every number of decode replicas that could still be cheaper the most prefill replicas are
+    tried that would be, and where these hold the fewest that do, by bisection. So nothing cheaper holds, provided that
+    more replicas of a pool never do worse than fewer. Percentiles of a finite log need not obey, so all counts with up
+    to NEAR fewer replicas of either pool are tried besides.
+
+    Args:
+        most: of either pool.
+        within: decode replicas -> the most prefill replicas beside them, never more with more; left out: `most`.
     """
     prefill_usd, decode_usd = usd_per_replica
-    both = 1
-    while not holds(both, both):
-        if 2 * both > most:
-            return None
-        both *= 2
-    best = both, both
-    for decode in [*range(both, 0, -1), *range(both + 1, most + 1)]:
+    reach = within or (lambda decode: most)
+    best = _first(holds, most, reach)
+    if best is None:
+        return None
+    first = best[1]
+    for decode in [*range(first, 0, -1), *range(first + 1, most + 1)]:
         left_usd = _usd(best, usd_per_replica) - decode * decode_usd
-        cheaper = min(most, math.ceil(left_usd / prefill_usd - 1e-9) - 1)
-        if cheaper < 1 and decode > both:
+        cheaper = min(reach(decode), math.ceil(left_usd / prefill_usd - 1e-9) - 1)
+        if cheaper < 1 and decode > first:
             break
         if cheaper >= 1 and holds(cheaper, decode):
             best = _fewest(holds, cheaper, decode), decode
     while (near := _near(holds, best, usd_per_replica)) != best:
         best = near
     return best
+
+
+def _first(holds: Callable[[int, int], bool], most: int, reach: Callable[[int], int]) -> tuple[int, int] | None:
+    """Counts that hold: equal ones, doubled, else the first of those to which none can be added."""
+    both = 1
+    while both <= most and both <= reach(both):
+        if holds(both, both):
+            return both, both
+        both *= 2
+    for decode in range(1, most + 1):
+        prefill = reach(decode)
+        full = decode == most or reach(decode + 1) < prefill
+        if prefill and full and holds(prefill, decode):
+            return prefill, decode
+    return None
 
 
 def _usd(counts: tuple[int, int], usd_per_replica: tuple[float, float]) -> float:

@@ -78,6 +78,7 @@ class Study:
     not_modeled     what predictions leave out, in words
     price            of one device of the default, with source and date; None: a ledger of before they were kept
     complete         False: a time budget ended it, or it was interrupted
+    trace_notes      what reading the log left out or changed; of a study that a ledger gives back, empty
     """
 
     name: str
@@ -94,6 +95,7 @@ class Study:
     not_modeled: tuple[str, ...]
     price: Price | None
     complete: bool
+    trace_notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data: all but the evaluations that only were simulated, which the ledger has trial by trial."""

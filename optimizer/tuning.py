@@ -232,7 +232,7 @@ def tune_trace(ask: Ask, report: Report) -> Study:
     )
     if optuna is not None:
         optuna.add(ledger.study(ask.study), ledger.records(ask.study), space)
-    return found
+    return replace(found, trace_notes=trace.notes)
 
 
 @dataclass(frozen=True)

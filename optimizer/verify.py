@@ -17,7 +17,7 @@ from ..traces.metrics import Metric, RequestTimes, Summary, Target, goodput, mee
 from ..traces.trace import Trace
 from ..traces.whole_file import write_whole
 from ..traces.worst_window import WorstWindow, worst_windows
-from .capacity import check_governed, k_of
+from .capacity import Owed, check_governed, k_of
 
 SCHEMA_VERSION = 1
 
@@ -143,7 +143,7 @@ def verify(
         rows=tuple(row for row in rows if row is not None),
         met=met,
         summary=summarize(times),
-        goodput_per_s=goodput(times, trace) if trace.targets else math.nan,
+        goodput_per_s=goodput(times, Owed(trace, tuple(asked))) if asked else math.nan,
         schedule_error_s=dict(schedule_error_s),
         samples=estimates(times),
         worst=worst_windows(times),

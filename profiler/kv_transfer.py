@@ -146,15 +146,12 @@ def transfer_link(deployment: Deployment) -> TransferLink:
     )
 
 
-def _links(device: Accelerator) -> tuple[Link, ...]:
-    return device.levels + (() if device.host_link is None else (device.host_link,))
-
-
 def _named(name: str, sender: Accelerator, receiver: Accelerator) -> tuple[Link, Link]:
     ends = (sender, receiver)
-    first, second = (next((x for x in _links(end) if same_name(x.name, name)), None) for end in ends)
+    # levels alone: the bus to a server's host ends there, and joins no two servers
+    first, second = (next((x for x in end.levels if same_name(x.name, name)), None) for end in ends)
     if first is None or second is None:
-        common = [each.name for each in _links(sender) if any(same_name(each.name, x.name) for x in _links(receiver))]
+        common = [each.name for each in sender.levels if any(same_name(each.name, x.name) for x in receiver.levels)]
         allowed = f"a link of {sender.name} and {receiver.name}: {', '.join(common) or 'they have none in common'}"
         raise BadSpec("kv_transfer.link", name, allowed, _todo("leave it empty for the network"))
     return first, second
@@ -177,10 +174,10 @@ def _nearest(sender: Accelerator, receiver: Accelerator, devices: int) -> tuple[
 
 
 def _check_reaches(first: Link, second: Link, sender: Accelerator, receiver: Accelerator, devices: int) -> None:
-    if first.devices is not None and sender != receiver:
-        allowed = f"a network: {first.name} joins devices of one kind, not {sender.name} and {receiver.name}"
-        raise BadSpec("kv_transfer.link", first.name, allowed, _todo("leave it empty"))
     for link in (first, second):
+        if link.devices is not None and sender != receiver:
+            allowed = f"a network: {link.name} joins devices of one kind, not {sender.name} and {receiver.name}"
+            raise BadSpec("kv_transfer.link", link.name, allowed, _todo("leave it empty"))
         if link.devices is not None and link.devices < devices:
             allowed = f"at most {link.devices} devices on {link.name}; both pools together have {devices}"
             raise BadSpec("kv_transfer.link", link.name, allowed, _todo("leave it empty, or take fewer replicas"))

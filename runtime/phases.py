@@ -20,7 +20,8 @@ class KvTransfer(Part):
     link: str = Field(
         "",
         max_length=100,
-        description="name of a link of the accelerators in links.csv; empty: the nearest that joins all devices",
+        description="name of a link in links.csv that joins devices, not of one to their host; empty: the nearest "
+        "that joins all devices",
     )
     bytes_per_s: float | None = Field(
         None, gt=0, description="of one device in one direction, in place of a link of the catalog"

@@ -106,6 +106,30 @@ def test_options_that_contradict_each_other_are_refused_by_name(
     assert named in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "begins", "silent_of"),
+    [
+        (("--pause", "1"), "--pause: ", "--recorded"),
+        (("--recorded-tpot", "1"), "--recorded-tpot: ", "--pause"),
+        (("--sessions", "--recorded-ttft", "1"), "--recorded-ttft: ", "--pause"),
+        (("--autoscale", "1:4"), "--autoscale: ", "--start-time"),
+    ],
+)
+def test_an_error_begins_with_the_option_that_was_typed(
+    here: Path, options: tuple[str, ...], begins: str, silent_of: str
+) -> None:
+    said = paretune(*SIMULATE, *options).stderr
+    assert f"\nError: {begins}" in said
+    assert silent_of not in said
+
+
+def test_a_recorded_servers_speed_that_no_pause_needs_is_said_not_to_be_used(here: Path) -> None:
+    assumed = ("--recorded-ttft", "0.1", "--recorded-tpot", "0.005")
+    words = "the recorded server's TTFT and TPOT are not used"
+    assert words in paretune(*TURNS, "--sessions", *assumed).stdout
+    assert words not in paretune("simulate", "plain.jsonl", "--spec", "spec.yaml", "--sessions", *assumed).stdout
+
+
 def test_an_autoscaled_fleet_is_put_beside_the_fixed_one(here: Path) -> None:
     options = ("--autoscale", "1:4", "--autoscale-target", "2", "--cold-start", "5", "--sync-period", "5")
     found = data(paretune(*SIMULATE, *options, "--json"))

@@ -170,11 +170,17 @@ def test_export_writes_both_servers(here: Path) -> None:
     assert done.stdout.count("vllm") == 2
     assert "# decode server, 2 of them" in done.stdout
     assert "proxy" in done.stderr
+    assert "wrote vllm.prefill.yaml" in done.stderr
+    assert "wrote vllm.decode.yaml" in done.stderr
     for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
         config = yaml.safe_load(Path(f"vllm.{role}.yaml").read_text())
         assert json.loads(config["kv-transfer-config"])["kv_role"] == kv_role
     told = paretune("export", "spec.yaml", "--json").json["data"]
     assert told["servers"] == {"prefill": 1, "decode": 2}
+    assert told["written"] == []
+    told = paretune("export", "spec.yaml", "-o", "out/two.yaml", "--json").json["data"]
+    assert told["written"] == ["out/two.prefill.yaml", "out/two.decode.yaml"]
+    assert all(Path(path).is_file() for path in told["written"])
     refused = paretune("export", "early.yaml")
     assert refused.exit_code == 2
     assert "kv_transfer.first_token" in refused.stderr

@@ -130,10 +130,12 @@ def test_the_nearest_link_is_taken_that_joins_all_devices() -> None:
     assert h100.levels[1].as_of in far.source
     named = transfer_link(deployment({}, {}, link="infiniband 400 gb/s"))
     assert named.send_bytes_per_s == 50e9
-    bus = transfer_link(deployment({}, {}, link="PCIe 5 x16"))
-    assert bus.send_bytes_per_s == 64e9
-    assert not bus.latency_known
-    assert any("latency" in each for each in bus.not_modeled)
+    bus = transfer_link(deployment({"accelerator": "L40S"}, {"accelerator": "L40S"}, link="PCIe 4 x16"))
+    assert bus.send_bytes_per_s == 32e9
+    fabric = transfer_link(deployment({"accelerator": "MI300X"}, {"accelerator": "MI300X"}))
+    assert fabric.name == "Infinity Fabric"
+    assert not fabric.latency_known
+    assert any("latency" in each for each in fabric.not_modeled)
 
 
 def test_two_kinds_of_devices_meet_over_the_network_and_the_slower_end_counts() -> None:
@@ -159,6 +161,13 @@ def test_figures_of_the_specs_own_need_a_source() -> None:
         ({}, {"accelerator": "H200"}, {"link": "NVLink 4"}, "kv_transfer.link"),
         ({}, {"accelerator": "A100"}, {"link": "InfiniBand 400 Gb/s"}, "kv_transfer.link"),
         ({"accelerator": "A10G"}, {"accelerator": "H100"}, {}, "kv_transfer.bytes_per_s"),
+        # the bus of an H100 ends at its host; that of an L40S joins the eight of one server, all of them L40S
+        ({"replicas": 16}, {"replicas": 16}, {"link": "PCIe 5 x16"}, "kv_transfer.link"),
+        ({}, {}, {"link": "PCIe 5 x16"}, "kv_transfer.link"),
+        ({"accelerator": "A100"}, {"accelerator": "L40S"}, {"link": "PCIe 4 x16"}, "kv_transfer.link"),
+        ({"accelerator": "L40S"}, {"accelerator": "A100"}, {"link": "PCIe 4 x16"}, "kv_transfer.link"),
+        ({"accelerator": "L40S"}, {"accelerator": "L4"}, {"link": "PCIe 4 x16"}, "kv_transfer.link"),
+        ({"accelerator": "L40S", "replicas": 8}, {"accelerator": "L40S"}, {"link": "PCIe 4 x16"}, "kv_transfer.link"),
     ],
 )
 def test_a_link_that_does_not_reach_is_refused_by_the_fields_name(

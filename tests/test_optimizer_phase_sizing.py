@@ -108,7 +108,7 @@ def test_where_no_number_holds_it_says_what_breaks() -> None:
     found = size_phases(poisson_trace(60, 2.0), slow, LLAMA_8B, step_model, (1.0, 1.0), TARGETS, most=8)
     assert (found.prefill, found.decode) == (0, 0)
     assert "ttft" in found.reason
-    assert "no number of replicas" in found.words
+    assert found.words.startswith("no equal numbers of replicas, doubled up to 8, hold the targets: breaks ttft")
 
 
 def test_a_link_that_is_named_bounds_the_replicas() -> None:
@@ -117,4 +117,52 @@ def test_a_link_that_is_named_bounds_the_replicas() -> None:
     impossible = (Target.parse("ttft:p95<=1ms"),)
     found = size_phases(poisson_trace(60, 2.0), near, LLAMA_8B, step_model, (1.0, 1.0), impossible, most=16)
     assert found.prefill == 0
-    assert "NVLink 4" in found.reason
+    assert found.words.startswith("no numbers of replicas up to 16 that NVLink 4 joins hold the targets: breaks ttft")
+
+
+def test_unequal_counts_within_a_links_reach_are_found() -> None:
+    # eight devices: four of each fail, five and three hold
+    def holds(prefill: int, decode: int) -> bool:
+        assert prefill + decode <= 8
+        return prefill >= 5 and decode >= 2
+
+    assert cheapest_counts(holds, (1.0, 1.0), 256, lambda decode: max(0, 8 - decode)) == (5, 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    need=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    devices=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
+    usd=st.tuples(st.floats(0.5, 20), st.floats(0.5, 20)),
+    joined=st.integers(2, 40),
+    most=st.integers(1, 20),
+)
+def test_within_a_reach_the_search_finds_what_a_walk_over_all_pairs_finds(
+    need: tuple[int, int], devices: tuple[int, int], usd: tuple[float, float], joined: int, most: int
+) -> None:
+    def reach(decode: int) -> int:
+        return max(0, min(most, (joined - decode * devices[1]) // devices[0]))
+
+    def holds(prefill: int, decode: int) -> bool:
+        assert prefill <= reach(decode)
+        # the product of both counts matters, too, so that there is more than one corner
+        return prefill * decode >= need[0] * need[1] and decode >= need[1] // 2
+
+    pairs = [(p, d) for d in range(1, most + 1) for p in range(1, reach(d) + 1) if holds(p, d)]
+    found = cheapest_counts(holds, usd, most, reach)
+    assert (found is None) == (not pairs)
+    if found is not None:
+        assert found[0] * usd[0] + found[1] * usd[1] == pytest.approx(min(p * usd[0] + d * usd[1] for p, d in pairs))
+
+
+def test_a_named_link_is_walked_over_pairs_that_are_not_equal() -> None:
+    pools = tuple(pool.model_copy(update={"accelerator": "H100"}) for pool in two_pools().pools)
+    near = Deployment(pools=pools, kv_transfer=KvTransfer(link="NVLink 4"))
+    trace = poisson_trace(200, 30.0)
+    counts = [(prefill, decode) for prefill in range(1, 8) for decode in range(1, 9 - prefill)]
+    walked = {pair for pair in counts if holds(trace, near, TIGHT, *pair)}
+    assert walked
+    assert not any(prefill == decode for prefill, decode in walked)
+    found = size_phases(trace, near, LLAMA_8B, step_model, (1.0, 1.0), TIGHT)
+    assert (found.prefill, found.decode) in walked
+    assert found.usd_per_hour == min(sum(pair) for pair in walked)

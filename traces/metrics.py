@@ -402,16 +402,20 @@ def violations(times: RequestTimes, trace: Governed) -> list[tuple[Target, float
     return broken
 
 
-def goodput(times: RequestTimes, trace: Governed) -> float:
+def goodput(times: RequestTimes, trace: Governed, rows: Mask | None = None) -> float:
     """Finished requests per second whose own value is within the limit of every target that governs them.
 
     Per request, as DistServe defines it (Zhong et al., OSDI 2024): the target's percentile plays no part. A value that
     is undefined (TPOT of one token) is within. Without targets: finished requests per second.
+
+    Args:
+        rows: (n,) bool, which requests count, and over whose time; None: all.
     """
-    good = times.finished.copy()
+    inside = np.ones(len(times), dtype=np.bool_) if rows is None else rows
+    good = times.finished & inside
     for target in dict.fromkeys(trace.targets):
         good &= ~(trace.rows(target) & (times.values(target.metric) > target.limit_s))
-    duration_s = _duration_s(times, np.ones(len(times), dtype=np.bool_))
+    duration_s = _duration_s(times, inside)
     return float(good.sum()) / duration_s if duration_s > 0 else 0.0
 
 

@@ -214,6 +214,8 @@ def _pauses(
             f"{recorded.ttft_s:g} s and {recorded.tpot_s:g} s for each further token of the answer before it; "
             f"{share:.0%} of the gaps are shorter than that, and pauses there 0"
         )
+    elif recorded is not None:
+        words.append("the recorded server's TTFT and TPOT are not used: every pause is recorded")
     if len(follows):
         p50, p95 = percentiles(pauses[follows], (50, 95))
         words.append(f"their p50 is {p50:.3g} s, their p95 {p95:.3g} s")

@@ -33,7 +33,10 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": NOT_NEGATIVE, "help": "Its seconds for each other token; what is left of a gap is the pause."},
     ),
     "--clients": ("clients", {"type": COUNT, "help": "Closed loop: each sends its next when its last has ended."}),
-    "--think-time": ("think_time_s", {"type": NOT_NEGATIVE, "help": "Seconds that a client waits before its next."}),
+    "--think-time": (
+        "think_time_s",
+        {"type": NOT_NEGATIVE, "help": "Seconds that a client waits before its next; default: 0."},
+    ),
     "--max-concurrency": ("max_concurrency", {"type": COUNT, "help": "As recorded, with at most so many open."}),
 }
 
@@ -89,11 +92,12 @@ class Waiting:
         return None if self.max_concurrency is None else limited(trace, self.max_concurrency)
 
     def _check(self, rate: float, ramp_s: float) -> None:
-        of_sessions = (self.pause_s, self.recorded_ttft_s, self.recorded_tpot_s)
-        if not self.by_session and any(value is not None for value in of_sessions):
-            raise click.UsageError("--pause, --recorded-ttft and --recorded-tpot speak of turns: give --sessions")
+        typed = [name for name in ("--pause", "--recorded-ttft", "--recorded-tpot") if self.given[name]]
+        if not self.by_session and typed:
+            raise click.UsageError(f"{', '.join(typed)}: of the turns of sessions: give --sessions")
         if (self.recorded_ttft_s is None) != (self.recorded_tpot_s is None):
-            raise click.UsageError("--recorded-ttft and --recorded-tpot say together how fast the recorded server was")
+            other = "--recorded-tpot" if self.recorded_tpot_s is None else "--recorded-ttft"
+            raise click.UsageError(f"{typed[-1]}: half of how fast the recorded server was: give {other}, too")
         if self.pause_s is not None and self.recorded_ttft_s is not None:
             raise click.UsageError("--pause and --recorded-ttft both say how long pauses are: give one")
         if self.think_time_s is not None and self.clients is None:

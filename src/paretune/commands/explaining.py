@@ -12,7 +12,7 @@ from ..output import Speaker, speaks, table
 from . import two_pools
 from .machine import OUTPUT
 from .numbers import POSITIVE
-from .run_words import milliseconds
+from .run_words import milliseconds, note_words
 from .source_options import EXISTING, calibration_option, profile_option, table_options
 from .studies import NOT_MEASURED
 from .traces import LOG
@@ -79,7 +79,7 @@ def explain(
     trace = read(log)
     if deployment.is_disaggregated:
         if run_folder is not None:
-            raise click.UsageError("--analyze: for a spec of one pool; this one has a prefill and a decode pool")
+            raise click.UsageError("--analyze: for a spec of one pool; this one is disaggregated")
         two_pools.check_options({"--calibration": calibration_path, **tables.flags()})
         asked_of_both = tuple(parse_asked(text) for text in metrics)
         _explain_pools(speaker, deployment, trace, profile_path, asked_of_both, rate or 1.0, step_log)
@@ -128,8 +128,9 @@ def explain(
         lines.append(_analyzed_text(analyzed))
     if not modeled.measured:
         lines.append(NOT_MEASURED)
-    lines.append("\n".join(f"not modeled: {each}" for each in not_modeled))
-    speaker.result(_data(found, effects, analyzed, shares, not_modeled, rate), "\n\n".join(lines))
+    lines.append("\n".join([*note_words(trace), *(f"not modeled: {each}" for each in not_modeled)]))
+    data = {**_data(found, effects, analyzed, shares, not_modeled, rate), "notes": trace.notes}
+    speaker.result(data, "\n\n".join(lines))
 
 
 def _explain_pools(
@@ -175,7 +176,7 @@ def _explain_pools(
     lines += [f"{role} pool\n{_steps_text(each)}" for role, each in zip(roles, found.pools)]
     if not all(each.modeled.measured for each in steps):
         lines.append(NOT_MEASURED)
-    lines.append("\n".join(f"not modeled: {each}" for each in not_modeled))
+    lines.append("\n".join([*note_words(trace), *(f"not modeled: {each}" for each in not_modeled)]))
     pools = {
         role: {"steps": each.steps, "occupancy": each.occupancy, "busy_share": each.busy_share}
         for role, each in zip(roles, found.pools)
@@ -186,6 +187,7 @@ def _explain_pools(
         "pools": pools,
         "preemptions": found.run.result.preemptions,
         "not_modeled": not_modeled,
+        "notes": trace.notes,
     }
     speaker.result(data, "\n\n".join(lines))
 

@@ -15,6 +15,7 @@ from .source_options import EXISTING
 from .studies import NOT_MEASURED, storage_option
 
 if TYPE_CHECKING:
+    from ..runtime.model_shape import ModelShape
     from ..runtime.spec import Deployment
 
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 @click.option("--target", type=click.Choice(["vllm"]), default="vllm", show_default=True)
 @click.option("--engine-version", help="Of the engine that will read it; default: the one we tested.")
 @click.option("--allow-untested", is_flag=True, help="Accept a version that was not tested.")
-@click.option("-o", "--output", type=OUTPUT, help="Write the engine's YAML config here.")
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT,
+    help="Write the engine's YAML config here; a disaggregated spec's two beside it: x.prefill.yaml, x.decode.yaml.",
+)
 @speaks
 def export(
     speaker: Speaker, spec: str, target: str, engine_version: str | None, allow_untested: bool, output: str | None
@@ -36,20 +42,28 @@ def export(
     from ..optimizer.export.vllm import export as to_vllm
     from ..profiler.hardware import as_cataloged
     from ..runtime.spec import load_deployment
-    from ..traces.whole_file import write_whole
 
     deployment = as_cataloged(load_deployment(spec))
     if deployment.is_disaggregated:
         _export_pools(speaker, deployment, engine_version, allow_untested, output)
         return
     exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
-    if output is not None:
-        write_whole(output, exported.config)
     if deployment.provenance is not None and not deployment.provenance.measured:
         speaker.warn(f"{NOT_MEASURED}; no server was measured with these arguments")
     for each in exported.not_translated:
         speaker.warn(each)
-    speaker.result(exported, shell_command(exported.env, exported.argv))
+    written = _written({} if output is None else {output: exported.config}, speaker)
+    speaker.result({**vars(exported), "written": written}, shell_command(exported.env, exported.argv))
+
+
+def _written(configs: dict[str, str], speaker: Speaker) -> list[str]:
+    """Path -> content, each written and said on stderr: stdout has the command alone."""
+    from ..traces.whole_file import write_whole
+
+    for path, config in configs.items():
+        write_whole(path, config)
+        speaker.note(f"wrote {path}")
+    return list(configs)
 
 
 def _export_pools(
@@ -57,14 +71,16 @@ def _export_pools(
 ) -> None:
     """A command for each pool, and what stands before them; YAML of both beside each other."""
     from ..optimizer.export.vllm_phases import export_phases
-    from ..traces.whole_file import write_whole
 
-    found = export_phases(deployment, engine_version=engine_version, allow_untested=allow_untested)
+    shape = _shape_if_here(deployment.model)
+    found = export_phases(deployment, engine_version=engine_version, allow_untested=allow_untested, shape=shape)
     servers = {"prefill": found.prefill, "decode": found.decode}
+    configs = {}
     if output is not None:
         path = Path(output)
-        for role, server in servers.items():
-            write_whole(path.with_name(f"{path.stem}.{role}{path.suffix}"), server.config)
+        configs = {
+            str(path.with_name(f"{path.stem}.{role}{path.suffix}")): each.config for role, each in servers.items()
+        }
     told = [*found.prefill.not_translated, *found.decode.not_translated, *found.notes]
     for each in dict.fromkeys(told):
         speaker.warn(each)
@@ -72,7 +88,19 @@ def _export_pools(
         f"# {role} server, {found.servers[role]} of them\n{shell_command(server.env, server.argv)}"
         for role, server in servers.items()
     ]
-    speaker.result(found, "\n\n".join(text))
+    written = _written(configs, speaker)
+    speaker.result({**vars(found), "written": written}, "\n\n".join(text))
+
+
+def _shape_if_here(model: str) -> ModelShape | None:
+    """None: its folder is on another machine, or of a kind that vLLM may know and we do not."""
+    from ..runtime.config_fields import BadModel
+    from ..runtime.model_shape import ModelShape, resolve_model
+
+    try:
+        return ModelShape.load(resolve_model(model))
+    except BadModel:
+        return None
 
 
 def shell_command(env: dict[str, str], argv: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from .numbers import NOT_NEGATIVE
 if TYPE_CHECKING:
     from ..optimizer.head_room import HeadRoom
     from ..traces.confidence import Estimate
+    from ..traces.metrics import Target
+    from ..traces.trace import Trace
     from ..traces.worst_window import WorstWindow
 
 
@@ -30,6 +32,16 @@ def protocol_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def note_words(trace: Trace) -> list[str]:
+    """What reading the log left out or changed."""
+    return [f"note: {note}" for note in trace.notes]
+
+
+def missed_words(missed: Sequence[tuple[Target, float]]) -> list[str]:
+    """Targets that a simulated run does not hold, each with its percentile in seconds."""
+    return [f"missed: {target} (simulated {milliseconds(value_s)} ms)" for target, value_s in missed]
 
 
 def samples_text(found: Sequence[Estimate]) -> str:

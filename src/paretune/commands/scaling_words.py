@@ -27,10 +27,12 @@ _MOST_CHANGES = 12
 _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--autoscale": ("limits", {"metavar": "MIN:MAX", "help": "So many replicas, by load; in place of the spec's."}),
     "--cold-start": ("cold_start_s", {"type": NOT_NEGATIVE, "help": "Seconds until a new replica takes requests."}),
-    "--load-rate": ("load_gb_per_s", {"type": POSITIVE, "help": "Or infer them: GB/s at which weights load."}),
+    "--load-rate": ("load_gb_per_s", {"type": POSITIVE, "help":
+        "Or infer them: GB/s at which a replica, all ranks together, loads weights (bytes of weight_dtype)."}),
     "--start-time": ("start_s", {"type": NOT_NEGATIVE, "help": "With --load-rate: seconds besides."}),
     "--autoscale-metric": ("metric", {"type": METRICS, "help": "Of the replicas together; default: num_requests."}),
-    "--autoscale-target": ("target", {"type": POSITIVE, "help": "Of it per replica; default: 70 % of max_num_seqs."}),
+    "--autoscale-target": ("target", {"type": POSITIVE, "help":
+        "Of it per replica; default: of num_requests 70 % of max_num_seqs, of num_requests_waiting 5, else none."}),
     "--sync-period": ("sync_period_s", {"type": POSITIVE, "help": "Seconds between two looks at it; default: 15."}),
     "--scale-down-window": ("window_s", {"type": NOT_NEGATIVE, "help": "The most wanted in it stay; default: 300 s."}),
 }  # fmt: skip
@@ -90,7 +92,7 @@ class Scaling:
         elif self.load_gb_per_s is not None:
             cold_start_s = inferred_cold_start_s(shape, pool, self.load_gb_per_s * 1e9, self.start_s or 0.0)
         else:
-            raise click.UsageError("how long does a new replica take? give --cold-start, or --load-rate to infer it")
+            raise click.UsageError("--autoscale: how long a new replica takes: give --cold-start, or --load-rate")
         metric = self.metric or "num_requests"
         asked = Autoscaler(
             min_replicas=int(found[1]),

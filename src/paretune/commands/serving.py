@@ -13,9 +13,9 @@ from ..output import Speaker, speaks, table
 from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE
-from .run_words import milliseconds, protocol_options, samples_text, worst_text
+from .run_words import milliseconds, note_words, protocol_options, samples_text, worst_text
 from .source_options import EXISTING
-from .studies import goodput_of, summary_table
+from .studies import check_k, goodput_of, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5
@@ -144,6 +144,7 @@ def replay(
     \b
     Example: paretune replay log.parquet --url http://127.0.0.1:8000
     """
+    from ..optimizer.capacity import Owed
     from ..profiler.analyze import save_run
     from ..profiler.replay import replay as run
     from ..traces import read
@@ -157,6 +158,7 @@ def replay(
     recorded = read(log)
     arrivals = waiting.arrivals(recorded, rate, ramp_s)
     trace = protocol.applied(recorded)
+    check_k(k, trace.targets)
     with speaker.progress("replaying") as report:
         result = run(
             trace,
@@ -175,25 +177,26 @@ def replay(
         save_run(record, trace, result, rate)
     counted = protocol.counted(result.times)
     summary = summarize(result.times, counted)
+    goodput_per_s = goodput_of(result.times, Owed(trace, trace.targets, counted))
     samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
-    text = (
-        f"{summary_table(summary, goodput_of(result.times, trace))}\n{samples_text(samples)}\n{worst_text(worst)}\n"
-        f"{protocol.words(result.times)}\n{arrival_words(arrivals, rate)}\n{schedule_kept(result.schedule_error_s)}"
-    )
+    lines = [summary_table(summary, goodput_per_s), samples_text(samples), worst_text(worst)]
+    lines += [protocol.words(result.times), arrival_words(arrivals, rate), *note_words(trace)]
+    lines.append(schedule_kept(result.schedule_error_s))
     data = {
         "summary": summary.to_dict(),
         "samples": plain(samples),
         "worst_window": worst,
         "protocol": vars(protocol),
         "arrivals": arrival_words(arrivals, rate).split("\n"),
-        "goodput_per_s": goodput_of(result.times, trace),
+        "notes": trace.notes,
+        "goodput_per_s": goodput_per_s,
         "schedule_error_s": result.schedule_error_s,
         "errors": result.errors,
         "server": result.server,
         "client_cpu_s": result.client_cpu_s,
     }
     exit_code = 1 if result.errors else 0
-    speaker.result(data, text, exit_code)
+    speaker.result(data, "\n".join(lines), exit_code)
     sys.exit(exit_code)
 
 
@@ -272,11 +275,13 @@ def verify(
         lines.append(f"{inside} of {len(rows)} measured values lie inside their interval")
     lines += [f"{'met' if met else 'MISSED'}: {target}" for target, met in found.met.items()]
     lines.append(f"{found.summary.finished:,} of {found.summary.requests:,} requests finished")
-    lines += [samples_text(found.samples), worst_text(found.worst), protocol.words(result.times)]
+    lines += [samples_text(found.samples), worst_text(found.worst), protocol.words(result.times), *note_words(trace)]
     lines.append(schedule_kept(found.schedule_error_s))
     exit_code = 0 if found.passed else VERIFICATION_FAILED
     speaker.result(
-        {"verification": found, "protocol": vars(protocol), "passed": found.passed}, "\n".join(lines), exit_code
+        {"verification": found, "protocol": vars(protocol), "notes": trace.notes, "passed": found.passed},
+        "\n".join(lines),
+        exit_code,
     )
     sys.exit(exit_code)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,18 +15,26 @@ from . import two_pools
 from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
-from .run_words import milliseconds, protocol_options, room_text, samples_text, worst_text
+from .run_words import (
+    milliseconds,
+    missed_words,
+    note_words,
+    protocol_options,
+    room_text,
+    samples_text,
+    worst_text,
+)
 from .scaling_words import Scaling, autoscale_options, autoscaler_words, elastic_text
 from .source_options import EXISTING, calibration_option, profile_option, table_options
 from .traces import LOG
 
 if TYPE_CHECKING:
+    from ..optimizer.capacity import Owed
     from ..optimizer.front import Evaluation
     from ..optimizer.study import Study
     from ..profiler.table_choice import TableChoice
     from ..runtime.spec import Prediction
-    from ..traces.metrics import RequestTimes, Summary
-    from ..traces.trace import Trace
+    from ..traces.metrics import RequestTimes, Summary, Target
 
 NOTHING_FEASIBLE = 3
 OUT_OF_TIME = 75
@@ -45,11 +53,18 @@ accelerator_option = click.option(
 )
 
 
-def goodput_of(times: RequestTimes, trace: Trace) -> float | None:
-    """Requests per second that met the trace's targets; None where it has none."""
+def goodput_of(times: RequestTimes, owed: Owed) -> float | None:
+    """Requests per second that met their targets, of those that count; None where there are none."""
     from ..traces.metrics import goodput
 
-    return goodput(times, trace) if trace.targets else None
+    return goodput(times, owed, owed.counted) if owed.targets else None
+
+
+def check_k(k: int, targets: Sequence[Target]) -> None:
+    """Raises: UsageError: a target on another TTF-k than a run with this k tells."""
+    others = [target for target in targets if target.metric.name == "ttf" and target.metric.k not in (1, k)]
+    if others:
+        raise click.UsageError(f"-k: found {k}; {others[0]} asks for another: give -k {others[0].metric.k}")
 
 
 def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
@@ -80,7 +95,9 @@ def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
 @click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
 @click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
 @click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
-@click.option("--size", is_flag=True, help="Of a prefill and a decode pool: also the replicas that hold at least cost.")
+@click.option(
+    "--size", is_flag=True, help="Of a disaggregated spec: also the replicas, up to 256, that hold at least cost."
+)
 @arrival_options
 @autoscale_options
 @protocol_options
@@ -111,7 +128,7 @@ def simulate(
     Example: paretune simulate log.parquet --spec out/spec.yaml
     """
     from ..optimizer.bill import run_cost
-    from ..optimizer.capacity import check_governed, k_of
+    from ..optimizer.capacity import Owed, check_governed, k_of
     from ..optimizer.elastic_fleet import ELASTIC_LEAVES_OUT, compared
     from ..optimizer.head_room import head_room, survivors
     from ..optimizer.sources import Sources
@@ -134,6 +151,11 @@ def simulate(
     if (survive or ask_head_room or size) and not targets:
         raise click.UsageError("--survive, --head-room and --size ask whether targets hold: give --slo")
     k = k or k_of(target.metric for target in targets)
+    check_k(k, targets)
+    if size and warm_up_s:
+        raise click.UsageError("--size: its runs count every request: leave out --warm-up")
+    if warm_up_s and (survive or ask_head_room):
+        speaker.warn("--survive and --head-room count every request: --warm-up leaves none out there")
     if deployment.is_disaggregated:
         two_pools.check_options(
             {"--calibration": calibration_path, **tables.flags(), "--survive": survive, "--head-room": ask_head_room,
@@ -145,7 +167,7 @@ def simulate(
         )  # fmt: skip
         return
     if size:
-        raise click.UsageError("--size: for a spec with a prefill and a decode pool; `tune --cost sizing` has one pool")
+        raise click.UsageError("--size: for a disaggregated spec; `tune --cost sizing` is for one pool")
     arrivals = waiting.arrivals(recorded, rate, ramp_s)
     pool = deployment.pool
     sources = Sources.of(
@@ -166,9 +188,13 @@ def simulate(
     if autoscaler is not None:
         pool = pool.model_copy(update={"replicas": autoscaler.max_replicas})
         fixed = run(trace, pool, modeled.tables, **asked)
-        elastic = compared(result, fixed, pool, sources, autoscaler=autoscaler, cold_start_inferred=scaling.inferred)
+        elastic = compared(
+            result, fixed, pool, sources, autoscaler=autoscaler, cold_start_inferred=scaling.inferred, protocol=protocol
+        )
     counted = protocol.counted(result.times)
     summary = summarize(result.times, counted)
+    owed = Owed(trace, targets, counted)
+    goodput_per_s, missed = goodput_of(result.times, owed), violations(result.times, owed)
     label = "" if modeled.measured else f"\n{NOT_MEASURED}"
     not_modeled = modeled.not_modeled
     if deployment.engine != "paretune":
@@ -177,9 +203,9 @@ def simulate(
         not_modeled, label = (other, *not_modeled), f"{label}\nnot modeled: {other}"
     samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
     text = (
-        f"{summary_table(summary, goodput_of(result.times, trace))}\n"
+        f"{summary_table(summary, goodput_per_s)}\n"
         f"{samples_text(samples)}\n{worst_text(worst)}\n{protocol.words(result.times)}\n"
-        f"{arrival_words(arrivals, rate)}\n{''.join(f'note: {note}{chr(10)}' for note in trace.notes)}"
+        f"{arrival_words(arrivals, rate)}\n{''.join(f'{each}{chr(10)}' for each in note_words(trace))}"
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
         f"step times +-{modeled.relative_error:.0%}{label}"
     )
@@ -194,8 +220,7 @@ def simulate(
     else:
         cost = run_cost(result, pool, sources)
         text = "\n".join([text, *run_words(cost)])
-    for target, value in violations(result.times, trace):
-        text += f"\nmissed: {target} (simulated {milliseconds(value)} ms)"
+    text += "".join(f"\n{each}" for each in missed_words(missed))
     lost = survivors(trace, deployment, sources.step_model, targets, lost=survive, k=k, rate=rate) if survive else None
     room = None
     if lost is not None:
@@ -206,7 +231,9 @@ def simulate(
         text += f"\n{room_text(room)}"
     data = {
         "summary": summary.to_dict(),
-        "goodput_per_s": goodput_of(result.times, trace),
+        "goodput_per_s": goodput_per_s,
+        "targets": list(map(str, targets)),
+        "missed": {str(target): value for target, value in missed},
         "samples": plain(samples),
         "worst_window": worst,
         "protocol": vars(protocol),
@@ -340,6 +367,7 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     text = [
         _curve(study),
         *sheet_words(sheets, deployment_words),
+        *(f"note: {note}" for note in study.trace_notes),
         f"study {study.name}: {found.points:,} points, {found.simulated:,} simulated, {found.measured} measured"
         + ("" if study.complete else "; out of time, type the same command again to go on"),
     ]
@@ -348,7 +376,8 @@ def tune(speaker: Speaker, log: str, **options: Any) -> None:
     if not study.front.points:
         text.append(f"no candidate is feasible; the default: {study.default.reason}")
     exit_code = OUT_OF_TIME if not study.complete else 0 if study.front.points else NOTHING_FEASIBLE
-    speaker.result({**_study_data(study), "price_sheets": sheets.to_dict()}, "\n".join(text), exit_code)
+    data = {**_study_data(study), "notes": study.trace_notes, "price_sheets": sheets.to_dict()}
+    speaker.result(data, "\n".join(text), exit_code)
     sys.exit(exit_code)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..output import Speaker, table
-from .run_words import milliseconds, samples_text, worst_text
+from .arrival_words import arrival_words
+from .run_words import milliseconds, missed_words, note_words, samples_text, worst_text
 
 if TYPE_CHECKING:
     from ..optimizer.bill import RunCost
@@ -37,6 +38,7 @@ def simulate_pools(
     size: bool,
 ) -> None:
     """Serve a trace with both pools on one virtual clock, and print it as `simulate` prints a run of one pool."""
+    from ..optimizer.capacity import Owed
     from ..optimizer.sources import Sources
     from ..profiler.disaggregated import NOT_MODELED, simulate_disaggregated
     from ..profiler.kv_transfer import transfer_link, transferred_bytes
@@ -59,6 +61,8 @@ def simulate_pools(
     result = run.result
     counted = protocol.counted(result.times)
     summary = summarize(result.times, counted)
+    owed = Owed(trace, targets, counted)
+    goodput_per_s, missed = goodput_of(result.times, owed), violations(result.times, owed)
     measured = all(each.measured for each in modeled)
     error = max(each.relative_error for each in modeled)
     not_modeled = [*modeled[0].not_modeled, *modeled[1].not_modeled, *link.not_modeled, *NOT_MODELED]
@@ -69,10 +73,12 @@ def simulate_pools(
     costs = _costs(run, deployment, sources)
     each_token = transferred_bytes(shape, prefill, decode).all_per_token
     text = [
-        summary_table(summary, goodput_of(result.times, trace)),
+        summary_table(summary, goodput_per_s),
         samples_text(samples),
         worst_text(worst),
         protocol.words(result.times),
+        arrival_words(None, rate),
+        *note_words(trace),
         f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
         f"step times +-{error:.0%}",
         _speculation_text(run, decode),
@@ -80,17 +86,21 @@ def simulate_pools(
         _transfer_text(run, link, each_token),
         *_cost_words(costs),
         *(() if measured else (NOT_MEASURED,)),
-        *(f"missed: {each} (simulated {milliseconds(value)} ms)" for each, value in violations(result.times, trace)),
+        *missed_words(missed),
     ]
     sized = _sized(trace, deployment, sources, targets, k, rate) if size else None
     text += [] if sized is None else [sized.words]
     text += [f"not modeled: {each}" for each in not_modeled]
     data = {
         "summary": summary.to_dict(),
-        "goodput_per_s": goodput_of(result.times, trace),
+        "goodput_per_s": goodput_per_s,
+        "targets": list(map(str, targets)),
+        "missed": {str(target): value for target, value in missed},
         "samples": plain(samples),
         "worst_window": worst,
         "protocol": vars(protocol),
+        "arrivals": arrival_words(None, rate).split("\n"),
+        "notes": trace.notes,
         "steps": result.steps,
         "preemptions": result.preemptions,
         "rejected": result.rejected,
@@ -109,10 +119,10 @@ def simulate_pools(
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises: UsageError: what a run of one pool alone can be asked."""
+    """Raises: UsageError: what a spec of one pool alone can be asked."""
     given = [name for name, value in options.items() if value]
     if given:
-        raise click.UsageError(f"{', '.join(given)}: for a spec of one pool; this one has a prefill and a decode pool")
+        raise click.UsageError(f"{', '.join(given)}: for a spec of one pool; this one is disaggregated")
 
 
 def _sized(
