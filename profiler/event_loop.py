@@ -24,11 +24,14 @@ from ..runtime.decode_runs import (
     join_run,
     lacks_last_token,
     leave_run,
+    name_filled,
+    name_passes_on,
     next_decoding,
+    next_lookup,
     prepare_step,
     take_blocks,
 )
-from ..runtime.scheduler import commit, schedule, schedule_behind
+from ..runtime.scheduler import commit, schedule_behind
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
     NUM_RUNNING,
@@ -63,6 +66,7 @@ from .loop_notes import (
     note_ended,
     note_run,
     note_tokens,
+    schedule_carrying,
 )
 from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, decode_steps, fills_s
 
@@ -108,7 +112,7 @@ def run_replica(
     jump: requests that decode are a run while they can be. It is left before this returns.
     stop_at_end: pause after the step with which a request ends, before anybody else is admitted.
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
-    many as the cursor says; cursor (7,) int64: in the places named above; clock (2, or more,) float64: now, and busy
+    many as the cursor says; cursor (8,) int64: in the places named above; clock (2, or more,) float64: now, and busy
     seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
     """
     client_s = tables.request_s[1]
@@ -171,6 +175,8 @@ def run_replica(
                     clock[0] = coming_s
                 else:
                     status = DRAINED
+            else:
+                copied = plan.counts[PLAN_COPIES]
             continue
         samples, decode_context, pairs = composition(plan, tables.prompt_pairs)
         step_s = composed_time_s(
@@ -188,6 +194,7 @@ def run_replica(
                 next_kth = _note_kth(state, run, times, k, 1, now_s, step_s, 0.0, client_s)
             run.counts[STEP] += 1
             context += rows
+            name_filled(state, run, run.counts[STEP])  # before `commit` names those of the others
             if run.counts[NEXT_END] == run.counts[STEP]:
                 context -= end_rows(state, plan, run)
         commit(state, plan)
@@ -285,6 +292,7 @@ def _decode(
     client_s = tables.request_s[1]
     now_s, counts = clock[0], run.counts
     copied_s = copies_s(tables, plan)  # for the first step
+    looking = state.counts[NUM_WAITING] > 0 and counts[ROWS] < state.limits[MAX_NUM_SEQS]
     goes_on = True
     while True:
         rows, step = counts[ROWS], counts[STEP]
@@ -294,11 +302,17 @@ def _decode(
         # with every lane taken a newcomer changes nothing before somebody ends
         if steps > 1 and coming_s < math.inf and rows < state.limits[MAX_NUM_SEQS]:
             steps = _steps_until(coming_s, now_s, first_s, growth_s, steps)
+        if looking:
+            steps = min(steps, next_lookup(state, run) - step)
         # each step waits for the blocks that it pushes to the host; and who finds fewer of its blocks there than before
         # may need less to begin with (admission first_chunk)
-        evicting = state.host_blocks.ref_count.shape[0] > 0 and evicts(state, run, step + steps)
-        if evicting or copied_s > 0.0:
+        evicting = evicts(state, run, step + steps)
+        to_host = evicting and state.host_blocks.ref_count.shape[0] > 0
+        if to_host or copied_s > 0.0:
             steps = 1
+        if evicting:
+            name_filled(state, run, step)
+            steps = name_passes_on(state, run, step + steps) - step
         plan.counts[PLAN_COPIES] = 0
         steps = take_blocks(state, plan, run, step + steps) - step
         if steps == 0:
@@ -321,7 +335,9 @@ def _decode(
             others = state.counts[NUM_WAITING] + state.counts[NUM_RUNNING] - counts[ROWS]
             if counts[ROWS] == 0 or others > 0 or not goes_on or stop_at_end:
                 break
-        if evicting or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
+        if to_host or coming_s <= now_s or cursor[RUNS] == gaps.run_steps.shape[0]:
+            break
+        if looking and next_lookup(state, run) <= counts[STEP]:
             break
     clock[0] = now_s
     return context, next_kth, goes_on
@@ -371,7 +387,7 @@ def run_pipeline(
         while cursor[BEGUN] - cursor[STEPS] < stages:
             number = cursor[BEGUN] % stages
             plan = plans[number]
-            schedule(state, plan)
+            schedule_carrying(state, plan, cursor)
             size = plan.counts[PLAN_SIZE]
             if size == 0:
                 break

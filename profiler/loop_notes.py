@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler import add_request
+from ..runtime.scheduler import add_request, schedule_behind
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
+    PLAN_COPIES,
     PLAN_FINISHED,
     PLAN_SIZE,
     Plan,
@@ -36,6 +37,7 @@ ENDED = 3
 BEGUN = 4  # steps, of a pipeline
 RUNS = 5  # of Gaps
 SINGLES = 6  # of Gaps
+COPIED = 7  # blocks, by a plan that came to nothing: for the next one
 
 METRIC_CODE = {"ttft": 0, "ttf": 1, "tpot": 2, "e2e": 3}
 
@@ -139,6 +141,18 @@ def admit(state: State, requests: Requests, queue: NDArray[np.int64], cursor: ND
             return False
         cursor[ARRIVED] += 1
     return True
+
+
+@njit
+def schedule_carrying(state: State, plan: Plan, cursor: NDArray[np.int64]) -> None:
+    """`schedule`, but the copies of a plan that came to nothing are not forgotten: the next step waits for them.
+
+    Who is preempted by swap leaves such a plan where nobody else can run, and those in flight keep their blocks.
+    """
+    plan.counts[:] = 0
+    plan.counts[PLAN_COPIES] = cursor[COPIED]
+    schedule_behind(state, plan, 0)
+    cursor[COPIED] = plan.counts[PLAN_COPIES] if plan.counts[PLAN_SIZE] == 0 else 0
 
 
 @njit

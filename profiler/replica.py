@@ -100,7 +100,7 @@ class Replica:
         )
         self.queue = np.zeros(_FIRST_PLACES, np.int64) if queue is None else queue
         self.ended = np.zeros_like(self.queue)
-        self.cursor = np.zeros(7, np.int64)
+        self.cursor = np.zeros(8, np.int64)
         self.cursor[QUEUED] = 0 if queue is None else len(queue)
         self.clock = np.zeros(3 + pool.pipeline_parallel_size)
         self._outstanding_tokens = 0

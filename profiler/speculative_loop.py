@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
-from ..runtime.scheduler import commit, schedule
+from ..runtime.scheduler import commit
 from ..runtime.scheduler_state import NUM_RUNNING, PLAN_PREEMPTED, PLAN_SIZE, PLAN_TOKENS, Plan, State
 from ..runtime.speculation import room_for_drafts
 from .loop_notes import (
@@ -35,6 +35,7 @@ from .loop_notes import (
     has_room,
     note_ended,
     note_tokens,
+    schedule_carrying,
 )
 from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
 
@@ -166,7 +167,7 @@ def run_speculative(
             status = PAUSED
             break
         propose(state, chances)
-        schedule(state, plan)
+        schedule_carrying(state, plan, cursor)
         size = plan.counts[PLAN_SIZE]
         if size == 0:
             if plan.counts[PLAN_PREEMPTED] > 0:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..kernels.jit import njit
 from ..runtime import kv_cache
-from ..runtime.scheduler import commit, schedule
+from ..runtime.scheduler import commit
 from ..runtime.scheduler_state import (
     NUM_RUNNING,
     NUM_WAITING,
@@ -38,6 +38,7 @@ from .loop_notes import (
     admit,
     note_ended,
     note_token_times,
+    schedule_carrying,
 )
 from .speculative_loop import Chances, accept, draft_time_s, propose
 from .step_limits import RESOURCES, LimitTables
@@ -117,7 +118,7 @@ def record_replica(
             plan = plans[number]
             if speculates:
                 propose(state, chances)
-            schedule(state, plan)
+            schedule_carrying(state, plan, cursor)
             for i in range(plan.counts[PLAN_PREEMPTED]):
                 request = state.request_id[plan.preempted[i]]
                 count_wait(record, sums, stages, request, now_s)

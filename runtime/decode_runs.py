@@ -2,10 +2,13 @@
 
 Between two events such a batch does not change, so the simulator jumps over many steps; and while others compute their
 prompts beside it, every step still does the same with all its rows. So a run counts its steps once for all rows, and
-takes the blocks that they need from the pool as they need them, without saying yet whose they are: what an arrival or
-an end costs does not grow with those that go on. What each has computed is written down when somebody asks for it: when
-it ends, before prefixes are looked up that it may have completed, and when the run is left. `schedule` and `commit` for
-each step would have done the same.
+takes the blocks that they need from the pool as they need them, without saying yet whose they are. What each has
+computed is written down when somebody asks for it: when it fills a block that has a hash, when it ends, and when the
+run is left. `schedule` and `commit` for each step would have done the same.
+
+Which of several blocks with equal content has the name depends on which was full first, and on what was evicted before.
+So blocks are named late, but in the order in which they were filled (`name_filled`), before others are named, looked up
+or evicted; within a jump over steps that evicts, before the first that may have given a name away (`name_passes_on`).
 
 A run's rows are the first of `State.running`. Those behind them are scheduled in the usual way (`schedule_behind`),
 and join the run when they lack nothing but their last token.
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..kernels.jit import njit
 from . import kv_cache
-from .request_blocks import blocks_of, hold_in, remember_full_blocks
+from .request_blocks import blocks_of, hold_in, remember_full_blocks, span_hash
 from .scheduler import count_answer, most_tokens, release_request
 from .scheduler_state import (
     ADMISSION,
@@ -46,7 +49,7 @@ STEP = 1
 HELD_UNTIL = 2
 NUM_BLOCKS = 3
 NEXT_END = 4
-HASHED = 5
+NEXT_NAMING = 5
 
 NEVER = 1 << 62  # a step that does not come
 
@@ -61,7 +64,7 @@ class DecodeRun(NamedTuple):
     crossing  (block_size,) int64    rows by their turn
     blocks    (num_kv_blocks,) int32 blocks taken for the rows that are in nobody's block table yet
     counts    (6,) int64             rows; steps done; up to which step blocks are taken; those in `blocks`; the next
-                                     `end`; rows that may complete blocks whose content others look for
+                                     `end`; the next `naming`
     """
 
     start: NDArray[np.int64]
@@ -113,6 +116,7 @@ def begin_run(state: State, run: DecodeRun) -> int:
         return 0
     run.counts[:] = 0
     run.counts[NEXT_END] = NEVER
+    run.counts[NEXT_NAMING] = NEVER
     run.crossing[:] = 0
     context = 0
     for _ in range(first):
@@ -140,14 +144,15 @@ def join_run(state: State, run: DecodeRun) -> int:
     run.crossing[run.turn[row]] += 1
     run.naming[row] = _next_naming(state, run, slot)
     counts[NEXT_END] = min(counts[NEXT_END], run.end[row])
-    counts[HASHED] += _is_hashed(state, slot)
+    counts[NEXT_NAMING] = min(counts[NEXT_NAMING], run.naming[row])
     counts[ROWS] += 1
     return int(computed + 1)
 
 
 @njit
-def _is_hashed(state: State, slot: int) -> bool:
-    return bool(state.num_hashes[slot] > 0 and state.limits[PREFIX_CACHING] != 0)
+def _hashed_blocks(state: State, slot: int) -> int:
+    """Blocks of a request, from its start, whose content others may look for."""
+    return int(state.num_hashes[slot] * state.limits[BLOCKS_PER_HASH] * state.limits[PREFIX_CACHING])
 
 
 @njit
@@ -201,15 +206,16 @@ def _blocks_of_steps(run: DecodeRun, remainder: int, steps: int) -> int:
 def prepare_step(state: State, plan: Plan, run: DecodeRun, beside: bool) -> bool:
     """Empty the plan and take the blocks of the run's next step; False: leave the run, and schedule the step whole.
 
-    beside: `schedule_behind` follows. Then what the rows have computed is named, as far as others may look for it.
+    beside: `schedule_behind` follows. Then the blocks that the rows fill are named, as far as others may look for them.
     """
     plan.counts[:] = 0
     step = run.counts[STEP]
+    name_filled(state, run, step)
     if take_blocks(state, plan, run, step + 1) == step:
         return False
     if not beside:
         return True
-    rows, size = run.counts[ROWS], state.limits[BLOCK_SIZE]
+    rows = run.counts[ROWS]
     most, needed = most_tokens(state), 0
     for index in range(rows, state.counts[NUM_RUNNING]):
         slot = slot_at(state.running, index)
@@ -217,15 +223,25 @@ def prepare_step(state: State, plan: Plan, run: DecodeRun, beside: bool) -> bool
         needed += max(0, blocks_of(state, tokens) - state.num_blocks[slot])
     if needed > kv_cache.num_available(state.blocks):
         return False
-    if state.counts[NUM_WAITING] > 0:
-        if state.limits[ADMISSION] == ESTIMATED_PEAK:
-            return False  # which looks at everybody's tokens
-        if run.counts[HASHED] > 0:
-            planned = int(state.limits[POLICY] == VLLM_V1)
-            if planned and size == 1:
-                return False
-            _name_computed(state, run, planned)
+    if state.counts[NUM_WAITING] > 0 and state.limits[ADMISSION] == ESTIMATED_PEAK:
+        return False  # which looks at everybody's tokens
+    planned = step + _steps_named_ahead(state)
+    if run.counts[NEXT_NAMING] <= planned and state.limits[BLOCK_SIZE] == 1:
+        return False  # a block that nothing is in yet is in nobody's table
+    name_filled(state, run, planned)
     return True
+
+
+@njit
+def _steps_named_ahead(state: State) -> int:
+    """By how many steps a block is named before it is full: policy vllm_v1 names what it plans."""
+    return int(state.limits[POLICY] == VLLM_V1)
+
+
+@njit
+def next_lookup(state: State, run: DecodeRun) -> int:
+    """Count of steps at which somebody who waits may find a block more than now; NEVER where none is to be named."""
+    return int(run.counts[NEXT_NAMING] - _steps_named_ahead(state))
 
 
 @njit
@@ -233,21 +249,53 @@ def _next_naming(state: State, run: DecodeRun, slot: int) -> int:
     """Count of steps at which a row, just written down, fills a block that has a hash."""
     size, computed = state.limits[BLOCK_SIZE], state.num_computed_tokens[slot]
     full = computed // size
-    if not _is_hashed(state, slot) or full >= state.num_hashes[slot] * state.limits[BLOCKS_PER_HASH]:
+    if full >= _hashed_blocks(state, slot):
         return NEVER
     return int(run.counts[STEP] + (full + 1) * size - computed)
 
 
 @njit
-def _name_computed(state: State, run: DecodeRun, planned: int) -> None:
-    """Name the blocks that rows have filled since they were named last, or fill with so many tokens more."""
+def name_filled(state: State, run: DecodeRun, until: int) -> None:
+    """Name the blocks with a hash that rows fill by this count of steps (under vllm_v1 that of the step to come), the
+    one filled first before the others; of those filled in one step, in the order of rows."""
+    counts, size = run.counts, state.limits[BLOCK_SIZE]
+    while counts[NEXT_NAMING] <= until:
+        step, following = counts[NEXT_NAMING], NEVER
+        for row in range(counts[ROWS]):
+            if run.naming[row] == step:
+                slot = slot_at(state.running, row)
+                filled = run.start[row] + step
+                write_down(state, run, row)
+                remember_full_blocks(state, slot, filled - size, filled)
+                run.naming[row] = step + size if filled // size < _hashed_blocks(state, slot) else NEVER
+            following = min(following, run.naming[row])
+        counts[NEXT_NAMING] = following
+
+
+@njit
+def name_passes_on(state: State, run: DecodeRun, until: int) -> int:
+    """The first count of steps, `until` at most, at which a row fills a block whose content has a name that nobody
+    holds: once that block is evicted the name would be the row's. All that is filled has been named.
+
+    Under vllm_v1 each of them has the name anyway.
+    """
+    if run.counts[NEXT_NAMING] >= until or state.limits[POLICY] == VLLM_V1:
+        return until
+    size, per_hash = state.limits[BLOCK_SIZE], state.limits[BLOCKS_PER_HASH]
     for row in range(run.counts[ROWS]):
-        if run.naming[row] <= run.counts[STEP] + planned:
-            slot = slot_at(state.running, row)
-            before = state.num_computed_tokens[slot]
-            write_down(state, run, row)
-            remember_full_blocks(state, slot, before, state.num_computed_tokens[slot] + planned)
-            run.naming[row] = _next_naming(state, run, slot)
+        step = run.naming[row]
+        if step >= until:
+            continue
+        slot = slot_at(state.running, row)
+        index = (run.start[row] + step) // size - 1
+        while step < until and index < _hashed_blocks(state, slot):
+            content_hash = span_hash(state, slot, index // per_hash)
+            block = kv_cache.find(state.blocks, content_hash, index % per_hash)
+            if block >= 0 and state.blocks.ref_count[block] == 0:
+                until = step
+            step += size
+            index += 1
+    return int(until)
 
 
 @njit
@@ -266,29 +314,20 @@ def write_down(state: State, run: DecodeRun, row: int) -> None:
 
 
 @njit
-def _write_and_name(state: State, run: DecodeRun, row: int) -> None:
-    slot = slot_at(state.running, row)
-    before = state.num_computed_tokens[slot]
-    write_down(state, run, row)
-    if _is_hashed(state, slot):
-        remember_full_blocks(state, slot, before, state.num_computed_tokens[slot])
-
-
-@njit
 def end_rows(state: State, plan: Plan, run: DecodeRun) -> int:
     """End the requests whose last step was the one just done; they are added to `plan.finished`.
 
     Returns: their tokens, of prompts and answers.
     """
     counts = run.counts
+    name_filled(state, run, counts[STEP])
     kept = tokens = 0
-    next_end = NEVER
+    next_end = next_naming = NEVER
     for row in range(counts[ROWS]):
         slot = slot_at(state.running, row)
         if run.end[row] == counts[STEP]:
             run.crossing[run.turn[row]] -= 1
-            counts[HASHED] -= _is_hashed(state, slot)
-            _write_and_name(state, run, row)
+            write_down(state, run, row)
             tokens += state.num_tokens[slot]
             count_answer(state, slot)
             release_request(state, slot)
@@ -301,20 +340,23 @@ def end_rows(state: State, plan: Plan, run: DecodeRun) -> int:
             run.turn[kept] = run.turn[row]
             run.naming[kept] = run.naming[row]
             next_end = min(next_end, run.end[row])
+            next_naming = min(next_naming, run.naming[row])
             kept += 1
     for index in range(counts[ROWS], state.counts[NUM_RUNNING]):
         state.running[kept + index - counts[ROWS]] = state.running[index]
     state.counts[NUM_RUNNING] -= counts[ROWS] - kept
     counts[ROWS] = kept
     counts[NEXT_END] = next_end
+    counts[NEXT_NAMING] = next_naming
     return int(tokens)
 
 
 @njit
 def leave_run(state: State, run: DecodeRun) -> None:
     """Write down what every row has computed, and give back the blocks that were taken for a step that did not come."""
+    name_filled(state, run, run.counts[STEP])
     for row in range(run.counts[ROWS]):
-        _write_and_name(state, run, row)
+        write_down(state, run, row)
     for i in range(run.counts[NUM_BLOCKS]):
         kv_cache.release(state.blocks, run.blocks[i])
     run.counts[ROWS] = 0

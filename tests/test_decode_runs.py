@@ -15,6 +15,7 @@ from paretune.runtime.decode_runs import (
     end_rows,
     lacks_last_token,
     leave_run,
+    name_passes_on,
     new_decode_run,
     prepare_step,
     take_blocks,
@@ -34,8 +35,8 @@ from paretune.runtime.scheduler_state import (
 from .test_scheduler import cached_blocks, check_conservation, pool, run_step, running
 
 
-def decoding(seed: int, blocks: int, policy: str) -> tuple[State, Plan]:
-    """Requests that have computed their prompts; some have hashes that reach beyond these."""
+def decoding(seed: int, blocks: int, policy: str, alike: bool = False) -> tuple[State, Plan]:
+    """Requests that have computed their prompts; some have hashes that reach beyond these, alike: all the same."""
     rng = np.random.default_rng(seed)
     limits = pool(num_kv_blocks=blocks, max_num_batched_tokens=64)
     hashes = np.arange(1, 65, dtype=np.int64) * 7919
@@ -44,7 +45,7 @@ def decoding(seed: int, blocks: int, policy: str) -> tuple[State, Plan]:
     for number in range(4):
         prompt = int(rng.integers(1, 30))
         longest = int(rng.integers(2, 25))
-        add_request(state, number, prompt, prompt + longest, 16 * number, int(rng.integers(0, 6)))
+        add_request(state, number, prompt, prompt + longest, 0 if alike else 16 * number, int(rng.integers(0, 6)))
     while not running(state) or not all(lacks_last_token(state, slot) for slot in running(state)):
         run_step(state, plan)
     return state, plan
@@ -54,23 +55,30 @@ def contents(state: State) -> list[tuple[int, int]]:
     return [kv_cache.name_of(state.blocks, block) for block in cached_blocks(state.blocks)]
 
 
+def who_has_names(state: State) -> list[list[bool]]:
+    """Of each running request's blocks, whether others find it."""
+    tables = [state.block_table[state.lane[slot], : state.num_blocks[slot]] for slot in running(state)]
+    return [(state.blocks.content[blocks] != 0).tolist() for blocks in tables]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     blocks=st.sampled_from([20, 28, 60]),
     policy=st.sampled_from(POLICIES),
     stride=st.integers(1, 9),
+    alike=st.booleans(),
 )
-def test_a_run_leaves_what_single_steps_leave(seed: int, blocks: int, policy: str, stride: int) -> None:
-    state, plan = decoding(seed, blocks, policy)
+def test_a_run_leaves_what_single_steps_leave(seed: int, blocks: int, policy: str, stride: int, alike: bool) -> None:
+    state, plan = decoding(seed, blocks, policy, alike)
     assume(state.counts[NUM_WAITING] == 0)
-    other, other_plan = decoding(seed, blocks, policy)
+    other, other_plan = decoding(seed, blocks, policy, alike)
     run = new_decode_run(pool(num_kv_blocks=blocks))
     context = begin_run(state, run)
     assert context == sum(state.num_tokens[slot] for slot in running(state))
     ended: list[int] = []
     while run.counts[ROWS] > 0 and prepare_step(state, plan, run, False):
-        until = min(run.counts[STEP] + stride, run.counts[NEXT_END])
+        until = name_passes_on(state, run, min(run.counts[STEP] + stride, run.counts[NEXT_END]))
         run.counts[STEP] = take_blocks(state, plan, run, until)
         if run.counts[STEP] == run.counts[NEXT_END]:
             plan.counts[PLAN_FINISHED] = 0
@@ -94,6 +102,7 @@ def test_a_run_leaves_what_single_steps_leave(seed: int, blocks: int, policy: st
         assert mine.tolist() == theirs.tolist(), name
     assert kv_cache.num_available(state.blocks) == kv_cache.num_available(other.blocks)
     assert contents(state) == contents(other)
+    assert who_has_names(state) == who_has_names(other)
 
 
 def test_what_a_run_has_computed_is_named_before_others_look_for_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,28 @@ def test_the_parts_add_up_where_steps_wait_for_blocks_from_the_host() -> None:
     # every copy is waited for by at least one request, on the link to the host
     assert copies_s[:, LINKS].sum() >= 2e-3 * (result.blocks_to_host + result.blocks_from_host) > 0
     assert copies_s.sum() == copies_s[:, LINKS].sum()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_every_block_that_is_copied_takes_its_time_in_a_pipeline_too(stages: int) -> None:
+    """All requests are there from the beginning, so that time decides nothing, and only adds up."""
+    limits = pool(
+        num_kv_blocks=40, host_kv_blocks=200, preemption="swap", max_num_seqs=3, pipeline_parallel_size=stages
+    )  # fmt: skip
+    for seed in range(8):
+        at_once = replace(trace(40, 20.0, seed), arrival_s=np.zeros(40))
+        seconds = []
+        for block_copy_s in (0.0, 2e-3):
+            priced = tables(limits)._replace(block_copy_s=block_copy_s)
+            recorder = Recorder(limits_of(priced))
+            seen = simulate(at_once, limits, priced, recorder=recorder)
+            plain = simulate(at_once, limits, priced, jump=False)
+            np.testing.assert_allclose(seen.times.end_s, plain.times.end_s, rtol=1e-12)
+            assert recorder.record is not None
+            seconds.append(StepLog.of(recorder.record).seconds.sum())
+        copied = plain.blocks_to_host + plain.blocks_from_host
+        assert seconds[1] - seconds[0] == pytest.approx(2e-3 * copied, rel=1e-9)
+        assert copied > 0
 
 
 def check_parts(requests: Trace, limits: Pool, block_copy_s: float = 0.0) -> None:

@@ -39,19 +39,24 @@ def knobs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     }
 
 
-def repeated_prefixes(requests: Trace, seed: int, tokens: int = 16) -> Trace:
+def repeated_prefixes(requests: Trace, seed: int, tokens: int = 16, alike: bool = False) -> Trace:
     """The same requests with prefixes out of five families, a hash for so many tokens; the last hash of each is its
-    own, and covers the first tokens of its answer, too."""
-    family = np.random.default_rng(seed).integers(0, 5, len(requests))
-    whole, rest = np.divmod(requests.input_tokens.astype(np.int64), tokens)
+    own, and covers the first tokens of its answer, too.
+
+    alike: the prompts of a family are one prompt, and share the last hash as well.
+    """
+    rng = np.random.default_rng(seed)
+    family = rng.integers(0, 5, len(requests))
+    prompts = rng.integers(1, 130, 5)[family] if alike else requests.input_tokens.astype(np.int64)
+    whole, rest = np.divmod(prompts, tokens)
     each = [
-        [*(1000 * f + np.arange(n)), *([1_000_000 + i] if r else [])]
+        [*(1000 * f + np.arange(n)), *([1_000_000 + (f if alike else i)] if r else [])]
         for i, (f, n, r) in enumerate(zip(family, whole, rest))
     ]
     offsets = np.cumsum([0, *map(len, each)])
     hashes = np.array([hash for one in each for hash in one], np.int64)
     prefix = PrefixHashes(hashes=hashes, offsets=offsets, block_size=tokens)
-    return Trace(requests.arrival_s, requests.input_tokens, requests.output_tokens, prefix=prefix)
+    return Trace(requests.arrival_s, prompts, requests.output_tokens, prefix=prefix)
 
 
 # who waits may begin with less, once its prefix has left the host: while blocks are evicted nothing may be jumped over
@@ -62,20 +67,26 @@ FIRST_CHUNK = {
 
 
 @settings(max_examples=60, deadline=None)
-@example(seed=0, rate=20.0, chosen=("paretune", FIRST_CHUNK), hashed=16, block_copy_s=0.0)
-@example(seed=7, rate=20.0, chosen=("paretune", FIRST_CHUNK), hashed=16, block_copy_s=2e-3)
+@example(seed=0, rate=20.0, chosen=("paretune", FIRST_CHUNK), hashed=16, alike=False, block_size=16, block_copy_s=0.0)
+@example(seed=7, rate=20.0, chosen=("paretune", FIRST_CHUNK), hashed=16, alike=False, block_size=16, block_copy_s=2e-3)
 @given(
     seed=st.integers(0, 10_000), rate=st.sampled_from([3.0, 20.0]), chosen=knobs(), hashed=st.sampled_from([0, 16, 64]),
-    block_copy_s=st.sampled_from([0.0, 2e-3]),
+    alike=st.booleans(), block_size=st.sampled_from([1, 4, 16]), block_copy_s=st.sampled_from([0.0, 2e-3]),
 )  # fmt: skip
 def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
-    seed: int, rate: float, chosen: tuple[str, dict[str, Any]], hashed: int, block_copy_s: float
+    seed: int,
+    rate: float,
+    chosen: tuple[str, dict[str, Any]],
+    hashed: int,
+    alike: bool,
+    block_size: int,
+    block_copy_s: float,
 ) -> None:
     policy, changes = chosen
-    limits = pool(num_kv_blocks=40, **changes)
+    limits = pool(num_kv_blocks=640 // block_size, block_size=block_size, **changes)
     requests = trace(50, rate, seed)
     if hashed:
-        requests = repeated_prefixes(requests, seed, hashed)
+        requests = repeated_prefixes(requests, seed, hashed, alike)
     priority = np.random.default_rng(seed).integers(0, 3, len(requests)).tolist()
     times = tables(limits)._replace(block_copy_s=block_copy_s)
     fast = simulate(requests, limits, times, policy=policy, priority=priority)
@@ -86,6 +97,16 @@ def test_jumping_over_decode_steps_changes_nothing_under_any_knob(
     np.testing.assert_allclose(fast.times.end_s, slow.times.end_s, rtol=1e-9)
     again = simulate(requests, limits, times, policy=policy, priority=priority)
     assert again.times.end_s.tobytes() == fast.times.end_s.tobytes()
+
+
+def test_of_identical_prompts_the_block_that_is_full_first_has_the_name() -> None:
+    """Three of them, whose answers begin in one block with their prompt: one is preempted, and finds what is named."""
+    prefix = PrefixHashes(hashes=np.array([100, 525] * 3), offsets=np.array([0, 2, 4, 6]), block_size=16)
+    requests = Trace([0.0, 0.03, 0.03], [25, 25, 25], [6, 10, 9], prefix=prefix)
+    limits = pool(max_model_len=40, max_num_seqs=3, max_num_batched_tokens=40, block_size=4, num_kv_blocks=10)
+    for jump in (False, True):
+        result = simulate(requests, limits, tables(limits), jump=jump)
+        assert (result.steps, result.preemptions, result.prefix_hit_tokens) == (17, 1, 72)
 
 
 @pytest.mark.parametrize("shared", [False, True])
