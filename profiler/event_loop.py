@@ -15,6 +15,7 @@ from ..kernels.jit import njit
 from ..runtime.decode_runs import (
     NEVER,
     NEXT_END,
+    NEXT_NAMING,
     ROWS,
     STEP,
     DecodeRun,
@@ -306,11 +307,10 @@ def _decode(
             steps = min(steps, next_lookup(state, run) - step)
         # each step waits for the blocks that it pushes to the host; and who finds fewer of its blocks there than before
         # may need less to begin with (admission first_chunk)
-        evicting = evicts(state, run, step + steps)
-        to_host = evicting and state.host_blocks.ref_count.shape[0] > 0
+        to_host = state.host_blocks.ref_count.shape[0] > 0 and evicts(state, run, step + steps)
         if to_host or copied_s > 0.0:
             steps = 1
-        if evicting:
+        if counts[NEXT_NAMING] < step + steps and evicts(state, run, step + steps):
             name_filled(state, run, step)
             steps = name_passes_on(state, run, step + steps) - step
         plan.counts[PLAN_COPIES] = 0
