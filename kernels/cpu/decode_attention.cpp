@@ -3,6 +3,13 @@
 // scores fit the L1 cache: scores of a chunk, one softmax update, then the chunk's V. Meanwhile the same rows of the next KV head
 // are fetched into the L2 cache (of the next chunk after the last head): blocks are read in the order in which they lie. Fetched
 // one step ahead into the L1 cache they were late or gone again. docs/notes/runtime.md has the figures.
+
+// GCC 12 vectorizes a loop of score_chunk<1> wrongly for AVX-512 (scores of one head, -march=sapphirerapids); what is worth a
+// vector here is written as one.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-loop-vectorize")
+#endif
+
 #include "attention.h"
 #include "parallel.h"
 
