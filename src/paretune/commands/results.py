@@ -48,11 +48,11 @@ def export(
         _export_pools(speaker, deployment, engine_version, allow_untested, output)
         return
     exported = to_vllm(deployment, engine_version=engine_version, allow_untested=allow_untested)
+    written = _written({} if output is None else {output: exported.config}, speaker)
     if deployment.provenance is not None and not deployment.provenance.measured:
         speaker.warn(f"{NOT_MEASURED}; no server was measured with these arguments")
     for each in exported.not_translated:
         speaker.warn(each)
-    written = _written({} if output is None else {output: exported.config}, speaker)
     speaker.result({**vars(exported), "written": written}, shell_command(exported.env, exported.argv))
 
 
@@ -82,13 +82,13 @@ def _export_pools(
             str(path.with_name(f"{path.stem}.{role}{path.suffix}")): each.config for role, each in servers.items()
         }
     told = [*found.prefill.not_translated, *found.decode.not_translated, *found.notes]
+    written = _written(configs, speaker)
     for each in dict.fromkeys(told):
         speaker.warn(each)
     text = [
         f"# {role} server, {found.servers[role]} of them\n{shell_command(server.env, server.argv)}"
         for role, server in servers.items()
     ]
-    written = _written(configs, speaker)
     speaker.result({**vars(found), "written": written}, "\n\n".join(text))
 
 
