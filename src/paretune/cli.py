@@ -67,9 +67,11 @@ def _os_message(error: OSError) -> str:
 
 def main() -> None:
     """Entry point."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        signal.signal(signal.SIGTERM, _on_sigterm)
         _run()
+    except KeyboardInterrupt:  # before anything was begun, or after all was done: Python would end as "killed"
+        sys.exit(INTERRUPTED)
     finally:
         # all is said and done; a signal while Python takes itself apart would still end it as "killed"
         for number in (signal.SIGINT, signal.SIGTERM):
