@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .commands import explaining, machine, nightly, prices, results, serving, studies, traces
+from .commands import explaining, machine, nightly, prices, results, serving, simulating, studies, traces
 from .output import Speaker, StdoutClosed, drop_stdout, envelope, say
 
 RESUMABLE = 75
@@ -42,7 +42,7 @@ def cli(context: click.Context, debug: bool) -> None:
         context.default_map = defaults(load_project())
 
 
-for room in (traces, machine, studies, results, prices, explaining, serving, nightly):
+for room in (traces, machine, simulating, studies, results, prices, explaining, serving, nightly):
     for command in room.COMMANDS:
         cli.add_command(command)
 

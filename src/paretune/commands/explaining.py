@@ -12,9 +12,8 @@ from ..output import Speaker, speaks, table
 from . import two_pools
 from .machine import OUTPUT
 from .numbers import POSITIVE
-from .run_words import milliseconds, note_words
+from .run_words import NOT_MEASURED, milliseconds, note_words
 from .source_options import EXISTING, calibration_option, profile_option, table_options
-from .studies import NOT_MEASURED
 from .traces import LOG
 
 if TYPE_CHECKING:

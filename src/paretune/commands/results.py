@@ -11,8 +11,9 @@ import click
 
 from ..output import Speaker, speaks
 from .machine import OUTPUT
+from .run_words import NOT_MEASURED
 from .source_options import EXISTING
-from .studies import NOT_MEASURED, storage_option
+from .studies import storage_option
 
 if TYPE_CHECKING:
     from ..runtime.model_shape import ModelShape

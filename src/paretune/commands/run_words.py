@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ..output import table
+from .arrival_words import arrival_words
 from .numbers import NOT_NEGATIVE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..optimizer.capacity import Owed
     from ..optimizer.head_room import HeadRoom
+    from ..profiler.simulator import SimulationResult
+    from ..runtime.spec import Deployment
     from ..traces.confidence import Estimate
-    from ..traces.metrics import Target
+    from ..traces.metrics import RequestTimes, Summary, Target
+    from ..traces.run_protocol import RunProtocol
+    from ..traces.sessions import DependentArrivals
     from ..traces.trace import Trace
     from ..traces.worst_window import WorstWindow
+
+NOT_MEASURED = "NOT MEASURED: step times come from a data sheet, or from single operators"
 
 
 def milliseconds(value_s: float) -> str:
@@ -42,6 +52,122 @@ def note_words(trace: Trace) -> list[str]:
 def missed_words(missed: Sequence[tuple[Target, float]]) -> list[str]:
     """Targets that a simulated run does not hold, each with its percentile in seconds."""
     return [f"missed: {target} (simulated {milliseconds(value_s)} ms)" for target, value_s in missed]
+
+
+def goodput_of(times: RequestTimes, owed: Owed) -> float | None:
+    """Requests per second that met their targets, of those that count; None where there are none."""
+    from ..traces.metrics import goodput
+
+    return goodput(times, owed, owed.counted) if owed.targets else None
+
+
+def check_k(k: int, targets: Sequence[Target]) -> None:
+    """Raises: UsageError: a target on another TTF-k than a run with this k tells."""
+    others = [target for target in targets if target.metric.name == "ttf" and target.metric.k not in (1, k)]
+    if others:
+        raise click.UsageError(f"-k: found {k}; {others[0]} asks for another: give -k {others[0].metric.k}")
+
+
+def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
+    """Latencies of a run in milliseconds."""
+    names = ("mean", "p50", "p90", "p95", "p99")
+    rows = [[metric, *(milliseconds(values[name]) for name in names)] for metric, values in summary.values.items()]
+    head = (
+        f"{summary.finished:,} of {summary.requests:,} requests finished in {summary.duration_s:,.1f} s, "
+        f"{summary.output_tokens_per_s:,.1f} output tokens/s; "
+        f"{summary.short_of_k_share:.0%} of answers have fewer than k tokens\n"
+    )
+    if goodput_per_s is not None:
+        head += f"goodput {goodput_per_s:,.2f} requests/s within their targets\n"
+    if summary.tpot_undefined:
+        head += f"TPOT leaves out {summary.tpot_undefined:,} answers of one token\n"
+    return head + table(["milliseconds", *names], rows)
+
+
+class SimulatedRun(NamedTuple):
+    """What is said of any simulated run, of one pool or two.
+
+    counted  (requests,) bool  those that count
+    lines    for people, up to the steps
+    missed   one line for each target that does not hold
+    data     for --json
+    """
+
+    counted: NDArray[Any]
+    lines: list[str]
+    missed: list[str]
+    data: dict[str, Any]
+
+
+def simulated_run(
+    result: SimulationResult,
+    trace: Trace,
+    targets: tuple[Target, ...],
+    protocol: RunProtocol,
+    arrivals: DependentArrivals | None,
+    *,
+    rate: float,
+    measured: bool,
+    relative_error: float,
+) -> SimulatedRun:
+    """Describe a run.
+
+    measured, relative_error: of the step times (ModeledStep).
+    """
+    from ..optimizer.capacity import Owed
+    from ..traces.confidence import estimates, plain
+    from ..traces.metrics import summarize, violations
+    from ..traces.worst_window import worst_windows
+
+    counted = protocol.counted(result.times)
+    owed = Owed(trace, targets, counted)
+    summary, goodput_per_s = summarize(result.times, counted), goodput_of(result.times, owed)
+    missed = violations(result.times, owed)
+    samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
+    lines = [
+        summary_table(summary, goodput_per_s),
+        samples_text(samples),
+        worst_text(worst),
+        protocol.words(result.times),
+        arrival_words(arrivals, rate),
+        *note_words(trace),
+        f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
+        f"step times +-{relative_error:.0%}",
+    ]
+    data = {
+        "summary": summary.to_dict(),
+        "goodput_per_s": goodput_per_s,
+        "targets": list(map(str, targets)),
+        "missed": {str(target): value for target, value in missed},
+        "samples": plain(samples),
+        "worst_window": worst,
+        "protocol": vars(protocol),
+        "arrivals": arrival_words(arrivals, rate).split("\n"),
+        "notes": trace.notes,
+        "steps": result.steps,
+        "preemptions": result.preemptions,
+        "rejected": result.rejected,
+        "prefix_hit_tokens": result.prefix_hit_tokens,
+        "draft_tokens": result.draft_tokens,
+        "accepted_tokens": result.accepted_tokens,
+        "measured_step_times": measured,
+        "relative_error": relative_error,
+    }
+    return SimulatedRun(counted, [line for line in lines if line], missed_words(missed), data)
+
+
+def speculation_words(result: SimulationResult) -> str:
+    """How many of the proposed tokens were kept."""
+    kept = result.accepted_tokens / max(1, result.draft_tokens)
+    return f"{result.draft_tokens:,} tokens proposed, {kept:.0%} of them kept, as often as the log recorded"
+
+
+def scheduler_not_modeled(deployment: Deployment) -> tuple[str, ...]:
+    """That another engine's scheduler was not simulated, where the deployment asks for that engine."""
+    if deployment.engine == "paretune":
+        return ()
+    ran = {"paretune": "paretune's own", "vllm_v1": "paretune's, by the rules of vLLM's V1,"}
+    return (f"the scheduler of {deployment.engine}: {ran[deployment.scheduler_policy]} ran in its place",)
 
 
 def samples_text(found: Sequence[Estimate]) -> str:

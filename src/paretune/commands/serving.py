@@ -13,9 +13,17 @@ from ..output import Speaker, speaks, table
 from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE
-from .run_words import milliseconds, note_words, protocol_options, samples_text, worst_text
+from .run_words import (
+    check_k,
+    goodput_of,
+    milliseconds,
+    note_words,
+    protocol_options,
+    samples_text,
+    summary_table,
+    worst_text,
+)
 from .source_options import EXISTING
-from .studies import check_k, goodput_of, summary_table
 from .traces import LOG
 
 VERIFICATION_FAILED = 5

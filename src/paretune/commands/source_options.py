@@ -21,6 +21,7 @@ profile_option = click.option(
 calibration_option = click.option(
     "--calibration", "calibration_path", type=EXISTING, help="Step times as `calibrate` corrected them."
 )
+prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
 
 
 _TABLE_OPTIONS = (

@@ -1,9 +1,9 @@
-"""`paretune simulate | tune | front | pick | export | report`: from a request log to a chosen spec."""
+"""`paretune tune | front | pick`: from a request log to a chosen spec."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,250 +11,30 @@ from click.core import ParameterSource
 
 from ..default_paths import LEDGER
 from ..output import Speaker, speaks, table
-from . import two_pools
-from .arrival_words import Waiting, arrival_options, arrival_words
 from .machine import MODEL, OUTPUT
 from .numbers import NOT_NEGATIVE, POSITIVE, Finite
-from .run_words import (
-    milliseconds,
-    missed_words,
-    note_words,
-    protocol_options,
-    room_text,
-    samples_text,
-    worst_text,
-)
-from .scaling_words import Scaling, autoscale_options, autoscaler_words, elastic_text
-from .source_options import EXISTING, calibration_option, profile_option, table_options
+from .run_words import NOT_MEASURED, milliseconds
+from .source_options import EXISTING, calibration_option, prices_option, profile_option, table_options
 from .traces import LOG
 
 if TYPE_CHECKING:
-    from ..optimizer.capacity import Owed
     from ..optimizer.front import Evaluation
     from ..optimizer.study import Study
-    from ..profiler.table_choice import TableChoice
     from ..runtime.spec import Prediction
-    from ..traces.metrics import RequestTimes, Summary, Target
 
 NOTHING_FEASIBLE = 3
 OUT_OF_TIME = 75
 
 # Reasons may name all that would have been allowed; --json has them whole.
 REASON_LENGTH = 100
-NOT_MEASURED = "NOT MEASURED: step times come from a data sheet, or from single operators"
 
 storage_option = click.option("--storage", default=LEDGER, show_default=True, help="Ledger: a file or postgresql://...")
-prices_option = click.option("--prices", "prices_path", type=EXISTING, help="Your price book (CSV) in place of ours.")
 compare_prices_option = click.option(
     "--compare-prices", multiple=True, type=EXISTING, help="Further price books: the winner under each of their sheets."
 )
 accelerator_option = click.option(
     "--accelerator", default="cpu", show_default=True, help="Name in the catalog; 'cpu' is this machine."
 )
-
-
-def goodput_of(times: RequestTimes, owed: Owed) -> float | None:
-    """Requests per second that met their targets, of those that count; None where there are none."""
-    from ..traces.metrics import goodput
-
-    return goodput(times, owed, owed.counted) if owed.targets else None
-
-
-def check_k(k: int, targets: Sequence[Target]) -> None:
-    """Raises: UsageError: a target on another TTF-k than a run with this k tells."""
-    others = [target for target in targets if target.metric.name == "ttf" and target.metric.k not in (1, k)]
-    if others:
-        raise click.UsageError(f"-k: found {k}; {others[0]} asks for another: give -k {others[0].metric.k}")
-
-
-def summary_table(summary: Summary, goodput_per_s: float | None = None) -> str:
-    """Latencies of a run in milliseconds."""
-    names = ("mean", "p50", "p90", "p95", "p99")
-    rows = [[metric, *(milliseconds(values[name]) for name in names)] for metric, values in summary.values.items()]
-    head = (
-        f"{summary.finished:,} of {summary.requests:,} requests finished in {summary.duration_s:,.1f} s, "
-        f"{summary.output_tokens_per_s:,.1f} output tokens/s; "
-        f"{summary.short_of_k_share:.0%} of answers have fewer than k tokens\n"
-    )
-    if goodput_per_s is not None:
-        head += f"goodput {goodput_per_s:,.2f} requests/s within their targets\n"
-    if summary.tpot_undefined:
-        head += f"TPOT leaves out {summary.tpot_undefined:,} answers of one token\n"
-    return head + table(["milliseconds", *names], rows)
-
-
-@click.command()
-@click.argument("log", type=LOG)
-@click.option("--spec", "spec_path", type=EXISTING, required=True, help="The deployment.")
-@profile_option
-@calibration_option
-@table_options
-@prices_option
-@click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Arrivals that many times as fast.")
-@click.option("-k", type=click.IntRange(min=1), help="Of TTF-k; default: that of the log's targets, else 30.")
-@click.option("--slo", "slos", multiple=True, help="What must hold; default: the spec's targets, else the log's.")
-@click.option("--survive", type=click.IntRange(min=0), default=0, help="Also with so many replicas lost.")
-@click.option("--head-room", "ask_head_room", is_flag=True, help="Also the most traffic at which the targets hold.")
-@click.option(
-    "--size", is_flag=True, help="Of a disaggregated spec: also the replicas, up to 256, that hold at least cost."
-)
-@arrival_options
-@autoscale_options
-@protocol_options
-@speaks
-def simulate(
-    speaker: Speaker,
-    log: str,
-    spec_path: str,
-    profile_path: str,
-    calibration_path: str | None,
-    tables: TableChoice,
-    prices_path: str | None,
-    rate: float,
-    k: int | None,
-    slos: tuple[str, ...],
-    survive: int,
-    ask_head_room: bool,
-    size: bool,
-    warm_up_s: float,
-    ramp_s: float,
-    length_jitter: float,
-    waiting: Waiting,
-    scaling: Scaling,
-) -> None:
-    """Serve a request log on a virtual clock with one deployment.
-
-    \b
-    Example: paretune simulate log.parquet --spec out/spec.yaml
-    """
-    from ..optimizer.bill import run_cost
-    from ..optimizer.capacity import Owed, check_governed, k_of
-    from ..optimizer.elastic_fleet import ELASTIC_LEAVES_OUT, compared
-    from ..optimizer.head_room import head_room, survivors
-    from ..optimizer.sources import Sources
-    from ..profiler.hardware import as_cataloged
-    from ..profiler.simulator import simulate as run
-    from ..reports.bill import run_words
-    from ..runtime.spec import load_deployment
-    from ..traces import Target, read
-    from ..traces.confidence import estimates, plain
-    from ..traces.metrics import summarize, violations
-    from ..traces.run_protocol import RunProtocol
-    from ..traces.worst_window import worst_windows
-
-    deployment = as_cataloged(load_deployment(spec_path))
-    protocol = RunProtocol(warm_up_s, ramp_s, length_jitter)
-    recorded = read(log)
-    trace = protocol.applied(recorded)
-    targets = tuple(map(Target.parse, slos or deployment.targets)) or trace.targets
-    check_governed(trace, targets)
-    if (survive or ask_head_room or size) and not targets:
-        raise click.UsageError("--survive, --head-room and --size ask whether targets hold: give --slo")
-    k = k or k_of(target.metric for target in targets)
-    check_k(k, targets)
-    if size and warm_up_s:
-        raise click.UsageError("--size: its runs count every request: leave out --warm-up")
-    if warm_up_s and (survive or ask_head_room):
-        speaker.warn("--survive and --head-room count every request: --warm-up leaves none out there")
-    if deployment.is_disaggregated:
-        two_pools.check_options(
-            {"--calibration": calibration_path, **tables.flags(), "--survive": survive, "--head-room": ask_head_room,
-             **waiting.given, **scaling.given}
-        )  # fmt: skip
-        two_pools.simulate_pools(
-            speaker, deployment, trace, protocol, profile_path=profile_path, prices_path=prices_path, targets=targets,
-            k=k, rate=rate, size=size,
-        )  # fmt: skip
-        return
-    if size:
-        raise click.UsageError("--size: for a disaggregated spec; `tune --cost sizing` is for one pool")
-    arrivals = waiting.arrivals(recorded, rate, ramp_s)
-    pool = deployment.pool
-    sources = Sources.of(
-        deployment.model,
-        accelerator_name=pool.accelerator,
-        profile_path=profile_path,
-        prices_path=prices_path,
-        calibration_path=calibration_path,
-        tables=tables,
-    )
-    modeled = sources.step_model(pool)
-    autoscaler = scaling.autoscaler(sources.shape, pool)
-    if (survive or ask_head_room) and (waiting.asked or autoscaler is not None):
-        raise click.UsageError("--survive and --head-room ask about recorded arrivals and the spec's replicas alone")
-    asked: dict[str, Any] = {"policy": deployment.scheduler_policy, "k": k, "rate": rate, "arrivals": arrivals}
-    result = run(trace, pool, modeled.tables, autoscaler=autoscaler, **asked)
-    elastic = None
-    if autoscaler is not None:
-        pool = pool.model_copy(update={"replicas": autoscaler.max_replicas})
-        fixed = run(trace, pool, modeled.tables, **asked)
-        elastic = compared(
-            result, fixed, pool, sources, autoscaler=autoscaler, cold_start_inferred=scaling.inferred, protocol=protocol
-        )
-    counted = protocol.counted(result.times)
-    summary = summarize(result.times, counted)
-    owed = Owed(trace, targets, counted)
-    goodput_per_s, missed = goodput_of(result.times, owed), violations(result.times, owed)
-    label = "" if modeled.measured else f"\n{NOT_MEASURED}"
-    not_modeled = modeled.not_modeled
-    if deployment.engine != "paretune":
-        ran = {"paretune": "paretune's own", "vllm_v1": "paretune's, by the rules of vLLM's V1,"}
-        other = f"the scheduler of {deployment.engine}: {ran[deployment.scheduler_policy]} ran in its place"
-        not_modeled, label = (other, *not_modeled), f"{label}\nnot modeled: {other}"
-    samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
-    text = (
-        f"{summary_table(summary, goodput_per_s)}\n"
-        f"{samples_text(samples)}\n{worst_text(worst)}\n{protocol.words(result.times)}\n"
-        f"{arrival_words(arrivals, rate)}\n{''.join(f'{each}{chr(10)}' for each in note_words(trace))}"
-        f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
-        f"step times +-{modeled.relative_error:.0%}{label}"
-    )
-    if pool.speculation != "none":
-        kept = result.accepted_tokens / max(1, result.draft_tokens)
-        text += f"\n{result.draft_tokens:,} tokens proposed, {kept:.0%} of them kept, as often as the log recorded"
-    cost = None
-    if autoscaler is not None and elastic is not None:
-        not_modeled = (*not_modeled, *ELASTIC_LEAVES_OUT)
-        text = f"{text}\n{autoscaler_words(autoscaler, scaling.inferred)}\n{elastic_text(elastic)}"
-        text += "".join(f"\nnot modeled: {each}" for each in ELASTIC_LEAVES_OUT)
-    else:
-        cost = run_cost(result, pool, sources)
-        text = "\n".join([text, *run_words(cost)])
-    text += "".join(f"\n{each}" for each in missed_words(missed))
-    lost = survivors(trace, deployment, sources.step_model, targets, lost=survive, k=k, rate=rate) if survive else None
-    room = None
-    if lost is not None:
-        text += f"\n{lost.words}"
-        not_modeled = (*not_modeled, *lost.not_modeled)
-    if ask_head_room:
-        room = head_room(trace, deployment, modeled, targets, k=k)
-        text += f"\n{room_text(room)}"
-    data = {
-        "summary": summary.to_dict(),
-        "goodput_per_s": goodput_per_s,
-        "targets": list(map(str, targets)),
-        "missed": {str(target): value for target, value in missed},
-        "samples": plain(samples),
-        "worst_window": worst,
-        "protocol": vars(protocol),
-        "arrivals": arrival_words(arrivals, rate).split("\n"),
-        "notes": trace.notes,
-        "autoscaler": autoscaler,
-        "elastic": elastic and elastic.to_dict(),
-        "survive": lost,
-        "head_room": room,
-        "steps": result.steps,
-        "preemptions": result.preemptions,
-        "rejected": result.rejected,
-        "prefix_hit_tokens": result.prefix_hit_tokens,
-        "draft_tokens": result.draft_tokens,
-        "accepted_tokens": result.accepted_tokens,
-        "measured_step_times": modeled.measured,
-        "relative_error": modeled.relative_error,
-        "not_modeled": not_modeled,
-        "cost": cost and cost.to_dict(),
-    }
-    speaker.result(data, text)
 
 
 def deployment_words(evaluation: Evaluation) -> str:
@@ -517,4 +297,4 @@ def _interval(prediction: Prediction, text: Callable[[float], str]) -> str:
     return f" ({text(prediction.low)} to {text(prediction.high)})"
 
 
-COMMANDS = (simulate, tune, front, pick)
+COMMANDS = (tune, front, pick)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..output import Speaker, table
-from .arrival_words import arrival_words
-from .run_words import milliseconds, missed_words, note_words, samples_text, worst_text
+from .run_words import NOT_MEASURED, milliseconds, scheduler_not_modeled, simulated_run, speculation_words
 
 if TYPE_CHECKING:
     from ..optimizer.bill import RunCost
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from ..optimizer.sources import Sources
     from ..profiler.disaggregated import DisaggregatedResult
     from ..profiler.kv_transfer import TransferLink
-    from ..runtime.spec import Deployment, Pool
+    from ..runtime.spec import Deployment
     from ..traces.metrics import Target
     from ..traces.run_protocol import RunProtocol
     from ..traces.trace import Trace
@@ -38,14 +37,9 @@ def simulate_pools(
     size: bool,
 ) -> None:
     """Serve a trace with both pools on one virtual clock, and print it as `simulate` prints a run of one pool."""
-    from ..optimizer.capacity import Owed
     from ..optimizer.sources import Sources
     from ..profiler.disaggregated import NOT_MODELED, simulate_disaggregated
     from ..profiler.kv_transfer import transfer_link, transferred_bytes
-    from ..traces.confidence import estimates, plain
-    from ..traces.metrics import summarize, violations
-    from ..traces.worst_window import worst_windows
-    from .studies import NOT_MEASURED, goodput_of, summary_table
 
     prefill, decode = deployment.phases
     sources: dict[str, Sources] = {
@@ -58,64 +52,36 @@ def simulate_pools(
     modeled = [sources[pool.role].step_model(pool) for pool in (prefill, decode)]
     link = transfer_link(deployment)
     run = simulate_disaggregated(trace, deployment, shape, link, modeled[0].tables, modeled[1].tables, k=k, rate=rate)
-    result = run.result
-    counted = protocol.counted(result.times)
-    summary = summarize(result.times, counted)
-    owed = Owed(trace, targets, counted)
-    goodput_per_s, missed = goodput_of(result.times, owed), violations(result.times, owed)
     measured = all(each.measured for each in modeled)
-    error = max(each.relative_error for each in modeled)
-    not_modeled = [*modeled[0].not_modeled, *modeled[1].not_modeled, *link.not_modeled, *NOT_MODELED]
-    if deployment.engine != "paretune":
-        not_modeled.insert(0, f"the scheduler of {deployment.engine}: {deployment.scheduler_policy} ran in its place")
-    not_modeled = list(dict.fromkeys(not_modeled))
-    samples, worst = estimates(result.times, rows=counted), worst_windows(result.times, rows=counted)
+    told = simulated_run(
+        run.result, trace, targets, protocol, None, rate=rate, measured=measured,
+        relative_error=max(each.relative_error for each in modeled),
+    )  # fmt: skip
+    reasons = (*modeled[0].not_modeled, *modeled[1].not_modeled, *link.not_modeled, *NOT_MODELED)
+    not_modeled = list(dict.fromkeys((*scheduler_not_modeled(deployment), *reasons)))
     costs = _costs(run, deployment, sources)
     each_token = transferred_bytes(shape, prefill, decode).all_per_token
+    sized = _sized(trace, deployment, sources, targets, k, rate) if size else None
     text = [
-        summary_table(summary, goodput_per_s),
-        samples_text(samples),
-        worst_text(worst),
-        protocol.words(result.times),
-        arrival_words(None, rate),
-        *note_words(trace),
-        f"{result.steps:,} steps, {result.preemptions:,} preemptions, {result.rejected:,} rejected, "
-        f"step times +-{error:.0%}",
-        _speculation_text(run, decode),
-        _parts_text(run, counted),
+        *told.lines,
+        *(() if decode.speculation == "none" else (speculation_words(run.result),)),
+        _parts_text(run, told.counted),
         _transfer_text(run, link, each_token),
         *_cost_words(costs),
         *(() if measured else (NOT_MEASURED,)),
-        *missed_words(missed),
+        *told.missed,
+        *(() if sized is None else (sized.words,)),
+        *(f"not modeled: {each}" for each in not_modeled),
     ]
-    sized = _sized(trace, deployment, sources, targets, k, rate) if size else None
-    text += [] if sized is None else [sized.words]
-    text += [f"not modeled: {each}" for each in not_modeled]
     data = {
-        "summary": summary.to_dict(),
-        "goodput_per_s": goodput_per_s,
-        "targets": list(map(str, targets)),
-        "missed": {str(target): value for target, value in missed},
-        "samples": plain(samples),
-        "worst_window": worst,
-        "protocol": vars(protocol),
-        "arrivals": arrival_words(None, rate).split("\n"),
-        "notes": trace.notes,
-        "steps": result.steps,
-        "preemptions": result.preemptions,
-        "rejected": result.rejected,
-        "prefix_hit_tokens": result.prefix_hit_tokens,
-        "draft_tokens": result.draft_tokens,
-        "accepted_tokens": result.accepted_tokens,
-        "measured_step_times": measured,
-        "relative_error": error,
+        **told.data,
         "not_modeled": not_modeled,
         "transfer": {"link": vars(link), "bytes_per_token": each_token, **_transferred(run)},
-        "parts": {name: _distribution(seconds[counted]) for name, seconds in run.parts.items()},
+        "parts": {name: _distribution(seconds[told.counted]) for name, seconds in run.parts.items()},
         "cost": {role: cost.to_dict() for role, cost in costs.items()},
         "size": sized,
     }
-    speaker.result(data, "\n".join(filter(None, text)))
+    speaker.result(data, "\n".join(text))
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -171,13 +137,6 @@ def _parts_text(run: DisaggregatedResult, counted: Any) -> str:
         values = _distribution(seconds[counted])
         rows.append([WORDS[name], *(milliseconds(values[each]) for each in ("mean", "p50", "p95"))])
     return table(["until the decode pool's first token, ms", "mean", "p50", "p95"], rows)
-
-
-def _speculation_text(run: DisaggregatedResult, decode: Pool) -> str:
-    if decode.speculation == "none":
-        return ""
-    drafts, kept = run.result.draft_tokens, run.result.accepted_tokens
-    return f"{drafts:,} tokens proposed, {kept / max(1, drafts):.0%} of them kept, as often as the log recorded"
 
 
 def _transferred(run: DisaggregatedResult) -> dict[str, Any]:
