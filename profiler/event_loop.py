@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.jit import njit
+from ..runtime import kv_cache
 from ..runtime.decode_runs import (
     NEVER,
     NEXT_END,
@@ -69,7 +70,7 @@ from .loop_notes import (
     note_tokens,
     schedule_carrying,
 )
-from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, decode_steps, fills_s
+from .step_time import StepTables, adapters_s, begins_s, composed_time_s, composition, copies_s, decode_steps, fills_s
 
 _GOES_ON = -1
 
@@ -172,10 +173,10 @@ def run_replica(
                 context, next_kth, goes_on = _decode(state, plan, run, tables, requests, times, gaps, bounds, k, *own)
                 status = _GOES_ON if goes_on else GAVE_UP
             elif plan.counts[PLAN_PREEMPTED] == 0:
-                if waits:
-                    clock[0] = coming_s
+                if waits and coming_s < until_s:
+                    clock[0] = begins_s(tables, now_s, coming_s)
                 else:
-                    status = DRAINED
+                    status = PAUSED if waits else DRAINED
             else:
                 copied = plan.counts[PLAN_COPIES]
             continue
@@ -307,7 +308,7 @@ def _decode(
             steps = min(steps, next_lookup(state, run) - step)
         # each step waits for the blocks that it pushes to the host; and who finds fewer of its blocks there than before
         # may need less to begin with (admission first_chunk)
-        to_host = state.host_blocks.ref_count.shape[0] > 0 and evicts(state, run, step + steps)
+        to_host = kv_cache.num_blocks(state.host_blocks) > 0 and evicts(state, run, step + steps)
         if to_host or copied_s > 0.0:
             steps = 1
         if counts[NEXT_NAMING] < step + steps and evicts(state, run, step + steps):
@@ -404,7 +405,7 @@ def run_pipeline(
             if cursor[ARRIVED] == cursor[QUEUED]:
                 status = DRAINED
                 break
-            now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
+            now_s = begins_s(tables, now_s, requests.arrival_s[queue[cursor[ARRIVED]]])
             continue
         number = cursor[STEPS] % stages
         plan = plans[number]

@@ -57,7 +57,7 @@ from .step_parts import (
     count_wait,
     why_they_queue,
 )
-from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
+from .step_time import StepTables, adapters_s, begins_s, composed_time_s, composition, copies_s, fills_s
 
 LOG_FULL = 5  # why the loop returned, beside event_loop's reasons
 
@@ -102,7 +102,8 @@ def record_replica(
             break
         arrived = cursor[ARRIVED]
         all_in = admit(state, requests, queue, cursor, now_s)
-        count_arrivals(record, sums, requests, queue, arrived, cursor[ARRIVED], now_s)
+        idle_s = now_s - clock[2] if cursor[BEGUN] == cursor[STEPS] else 0.0
+        count_arrivals(record, sums, requests, queue, arrived, cursor[ARRIVED], now_s, idle_s)
         if not all_in:
             status = OUT_OF_SLOTS
             break
@@ -142,7 +143,7 @@ def record_replica(
             sums.began_s[number] = now_s
             sums.stood[number, 0] = state.counts[NUM_RUNNING]
             sums.stood[number, 1] = state.counts[NUM_WAITING]
-            sums.stood[number, 2] = state.blocks.ref_count.shape[0] - kv_cache.num_available(state.blocks)
+            sums.stood[number, 2] = kv_cache.num_blocks(state.blocks) - kv_cache.num_available(state.blocks)
             sums.stood[number, 3] = plan.counts[PLAN_PREEMPTED]
             clock[2] = max(now_s + step_s, clock[2] + step_s / stages)
             clock[3 + number] = clock[2]
@@ -154,7 +155,7 @@ def record_replica(
             if cursor[ARRIVED] == cursor[QUEUED]:
                 status = DRAINED
                 break
-            now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
+            now_s = begins_s(tables, now_s, requests.arrival_s[queue[cursor[ARRIVED]]])
             continue
         number = cursor[STEPS] % stages
         plan = plans[number]

@@ -64,7 +64,7 @@ def first_tokens(state: State, slot: int, budget: int, most: int) -> tuple[int, 
     if needed - found + kept_free > available - idle:
         return 0, 0
     estimating = limits[ADMISSION] == ESTIMATED_PEAK and state.counts[NUM_RUNNING] > 0
-    if estimating and estimated_peak(state, slot) > state.blocks.ref_count.shape[0]:
+    if estimating and estimated_peak(state, slot) > kv_cache.num_blocks(state.blocks):
         return 0, 0
     return int(computed), int(num_tokens)
 
@@ -83,7 +83,7 @@ def _prefix_hits(state: State, slot: int) -> tuple[int, int, int]:
     while hits < limit:
         content_hash = span_hash(state, slot, hits // per_hash)
         span = kv_cache.find_span(blocks, content_hash)
-        if span < 0 and state.host_blocks.ref_count.shape[0] == 0:
+        if span < 0 and kv_cache.num_blocks(state.host_blocks) == 0:
             break
         wanted = min(limit - hits, per_hash)
         if span >= 0 and wanted == per_hash == blocks.span_named[span]:
@@ -95,7 +95,7 @@ def _prefix_hits(state: State, slot: int) -> tuple[int, int, int]:
             block = kv_cache.block_at(blocks, span, place)
             if block >= 0:
                 found += 1
-                idle += blocks.ref_count[block] == 0
+                idle += kv_cache.is_cached(blocks, block)
             elif kv_cache.find(state.host_blocks, content_hash, place) < 0:
                 return hits, found, idle
             hits += 1

@@ -291,7 +291,7 @@ def name_passes_on(state: State, run: DecodeRun, until: int) -> int:
         while step < until and index < _hashed_blocks(state, slot):
             content_hash = span_hash(state, slot, index // per_hash)
             block = kv_cache.find(state.blocks, content_hash, index % per_hash)
-            if block >= 0 and state.blocks.ref_count[block] == 0:
+            if block >= 0 and kv_cache.is_cached(state.blocks, block):
                 until = step
             step += size
             index += 1

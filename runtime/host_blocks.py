@@ -28,14 +28,14 @@ def _copy(state: State, plan: Plan, source: int, destination: int) -> None:
     plan.copies[place, 0] = source
     plan.copies[place, 1] = destination
     plan.counts[PLAN_COPIES] += 1
-    direction = NUM_BLOCKS_TO_HOST if source < state.blocks.ref_count.shape[0] else NUM_BLOCKS_FROM_HOST
+    direction = NUM_BLOCKS_TO_HOST if source < kv_cache.num_blocks(state.blocks) else NUM_BLOCKS_FROM_HOST
     state.counts[direction] += 1
 
 
 @njit
 def _room(state: State, plan: Plan) -> int:
     """Copies to the host that still fit into the plan; as many as there are blocks may yet come back in it."""
-    return int(plan.copies.shape[0] - state.blocks.ref_count.shape[0] - plan.counts[PLAN_COPIES])
+    return int(plan.copies.shape[0] - kv_cache.num_blocks(state.blocks) - plan.counts[PLAN_COPIES])
 
 
 @njit
@@ -43,7 +43,7 @@ def take_block(state: State, plan: Plan) -> int:
     """A device block to write into. If it is one of the prefix cache, its content goes to the host first."""
     blocks, host = state.blocks, state.host_blocks
     evicts = blocks.counts[FREE] == 0 and blocks.counts[CACHED] > 0
-    if evicts and host.ref_count.shape[0] > 0 and _room(state, plan) > 0:
+    if evicts and kv_cache.num_blocks(host) > 0 and _room(state, plan) > 0:
         block = kv_cache.oldest(blocks)
         content_hash, at = kv_cache.name_of(blocks, block)
         place = kv_cache.find(host, content_hash, at)
@@ -51,9 +51,9 @@ def take_block(state: State, plan: Plan) -> int:
             place = kv_cache.take(host)
             if place >= 0:
                 kv_cache.remember(host, place, content_hash, at)
-                _copy(state, plan, block, blocks.ref_count.shape[0] + place)
+                _copy(state, plan, block, kv_cache.num_blocks(blocks) + place)
                 kv_cache.release(host, place)
-        elif host.ref_count[place] == 0:  # it is there already, and was asked for later than the others
+        elif kv_cache.is_cached(host, place):  # it is there already, and was asked for later than the others
             kv_cache.claim(host, place)
             kv_cache.release(host, place)
     return kv_cache.take(blocks)
@@ -64,7 +64,7 @@ def fetch_block(state: State, plan: Plan, content_hash: int, at: int) -> int:
     """A device block with the content of a host block that is held, and then let go: it stays cached there, too."""
     place = kv_cache.find(state.host_blocks, content_hash, at)
     block = take_block(state, plan)
-    _copy(state, plan, state.blocks.ref_count.shape[0] + place, block)
+    _copy(state, plan, kv_cache.num_blocks(state.blocks) + place, block)
     kv_cache.remember(state.blocks, block, content_hash, at)
     kv_cache.release(state.host_blocks, place)
     return block
@@ -80,7 +80,7 @@ def swap_out(state: State, plan: Plan, slot: int, num_blocks: int) -> bool:
     following = -1
     for i in range(num_blocks - 1, -1, -1):
         place = kv_cache.take(host)
-        _copy(state, plan, row[i], state.blocks.ref_count.shape[0] + place)
+        _copy(state, plan, row[i], kv_cache.num_blocks(state.blocks) + place)
         state.next_swapped[place] = following
         following = place
     state.first_swapped[slot] = following
@@ -96,7 +96,7 @@ def swap_in(state: State, plan: Plan, slot: int) -> None:
     place = state.first_swapped[slot]
     for i in range(state.num_swapped_blocks[slot]):
         row[i] = take_block(state, plan)
-        _copy(state, plan, state.blocks.ref_count.shape[0] + place, row[i])
+        _copy(state, plan, kv_cache.num_blocks(state.blocks) + place, row[i])
         kv_cache.release(state.host_blocks, place)
         place = state.next_swapped[place]
     state.num_blocks[slot] = state.num_swapped_blocks[slot]

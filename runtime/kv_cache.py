@@ -2,8 +2,7 @@
 
 Pure bookkeeping over NumPy arrays, compiled by Numba; the tensors live elsewhere. A block is held, free (on the stack),
 or cached: free to be taken, but its content has a name and a later request may claim it. Cached blocks are taken in
-order of last use (LRU), and only when the stack is empty. Only a block with a name can have several holders, so only of
-these they are counted.
+order of last use (LRU), and only when the stack is empty. Only a block with a name can have several holders.
 
 The loops over many blocks index by numbers without a sign: one with a sign may count from the end, and to find that out
 takes Numba as long as all the rest.
@@ -35,13 +34,13 @@ SECOND_BLOCKS = 7
 class BlockPool(NamedTuple):
     """All blocks of one KV cache.
 
-    ref_count    (num_blocks,) int32  requests that hold a block with a name; 0 of others
+    use          (num_blocks,) int32  of a cached block its place in `queue`; of one with a name that is held, less the
+                                      number of its holders; of others -1
     content      (num_blocks,) int64  1 + its place in `span_block`; 0 = its content has no name
     next_same    (num_blocks,) int32  1 + the block of equal content that was named next; 0 = none
     free_stack   (num_blocks,) int32  free blocks without content, counts[FREE] of them
     queue        (2 * num_blocks,) int32  cached blocks, unused for longest first, from counts[QUEUE_HEAD] to
-                                      counts[QUEUE_TAIL]; an entry counts where `queue_place` of its block names it
-    queue_place  (num_blocks,) int32  where in `queue` a cached block stands
+                                      counts[QUEUE_TAIL]; an entry counts where `use` of its block names it
     table_hash, table_span  (2**k,) int64, int32  hash -> span, open addressing; hash 0 = empty place
     span_hash    (num_blocks,) int64
     span_named   (num_blocks,) int32  places of a span of whose content there is a block
@@ -53,12 +52,11 @@ class BlockPool(NamedTuple):
                                       of their content
     """
 
-    ref_count: NDArray[np.int32]
+    use: NDArray[np.int32]
     content: NDArray[np.int64]
     next_same: NDArray[np.int32]
     free_stack: NDArray[np.int32]
     queue: NDArray[np.int32]
-    queue_place: NDArray[np.int32]
     table_hash: NDArray[np.int64]
     table_span: NDArray[np.int32]
     span_hash: NDArray[np.int64]
@@ -74,12 +72,11 @@ def new_block_pool(num_blocks: int, span_blocks: int = 1) -> BlockPool:
     places = 1 << max(4, max(0, 2 * num_blocks - 1).bit_length())
     span_bits = (span_blocks - 1).bit_length()
     return BlockPool(
-        ref_count=np.zeros(num_blocks, np.int32),
+        use=np.full(num_blocks, -1, np.int32),
         content=np.zeros(num_blocks, np.int64),
         next_same=np.zeros(num_blocks, np.int32),
         free_stack=np.arange(num_blocks - 1, -1, -1, dtype=np.int32),
         queue=np.zeros(2 * num_blocks, np.int32),
-        queue_place=np.zeros(num_blocks, np.int32),
         table_hash=np.zeros(places, np.int64),
         table_span=np.zeros(places, np.int32),
         span_hash=np.zeros(num_blocks, np.int64),
@@ -95,6 +92,18 @@ def new_block_pool(num_blocks: int, span_blocks: int = 1) -> BlockPool:
 def num_available(pool: BlockPool) -> int:
     """Blocks that can be taken now: free ones and cached ones."""
     return int(pool.counts[FREE] + pool.counts[CACHED])
+
+
+@njit
+def num_blocks(pool: BlockPool) -> int:
+    """Blocks of the pool; 0: there is no such tier."""
+    return int(pool.use.shape[0])
+
+
+@njit
+def is_cached(pool: BlockPool, block: int) -> bool:
+    """Whether a block has a name and nobody holds it."""
+    return bool(pool.use[block] >= 0)
 
 
 @njit
@@ -195,7 +204,7 @@ def _forget(pool: BlockPool, block: int) -> None:
     pool.span_block[at] = following
     if following > 0:
         pool.counts[SECOND_BLOCKS] -= 1
-        pool.span_idle[span] += pool.ref_count[following - 1] == 0
+        pool.span_idle[span] += is_cached(pool, following - 1)
         return
     pool.span_named[span] -= 1
     if pool.span_named[span] == 0:
@@ -215,7 +224,6 @@ def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span
         if pool.span_block[np.uint64(at)] == 0:
             pool.span_block[np.uint64(at)] = block + 1
             pool.content[np.uint64(block)] = at + 1
-            pool.ref_count[np.uint64(block)] = 1
             named += 1
         elif also:
             last = pool.span_block[at] - 1
@@ -223,7 +231,6 @@ def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span
                 last = pool.next_same[last] - 1
             pool.next_same[last] = block + 1
             pool.content[block] = at + 1
-            pool.ref_count[block] = 1
             pool.counts[SECOND_BLOCKS] += 1
     pool.span_named[span] += named
 
@@ -239,13 +246,12 @@ def remember(pool: BlockPool, block: int, content_hash: int, place: int) -> None
         if pool.span_block[at] == 0:
             pool.span_block[at] = block + 1
             pool.content[block] = at + 1
-            pool.ref_count[block] = 1
             pool.span_named[span] += 1
 
 
 @njit
 def _unlink(pool: BlockPool, block: int) -> None:
-    pool.queue_place[block] = -1
+    pool.use[block] = -1
     pool.counts[CACHED] -= 1
     at = pool.content[block] - 1
     if pool.span_block[at] == block + 1:
@@ -256,7 +262,7 @@ def _unlink(pool: BlockPool, block: int) -> None:
 def oldest(pool: BlockPool) -> int:
     """The cached block unused for longest; there is one."""
     head = pool.counts[QUEUE_HEAD]
-    while pool.queue_place[pool.queue[head]] != head:
+    while pool.use[pool.queue[head]] != head:
         head += 1
     pool.counts[QUEUE_HEAD] = head
     return int(pool.queue[head])
@@ -292,11 +298,11 @@ def take_cached(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int)
     bits, head, alone = pool.counts[SPAN_BITS], pool.counts[QUEUE_HEAD], pool.counts[SECOND_BLOCKS] == 0
     span, gone = 0, 0  # of this span so many blocks are gone that its counts do not know of yet
     for i in range(held, needed):
-        while pool.queue_place[np.uint64(pool.queue[np.uint64(head)])] != head:
+        while pool.use[np.uint64(pool.queue[np.uint64(head)])] != head:
             head += 1
         block = pool.queue[np.uint64(head)]
         head += 1
-        pool.queue_place[np.uint64(block)] = -1
+        pool.use[np.uint64(block)] = -1
         at = pool.content[np.uint64(block)] - 1
         if alone or (pool.span_block[at] == block + 1 and pool.next_same[block] == 0):
             pool.span_block[np.uint64(at)] = 0
@@ -328,9 +334,10 @@ def _count_gone(pool: BlockPool, span: int, gone: int) -> None:
 @njit
 def claim(pool: BlockPool, block: int) -> None:
     """Hold a block for its content, together with whoever holds it already."""
-    if pool.ref_count[block] == 0:
+    if is_cached(pool, block):
         _unlink(pool, block)
-    pool.ref_count[block] += 1
+    else:
+        pool.use[block] -= 1
 
 
 @njit
@@ -340,9 +347,10 @@ def release(pool: BlockPool, block: int) -> None:
         pool.free_stack[pool.counts[FREE]] = block
         pool.counts[FREE] += 1
         return
-    pool.ref_count[block] -= 1
-    if pool.ref_count[block] == 0:
+    if pool.use[block] == -1:
         _link(pool, block)
+    else:
+        pool.use[block] += 1
 
 
 @njit
@@ -363,12 +371,11 @@ def release_all(pool: BlockPool, row: NDArray[np.int32], held: int, named: int) 
             pool.free_stack[np.uint64(free)] = block
             free += 1
             continue
-        others = pool.ref_count[np.uint64(block)] - 1
-        pool.ref_count[np.uint64(block)] = others
-        if others > 0:
+        if pool.use[np.uint64(block)] < -1:
+            pool.use[np.uint64(block)] += 1
             continue
         pool.queue[np.uint64(tail)] = block
-        pool.queue_place[np.uint64(block)] = tail
+        pool.use[np.uint64(block)] = tail
         tail += 1
         if alone or pool.span_block[at] == block + 1:
             if at >> bits != span:
@@ -388,7 +395,7 @@ def _link(pool: BlockPool, block: int) -> None:
         _close_ranks(pool)
     tail = pool.counts[QUEUE_TAIL]
     pool.queue[tail] = block
-    pool.queue_place[block] = tail
+    pool.use[block] = tail
     pool.counts[QUEUE_TAIL] = tail + 1
     pool.counts[CACHED] += 1
     at = pool.content[block] - 1
@@ -402,9 +409,9 @@ def _close_ranks(pool: BlockPool) -> None:
     kept = 0
     for place in range(pool.counts[QUEUE_HEAD], pool.counts[QUEUE_TAIL]):
         block = pool.queue[place]
-        if pool.queue_place[block] == place:
+        if pool.use[block] == place:
             pool.queue[kept] = block
-            pool.queue_place[block] = kept
+            pool.use[block] = kept
             kept += 1
     pool.counts[QUEUE_HEAD] = 0
     pool.counts[QUEUE_TAIL] = kept

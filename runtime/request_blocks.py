@@ -84,7 +84,7 @@ def hold_in(state: State, plan: Plan, row: NDArray[np.int32], held: int, needed:
     """Put blocks, of which there are enough, into row[held:needed]: free ones, then cached ones."""
     free = min(needed, held + state.blocks.counts[FREE])
     kv_cache.take_free(state.blocks, row, held, free)
-    if state.host_blocks.ref_count.shape[0] == 0:
+    if kv_cache.num_blocks(state.host_blocks) == 0:
         if free < needed:
             kv_cache.take_cached(state.blocks, row, free, needed)
         return

@@ -25,7 +25,7 @@ def stats_of(state: State, steps: int, speculated: Speculated, accepted_by_posit
     Cached blocks that nobody holds are not in use.
     """
     counts, blocks, host_blocks = state.counts, state.blocks, state.host_blocks
-    total, host_total = len(blocks.ref_count), len(host_blocks.ref_count)
+    total, host_total = len(blocks.use), len(host_blocks.use)
     return EngineStats(
         running=int(counts[NUM_RUNNING]),
         waiting=int(counts[NUM_WAITING]),

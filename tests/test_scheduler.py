@@ -56,14 +56,14 @@ def waiting(state: State) -> list[int]:
 
 def cached_blocks(blocks: kv_cache.BlockPool) -> list[int]:
     places = range(int(blocks.counts[kv_cache.QUEUE_HEAD]), int(blocks.counts[kv_cache.QUEUE_TAIL]))
-    return [int(blocks.queue[place]) for place in places if blocks.queue_place[blocks.queue[place]] == place]
+    return [int(blocks.queue[place]) for place in places if blocks.use[blocks.queue[place]] == place]
 
 
 def check_conservation(state: State, in_flight: bool = False) -> None:
     """Every block is held, free or cached, and never two of them; every slot and lane is in one place."""
     blocks = state.blocks
-    held = np.zeros(len(blocks.ref_count), np.int64)
-    on_host = np.zeros(len(state.host_blocks.ref_count), np.int64)
+    held = np.zeros(len(blocks.use), np.int64)
+    on_host = np.zeros(len(state.host_blocks.use), np.int64)
     for slot in waiting(state):
         assert state.num_blocks[slot] == 0
         place = int(state.first_swapped[slot])
@@ -89,7 +89,8 @@ def check_conservation(state: State, in_flight: bool = False) -> None:
 
 def check_pool(blocks: kv_cache.BlockPool, held: np.ndarray, unique: bool = True) -> None:
     """Every block is held as often as it should be, free or cached; the table knows each content, once if `unique`."""
-    assert np.where(blocks.content != 0, held, 0).tolist() == blocks.ref_count.tolist()
+    assert np.where(blocks.content != 0, held, 1)[blocks.use < 0].tolist() == (-blocks.use[blocks.use < 0]).tolist()
+    assert not held[blocks.use >= 0].any()
     assert (held[blocks.content == 0] <= 1).all()
     free = blocks.free_stack[: blocks.counts[kv_cache.FREE]].tolist()
     cached = cached_blocks(blocks)
@@ -125,7 +126,7 @@ class Contents:
     """
 
     def __init__(self, state: State, shared: dict[int, tuple[int, int]]) -> None:
-        blocks = len(state.blocks.ref_count) + len(state.host_blocks.ref_count)
+        blocks = len(state.blocks.use) + len(state.host_blocks.use)
         self.cells = [[None] * int(state.limits[scheduler_state.BLOCK_SIZE]) for _ in range(blocks)]
         self.shared = shared
 
@@ -278,8 +279,8 @@ class AnyTraffic(RuleBasedStateMachine):
             self.land(0)
         assert not self.alive, "a request was forgotten"
         check_conservation(self.state)
-        assert not self.state.blocks.ref_count.any()
-        assert not self.state.host_blocks.ref_count.any()
+        assert (self.state.blocks.use >= -1).all()
+        assert (self.state.host_blocks.use >= -1).all()
 
 
 AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
