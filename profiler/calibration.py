@@ -26,7 +26,7 @@ from .live import measure_live
 from .profile import BadProfile, Key, LivePoint, Profile, Serving
 from .replay import Progress, ReplayResult
 from .simulator import simulate
-from .step_time import StepTables, composed_time_s
+from .step_time import IDLE_S, StepTables, composed_time_s
 from .tables import step_tables
 
 # A longer pause after a step means that the replica had nothing to do, and belongs to no step.
@@ -36,7 +36,7 @@ _LEAST_STEPS = 50
 _LEAST_LONE_REQUESTS = 5
 _LONE_REQUESTS = 20
 _LONE_INPUT, _LONE_OUTPUT = 48, 4
-_LOADED_INPUT, _LOADED_OUTPUT = (16, 192), (8, 96)
+_LOADED_INPUT, _LOADED_OUTPUT = (16, 1024), (8, 96)
 _LOAD = 0.6  # of the modeled capacity
 
 
@@ -66,13 +66,15 @@ def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[L
 
 
 def serving_from(
-    trace: Trace, result: ReplayResult, steps: Sequence[LoggedStep], tables: StepTables, key: Key
+    trace: Trace, result: ReplayResult, steps: Sequence[LoggedStep], tables: StepTables, key: Key, loaded_s: float = 0.0
 ) -> Serving:
     """What serving added, from a replay and the steps that its server logged.
 
     Args:
         tables: as modeled without serving.
         key: the configuration that served.
+        loaded_s: when in the trace the load begins. Steps before tell what lies outside the steps, and no more: after
+            a second with next to nothing to do all steps take up to twice as long.
     Raises: BadProfile: too few steps, or too few requests that were alone in the server.
     """
     again = "calibrate with a longer replay"
@@ -85,7 +87,13 @@ def serving_from(
             for s in steps
         ]
     )
-    blocks = np.array_split(np.argsort([step.started_s for step in steps], kind="stable"), _BLOCKS)
+    pauses_s = _pauses_s(steps)
+    follows = np.concatenate([[math.inf], pauses_s[:-1]]) < IDLE_S
+    loaded = np.array([step.started_s >= result.started_s + loaded_s for step in steps])
+    busy: list[int] = np.flatnonzero(follows & loaded).tolist()
+    if len(busy) < _LEAST_STEPS:
+        raise BadProfile("calibration: steps that followed others", len(busy), f"at least {_LEAST_STEPS}", again)
+    blocks = np.array_split(sorted(busy, key=lambda i: steps[i].started_s), _BLOCKS)
     ratios = np.array([measured_s[block].sum() / modeled_s[block].sum() for block in blocks])
     low, high = np.quantile(ratios, (0.05, 0.95))
     before_s, after_s = _lone_requests(trace, result, steps)
@@ -94,12 +102,13 @@ def serving_from(
     return Serving(
         cores=key.cores,
         ranks=key.ranks,
-        points=live_points(steps),
-        spread=float(high - low) / 2 / float(measured_s.sum() / modeled_s.sum()),
-        between_steps_s=_between_steps_s(steps),
+        points=live_points([steps[i] for i in busy], pauses_s[busy]),
+        spread=float(high - low) / 2 / float(measured_s[busy].sum() / modeled_s[busy].sum()),
+        between_steps_s=float(np.median(known)) if len(known := pauses_s[pauses_s < _BETWEEN_STEPS_LIMIT_S]) else 0.0,
+        after_idle_s=_after_idle_s(steps, follows & loaded, ~follows & loaded, measured_s, modeled_s),
         to_scheduler_s=max(0.0, float(np.median(before_s))),
         to_client_s=max(0.0, float(np.median(after_s))),
-        steps=len(steps),
+        steps=len(busy),
         requests=len(before_s),
         measured_on=str(key),
     )
@@ -111,11 +120,18 @@ def kind_of_step(step: LoggedStep | LivePoint) -> tuple[int, ...]:
     return (step.num_rows, step.num_samples, *(round(4 * math.log2(1 + size)) for size in sizes))
 
 
-def live_points(steps: Sequence[LoggedStep]) -> tuple[LivePoint, ...]:
-    """The steps by composition, those that are alike as one."""
+def live_points(steps: Sequence[LoggedStep], pauses_s: NDArray[np.float64]) -> tuple[LivePoint, ...]:
+    """The steps by composition, those that are alike as one.
+
+    Args:
+        pauses_s: after each step (_pauses_s).
+    """
     alike: dict[tuple[int, ...], list[LoggedStep]] = {}
-    for step in steps:
+    pauses: dict[tuple[int, ...], list[float]] = {}
+    for step, pause_s in zip(steps, pauses_s.tolist()):
         alike.setdefault(kind_of_step(step), []).append(step)
+        if pause_s < _BETWEEN_STEPS_LIMIT_S:
+            pauses.setdefault(kind_of_step(step), []).append(pause_s)
     return tuple(
         LivePoint(
             num_tokens=round(fmean(step.num_tokens for step in found)),
@@ -124,21 +140,36 @@ def live_points(steps: Sequence[LoggedStep]) -> tuple[LivePoint, ...]:
             decode_context=fmean(step.decode_context for step in found),
             prefill_pairs=fmean(step.prefill_pairs for step in found),
             mean_s=fmean(step.seconds for step in found),
+            pause_s=fmean(pauses[kind]) if kind in pauses else None,
             count=len(found),
         )
-        for _, found in sorted(alike.items())
+        for kind, found in sorted(alike.items())
     )
 
 
-def _between_steps_s(steps: Sequence[LoggedStep]) -> float:
-    """Median pause between two steps of a replica that had work all the while."""
+def _pauses_s(steps: Sequence[LoggedStep]) -> NDArray[np.float64]:
+    """From the end of each step to the start of its replica's next; infinite after the last."""
     pauses = [
-        later.started_s - step.started_s - step.seconds
+        max(0.0, later.started_s - step.started_s - step.seconds) if step.replica == later.replica else math.inf
         for step, later in itertools.pairwise(steps)
-        if step.replica == later.replica
     ]
-    busy = [pause for pause in pauses if 0 <= pause < _BETWEEN_STEPS_LIMIT_S]
-    return float(np.median(busy)) if busy else 0.0
+    return np.array([*pauses, math.inf])
+
+
+def _after_idle_s(
+    steps: Sequence[LoggedStep],
+    follow: NDArray[np.bool_],
+    begin: NDArray[np.bool_],
+    measured_s: NDArray[np.float64],
+    modeled_s: NDArray[np.float64],
+) -> float:
+    """Median of what steps with prompts that begin after a pause take longer than their model and those that follow."""
+    prompts = np.array([step.prefill_pairs > 0 for step in steps])
+    usual, woken = prompts & follow, prompts & begin
+    if not woken.any():
+        return 0.0
+    ratio = measured_s[usual].sum() / modeled_s[usual].sum() if usual.any() else 1.0
+    return max(0.0, float(np.median(measured_s[woken] - ratio * modeled_s[woken])))
 
 
 def _lone_requests(
@@ -165,15 +196,20 @@ def _lone_requests(
 def calibration_trace(tables: StepTables, deployment: Deployment, *, seconds: float, seed: int) -> Trace:
     """First requests that are alone in the server, then Poisson arrivals at _LOAD of the modeled capacity.
 
+    Prompts of the loaded part are as often between 32 and 64 tokens as between 512 and 1,024, up to three quarters of
+    what the pool takes: what the server adds differs by their length.
     The capacity is what a simulation of the loaded part does when everything arrives at once.
     """
     rng = np.random.default_rng(seed)
     pool = deployment.pool
-    most = pool.max_model_len // 2
-    lone_input, lone_output = min(_LONE_INPUT, most), min(_LONE_OUTPUT, most)
+    most_output = max(1, pool.max_model_len // 4)
+    most_input = max(1, pool.max_model_len - most_output - 1)
+    lone_input, lone_output = min(_LONE_INPUT, most_input), min(_LONE_OUTPUT, most_output)
     count = 200
-    inputs = np.minimum(rng.integers(*_LOADED_INPUT, count), most)
-    outputs = np.minimum(rng.integers(*_LOADED_OUTPUT, count), most)
+    shortest, longest = map(math.log, _LOADED_INPUT)
+    lengths = np.exp(rng.uniform(shortest, longest, count))
+    inputs = np.minimum(lengths.astype(int), most_input)
+    outputs = np.minimum(rng.integers(*_LOADED_OUTPUT, count), most_output)
     at_once = simulate(Trace(np.zeros(count), inputs, outputs), pool, tables, policy=deployment.scheduler_policy)
     rate = _LOAD * count / float(np.nanmax(at_once.times.end_s))
     arrivals = np.cumsum(rng.exponential(1 / rate, count))
@@ -195,7 +231,7 @@ def calibrate_serving(
     profile: Profile,
     deployment: Deployment,
     *,
-    seconds: float = 8.0,
+    seconds: float = 12.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
@@ -215,7 +251,8 @@ def calibrate_serving(
         log = Path(folder) / "steps.jsonl"
         result = measure_live(deployment, trace, step_log=log, seed=seed, progress=progress)
         steps = read_step_log(log, result.started_s)
-    serving = serving_from(trace, result, steps, modeled.tables, profile.configuration(pool).key)
+    key, loaded_s = profile.configuration(pool).key, float(trace.arrival_s[_LONE_REQUESTS])
+    serving = serving_from(trace, result, steps, modeled.tables, key, loaded_s)
     mine = (serving.cores, serving.ranks)
     kept = [other for other in profile.serving if (other.cores, other.ranks) != mine]
     ordered = sorted([*kept, serving], key=lambda each: (each.cores, each.ranks))

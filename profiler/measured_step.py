@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import Pool
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
 from .profile import BadProfile, Configuration, LivePoint, Peaks, Profile, Serving, StepPoint
-from .step_fit import StepFit, fit_steps
+from .step_fit import StepFit, fit_steps, non_negative_least_squares
 from .step_time import NO_STEP_TIMES, WORK_GRID, ModeledStep, StepTables, composed_time_s, scaled
 
 Floats = NDArray[np.float64]
@@ -149,10 +150,23 @@ def _most_rows(serving: Serving) -> int:
     return max(point.num_rows for point in serving.points)
 
 
-def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> tuple[float, float]:
-    """Step time on a live server / step time of that configuration alone: of decoding, and of what prompts add to it.
+class _Slowing(NamedTuple):
+    """What a live server does to the steps of a configuration.
 
-    Steps without prompts give the first; what steps with prompts take beyond it the second.
+    decode   ratio of decode steps to the same steps alone
+    token_s  seconds more for every token that a step sends: its way to the client takes the cores that compute
+    prompts  ratio of what prompts add to a step
+    """
+
+    decode: float
+    token_s: float
+    prompts: float
+
+
+def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> _Slowing:
+    """Of the configuration that served, by least squares over its live steps, by which their sum is right.
+
+    Steps without prompts give the first two; what steps with prompts take beyond them the third.
 
     Raises: BadProfile: the configuration that served is not in the profile.
     """
@@ -175,28 +189,39 @@ def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) 
         samples_s=np.zeros_like(tables.samples_s),
         decode_attention_s=np.zeros_like(tables.decode_attention_s),
     )
-    count = np.array([point.count for point in serving.points])
-    measured_s = count * np.array([point.mean_s for point in serving.points])
-    prompts_s = count * np.array(seconds_of(of_prompts, serving.points))
-    decode_s = count * np.array(seconds_of(tables, serving.points)) - prompts_s
+    count = np.array([point.count for point in serving.points], np.float64)
+    measured_s = np.array([point.mean_s + _longer_pause_s(serving, point) for point in serving.points])
+    prompts_s = np.array(seconds_of(of_prompts, serving.points))
+    decode_s = np.array(seconds_of(tables, serving.points)) - prompts_s
+    sent = np.array([point.num_samples for point in serving.points], np.float64)
     decodes = np.array([point.prefill_pairs == 0 for point in serving.points])
-    whole = float(measured_s.sum() / (decode_s + prompts_s).sum())
-    decode = float(measured_s[decodes].sum() / decode_s[decodes].sum()) if decodes.any() else whole
+    if not decodes.any():
+        whole = float(count @ measured_s / (count @ (decode_s + prompts_s)))
+        return _Slowing(whole, 0.0, whole)
+    weight = np.sqrt(count[decodes] / decode_s[decodes])
+    sides = np.column_stack([decode_s[decodes], sent[decodes]]) * weight[:, None]
+    decode, token_s = map(float, non_negative_least_squares(sides, measured_s[decodes] * weight))
     if not prompts_s.any():
-        return decode, decode
-    return decode, max(0.0, float((measured_s - decode * decode_s)[~decodes].sum() / prompts_s.sum()))
+        return _Slowing(decode, token_s, decode)
+    beyond_s = (count * (measured_s - decode * decode_s - token_s * sent))[~decodes]
+    return _Slowing(decode, token_s, max(0.0, float(beyond_s.sum() / (count * prompts_s).sum())))
 
 
-def _served(
-    tables: StepTables, serving: Serving, error: float, slowing: tuple[float, float]
-) -> tuple[StepTables, float]:
-    decode, prompts = slowing
-    busy = scaled(tables, decode)
+def _longer_pause_s(serving: Serving, point: LivePoint) -> float:
+    """After a step, beyond the usual one: the more tokens are on their way, the longer."""
+    return 0.0 if point.pause_s is None else point.pause_s - serving.between_steps_s
+
+
+def _served(tables: StepTables, serving: Serving, error: float, slowing: _Slowing) -> tuple[StepTables, float]:
+    busy = scaled(tables, slowing.decode)
     few = tables.tokens_s[: _most_rows(serving) + 1]
-    busy.tokens_s[len(few) :] = decode * few[-1] + prompts * (tables.tokens_s[len(few) :] - few[-1])
+    busy.tokens_s[len(few) :] = slowing.decode * few[-1] + slowing.prompts * (tables.tokens_s[len(few) :] - few[-1])
     busy.tokens_s[1:] += serving.between_steps_s
+    busy.samples_s[:] += slowing.token_s * np.arange(len(busy.samples_s))
     request_s = np.array([serving.to_scheduler_s, serving.to_client_s])
-    busy = busy._replace(request_s=request_s, prefill_attention_s=prompts * tables.prefill_attention_s)
+    prefill_attention_s = slowing.prompts * tables.prefill_attention_s
+    wake_s = serving.after_idle_s
+    busy = busy._replace(request_s=request_s, prefill_attention_s=prefill_attention_s, wake_s=wake_s)
     # two independent causes: what the fit misses, and how unevenly the server and its clients take the cores
     return busy, float(np.hypot(error, serving.spread))
 

@@ -73,7 +73,7 @@ def _together(same: Sequence[Configuration]) -> Configuration:
 
 
 def _middle(same: Sequence[Serving]) -> Serving:
-    names = ("between_steps_s", "to_scheduler_s", "to_client_s")
+    names = ("between_steps_s", "after_idle_s", "to_scheduler_s", "to_client_s")
     middle = {name: statistics.median(getattr(each, name) for each in same) for name in names}
     within = statistics.median(each.spread for each in same)
     counts = {name: sum(getattr(each, name) for each in same) for name in ("steps", "requests")}

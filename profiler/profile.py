@@ -178,7 +178,11 @@ class Configuration(_Part):
 
 
 class LivePoint(_Part):
-    """Steps of one composition, or nearly, that a live server computed; mean seconds."""
+    """Steps of one composition, or nearly, that a live server computed.
+
+    mean_s   seconds of the step
+    pause_s  mean seconds from its end to the next step, where there was work; None: not known
+    """
 
     num_tokens: int = Field(ge=1)
     num_rows: int = Field(ge=1)
@@ -186,6 +190,7 @@ class LivePoint(_Part):
     decode_context: float = Field(ge=0)
     prefill_pairs: float = Field(ge=0)
     mean_s: float = Field(gt=0)
+    pause_s: float | None = Field(None, ge=0)
     count: int = Field(ge=1)
 
 
@@ -194,10 +199,11 @@ class Serving(_Part):
 
     cores               that the replicas computed on; what is left of the machine is the server's and the client's
     ranks               of a replica: processes that wait for each other, so that all lose what one of them does
-    points              what steps took there: beside what the configuration's own steps took it tells how much the
-                        server and its clients slow them down
+    points              what steps took there that followed others: beside what the configuration's own steps took it
+                        tells how much the server and its clients slow them down
     spread              half of the 90 % range, over blocks of time, of step time to modeled step time; relative
     between_steps_s     from the end of a step to the start of the next while there is work, median
+    after_idle_s        what a prompt's step takes longer that found the server idle for IDLE_S (step_time.py), median
     to_scheduler_s      from the scheduled arrival until the scheduler sees the request, median
     to_client_s         from the end of a token's step until the client has the token, median
     steps, requests     how many it was taken from
@@ -208,6 +214,7 @@ class Serving(_Part):
     points: tuple[LivePoint, ...] = Field(min_length=1)
     spread: float = Field(ge=0)
     between_steps_s: float = Field(ge=0)
+    after_idle_s: float = Field(0.0, ge=0)
     to_scheduler_s: float = Field(ge=0)
     to_client_s: float = Field(ge=0)
     steps: int

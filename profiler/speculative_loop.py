@@ -37,7 +37,7 @@ from .loop_notes import (
     note_tokens,
     schedule_carrying,
 )
-from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
+from .step_time import StepTables, adapters_s, begins_s, composed_time_s, composition, copies_s, fills_s
 
 # streams of a request's chances
 _DRAFTS = 1
@@ -175,7 +175,7 @@ def run_speculative(
             if cursor[ARRIVED] == cursor[QUEUED]:
                 status = DRAINED
                 break
-            now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
+            now_s = begins_s(tables, now_s, requests.arrival_s[queue[cursor[ARRIVED]]])
             continue
         samples, context, pairs = composition(plan, tables.prompt_pairs)
         for row in range(size):

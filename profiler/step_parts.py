@@ -266,8 +266,10 @@ def count_arrivals(
     first: int,
     behind: int,
     now_s: float,
+    idle_s: float,
 ) -> None:
-    """Count what lies before the scheduler saw newcomers: the way to it, and the rest of the step under way."""
+    """Count what lies before the scheduler saw newcomers: the way to it, and the rest of the step under way. Where no
+    step was for the last idle_s seconds the replica woke up meanwhile."""
     resources = sums.seconds.shape[1]
     last_s = 0.0
     for r in range(resources):
@@ -275,10 +277,11 @@ def count_arrivals(
     for place in range(first, behind):
         request = queue[place]
         arrival_s = requests.arrival_s[request]
-        record.parts[request, TO_SCHEDULER, HOST] += arrival_s - requests.scheduled_s[request]
+        waking_s = min(idle_s, now_s - arrival_s)
+        record.parts[request, TO_SCHEDULER, HOST] += arrival_s - requests.scheduled_s[request] + waking_s
         for r in range(resources):
             share = sums.seconds[_LAST, r] / last_s if last_s > 0.0 else 0.25
-            record.parts[request, QUEUE_STEP, r] += (now_s - arrival_s) * share
+            record.parts[request, QUEUE_STEP, r] += (now_s - arrival_s - waking_s) * share
         record.waits[request] = QUEUES
         _see(record.seen, record.last_s, sums.seconds, request, now_s)
 

@@ -27,7 +27,10 @@ WORK_GRID: NDArray[np.float64] = 2.0 ** (np.arange(OCTAVES * POINTS_PER_OCTAVE +
 
 
 # fields of StepTables that are no times of steps by their composition
-NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s", "adapters")
+NO_STEP_TIMES = ("request_s", "draft", "prompt_pairs", "batch", "block_copy_s", "adapters", "wake_s")
+
+# Who has had nothing to do for so long finds other data in the caches, and cores asleep (docs/notes/prediction.md).
+IDLE_S = 0.02
 
 
 class PromptPairs(NamedTuple):
@@ -74,6 +77,7 @@ class StepTables(NamedTuple):
                          above
     block_copy_s         to move one KV block between device and host, either way, before the step that asks for it
     adapters             of LoRA adapters
+    wake_s               from an arrival until a replica begins that had nothing to do for IDLE_S
     """
 
     tokens_s: NDArray[np.float64]
@@ -87,6 +91,7 @@ class StepTables(NamedTuple):
     batch: BatchTables | None = None
     block_copy_s: float = 0.0
     adapters: AdapterTimes = AdapterTimes()
+    wake_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,14 @@ def scaled(tables: StepTables, factor: float) -> StepTables:
         draft=None if tables.draft is None else scaled(tables.draft, factor),
         batch=None if tables.batch is None else scaled_batch(tables.batch, factor),
     )
+
+
+@njit
+def begins_s(tables: StepTables, idle_since_s: float, arrival_s: float) -> float:
+    """When a replica begins that had nothing to do, as somebody arrives later than that."""
+    if arrival_s - idle_since_s < IDLE_S:
+        return float(arrival_s)
+    return float(arrival_s + tables.wake_s)
 
 
 @njit

@@ -114,7 +114,7 @@ def test_every_block_that_is_copied_takes_its_time_in_a_pipeline_too(stages: int
 
 
 def check_parts(requests: Trace, limits: Pool, block_copy_s: float = 0.0) -> None:
-    whole = tables(limits, request_s=REQUEST_S)._replace(block_copy_s=block_copy_s)
+    whole = tables(limits, request_s=REQUEST_S)._replace(block_copy_s=block_copy_s, wake_s=0.03)
     recorder = Recorder(limits_of(whole), gaps=Gaps(0.0, np.inf))
     seen = simulate(requests, limits, whole, recorder=recorder)
     plain = simulate(requests, limits, whole, jump=False)
@@ -200,6 +200,15 @@ def test_an_idle_server_has_no_queue() -> None:
     requests = Trace(np.arange(20) * 10.0, np.full(20, 50), np.full(20, 5))
     found = explained(requests, limits, (TTFT, 95.0)).metrics[0]
     assert {part.name for part in found.parts} == {"to_scheduler", "prefill", "to_client"}
+
+
+def test_waking_up_counts_as_the_host_s_before_the_scheduler_sees_a_request() -> None:
+    limits = pool(replicas=2)
+    whole = tables(limits, request_s=REQUEST_S)._replace(wake_s=0.3)
+    requests = Trace(np.arange(20) * 2.0, np.full(20, 50), np.full(20, 5))
+    found = explain(requests, limits, ModeledStep(whole, True, 0.1, ()), limits_of(whole), [(TTFT, 50.0)])[0]
+    assert found.metrics[0].seconds("to_scheduler") == pytest.approx(0.01 + 0.3)
+    assert found.metrics[0].seconds("queue_step") == 0.0
 
 
 def test_preemption_is_seen_as_waiting_and_as_computing_again() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretune.profiler.simulator import SimulationResult, simulate
-from paretune.profiler.step_time import WORK_GRID, StepTables, composed_time_s, interpolate
+from paretune.profiler.step_time import IDLE_S, WORK_GRID, StepTables, composed_time_s, interpolate
 from paretune.runtime.spec import Pool
 from paretune.traces.metrics import E2E, TPOT, TTFT, Metric, Target
 from paretune.traces.trace import PrefixHashes, Trace
@@ -60,9 +60,10 @@ def metrics(result: SimulationResult) -> np.ndarray[Any, np.dtype[np.float64]]:
     blocks=st.sampled_from([32, 40, 200]),
     seqs=st.sampled_from([1, 3, 8]),
     chunked=st.booleans(),
+    wake_s=st.sampled_from([0.0, 0.05]),
 )
 def test_jumping_over_decode_steps_changes_nothing(
-    seed: int, rate: float, blocks: int, seqs: int, chunked: bool
+    seed: int, rate: float, blocks: int, seqs: int, chunked: bool, wake_s: float
 ) -> None:
     limits = pool(
         num_kv_blocks=blocks,
@@ -71,11 +72,28 @@ def test_jumping_over_decode_steps_changes_nothing(
         max_num_batched_tokens=128 if chunked else 512,
     )
     requests = trace(60, rate, seed)
-    fast = simulate(requests, limits, tables(limits))
-    slow = simulate(requests, limits, tables(limits), jump=False)
+    step = tables(limits)._replace(wake_s=wake_s)
+    fast = simulate(requests, limits, step)
+    slow = simulate(requests, limits, step, jump=False)
     assert fast.steps == slow.steps
     assert fast.preemptions == slow.preemptions
     np.testing.assert_allclose(metrics(fast), metrics(slow), rtol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"replicas": 2}, {"pipeline_parallel_size": 2}])
+def test_who_finds_a_replica_idle_waits_until_it_is_awake(changes: dict[str, Any]) -> None:
+    limits = pool(**changes)
+    step = tables(limits)._replace(wake_s=0.5)
+    # two come together; one while these run; one a little after its end, and one much later
+    log = Trace([1.0, 1.0, 1.51, 1.535, 9.0], [20] * 5, [3] * 5)
+    asleep, awake = (simulate(log, limits, each).times for each in (step, step._replace(wake_s=0.0)))
+    late_s = asleep.first_token_s - awake.first_token_s
+    assert late_s[[0, 1, 4]] == pytest.approx(0.5)
+    if limits.replicas == 1:
+        assert asleep.end_s[1] > 1.51
+        assert late_s[2] < 0.02
+        assert asleep.end_s[2] < 1.535 < asleep.end_s[2] + IDLE_S
+        assert late_s[3] == pytest.approx(0.0), "it has been idle for too short a time"
 
 
 @settings(max_examples=30, deadline=None)
