@@ -357,6 +357,9 @@ def main() -> int:
     if "--fresh" in sys.argv or "--resume" in sys.argv:
         record("--resume" in sys.argv, 1 if "--one-pass" in sys.argv else PASSES)
     traces = windows()
+    if RECORD.exists() and (passes := len(json.loads(RECORD.read_text())["passes"])) < PASSES:
+        print(f"{passes} of {PASSES} passes are recorded: --resume goes on; nothing is scored before", file=sys.stderr)
+        return 1
     why = ""
     if not (RECORD.exists() and PROFILE.exists()):
         why = "nothing is recorded yet"

@@ -16,11 +16,15 @@ from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import Pool
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
-from .profile import BadProfile, Configuration, LivePoint, Peaks, Profile, Serving, StepPoint
+from .profile import BadProfile, Configuration, Key, LivePoint, Peaks, Profile, Serving, StepPoint
 from .step_fit import StepFit, fit_steps, non_negative_least_squares
 from .step_time import NO_STEP_TIMES, WORK_GRID, ModeledStep, StepTables, composed_time_s, scaled
 
 Floats = NDArray[np.float64]
+
+# Of what a live server slows steps down, as uncertain as this share of it where it was measured with other weights: on
+# the machine of docs/notes/prediction.md int8 and int4 slowed down by a third to a half of what bf16 did.
+_BORROWED = 0.5
 
 
 def measured_step(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledStep:
@@ -56,7 +60,13 @@ def measured_step(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledSte
         for what, measured, asked in (("cores", serving.cores, cores), ("ranks", serving.ranks, ranks)):
             if measured != asked:
                 notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
-        tables, error = _served(tables, serving, error, _slowing(profile, serving, shape, pool))
+        slowing = _slowing(profile, serving, shape, pool)
+        tables = _served(tables, serving, slowing)
+        # independent causes: what the fit misses, and how unevenly the server and its clients take the cores
+        error = float(np.hypot(error, serving.spread))
+        if slowing.measured_on.weight_dtype != pool.weight_dtype:
+            notes.append(f"serving over HTTP: slowed down as measured with {slowing.measured_on.weight_dtype} weights")
+            error = float(np.hypot(error, _BORROWED * abs(slowing.whole - 1)))
     # serving may take less time than the profile's steps did, and other tiles may: never less than physics
     tables = not_faster(tables, bound)
     notes += extrapolated(fit, pool)
@@ -156,11 +166,14 @@ class _Slowing(NamedTuple):
     decode   ratio of decode steps to the same steps alone
     token_s  seconds more for every token that a step sends: its way to the client takes the cores that compute
     prompts  ratio of what prompts add to a step
+    whole    ratio of all its steps, summed
     """
 
     decode: float
     token_s: float
     prompts: float
+    whole: float
+    measured_on: Key
 
 
 def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> _Slowing:
@@ -195,16 +208,17 @@ def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) 
     decode_s = np.array(seconds_of(tables, serving.points)) - prompts_s
     sent = np.array([point.num_samples for point in serving.points], np.float64)
     decodes = np.array([point.prefill_pairs == 0 for point in serving.points])
+    whole = float(count @ measured_s / (count @ (decode_s + prompts_s)))
     if not decodes.any():
-        whole = float(count @ measured_s / (count @ (decode_s + prompts_s)))
-        return _Slowing(whole, 0.0, whole)
+        return _Slowing(whole, 0.0, whole, whole, key)
     weight = np.sqrt(count[decodes] / decode_s[decodes])
     sides = np.column_stack([decode_s[decodes], sent[decodes]]) * weight[:, None]
     decode, token_s = map(float, non_negative_least_squares(sides, measured_s[decodes] * weight))
     if not prompts_s.any():
-        return _Slowing(decode, token_s, decode)
+        return _Slowing(decode, token_s, decode, whole, key)
     beyond_s = (count * (measured_s - decode * decode_s - token_s * sent))[~decodes]
-    return _Slowing(decode, token_s, max(0.0, float(beyond_s.sum() / (count * prompts_s).sum())))
+    prompts = max(0.0, float(beyond_s.sum() / (count * prompts_s).sum()))
+    return _Slowing(decode, token_s, prompts, whole, key)
 
 
 def _longer_pause_s(serving: Serving, point: LivePoint) -> float:
@@ -212,7 +226,7 @@ def _longer_pause_s(serving: Serving, point: LivePoint) -> float:
     return 0.0 if point.pause_s is None else point.pause_s - serving.between_steps_s
 
 
-def _served(tables: StepTables, serving: Serving, error: float, slowing: _Slowing) -> tuple[StepTables, float]:
+def _served(tables: StepTables, serving: Serving, slowing: _Slowing) -> StepTables:
     busy = scaled(tables, slowing.decode)
     few = tables.tokens_s[: _most_rows(serving) + 1]
     busy.tokens_s[len(few) :] = slowing.decode * few[-1] + slowing.prompts * (tables.tokens_s[len(few) :] - few[-1])
@@ -221,9 +235,7 @@ def _served(tables: StepTables, serving: Serving, error: float, slowing: _Slowin
     request_s = np.array([serving.to_scheduler_s, serving.to_client_s])
     prefill_attention_s = slowing.prompts * tables.prefill_attention_s
     wake_s = serving.after_idle_s
-    busy = busy._replace(request_s=request_s, prefill_attention_s=prefill_attention_s, wake_s=wake_s)
-    # two independent causes: what the fit misses, and how unevenly the server and its clients take the cores
-    return busy, float(np.hypot(error, serving.spread))
+    return busy._replace(request_s=request_s, prefill_attention_s=prefill_attention_s, wake_s=wake_s)
 
 
 def bound_tables(shape: ModelShape, pool: Pool, peaks: Peaks) -> StepTables:
