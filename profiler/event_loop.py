@@ -64,13 +64,14 @@ from .loop_notes import (
     Requests,
     Times,
     admit,
+    awake_s,
     has_room,
     note_ended,
     note_run,
     note_tokens,
     schedule_carrying,
 )
-from .step_time import StepTables, adapters_s, begins_s, composed_time_s, composition, copies_s, decode_steps, fills_s
+from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, decode_steps, fills_s
 
 _GOES_ON = -1
 
@@ -114,8 +115,9 @@ def run_replica(
     jump: requests that decode are a run while they can be. It is left before this returns.
     stop_at_end: pause after the step with which a request ends, before anybody else is admitted.
     queue, ended (m,) int64: rows of `requests` that go to this replica, and those that have ended, each in order, as
-    many as the cursor says; cursor (8,) int64: in the places named above; clock (2, or more,) float64: now, and busy
-    seconds. All are read and written, so that a run that paused or was out of slots goes on where it stopped.
+    many as the cursor says; cursor (8,) int64: in the places named above; clock (3, or more,) float64: now, busy
+    seconds, and the end of the last step. All are read and written, so that a run that paused or was out of slots goes
+    on where it stopped.
     """
     client_s = tables.request_s[1]
     status = _GOES_ON
@@ -138,6 +140,7 @@ def run_replica(
         if stop_at_end and cursor[ENDED] > seen:
             status = PAUSED
             continue
+        now_s = clock[0] = awake_s(state, tables, requests, queue, cursor, now_s, clock[2])
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             continue
@@ -173,10 +176,10 @@ def run_replica(
                 context, next_kth, goes_on = _decode(state, plan, run, tables, requests, times, gaps, bounds, k, *own)
                 status = _GOES_ON if goes_on else GAVE_UP
             elif plan.counts[PLAN_PREEMPTED] == 0:
-                if waits and coming_s < until_s:
-                    clock[0] = begins_s(tables, now_s, coming_s)
+                if waits:
+                    clock[0] = coming_s
                 else:
-                    status = PAUSED if waits else DRAINED
+                    status = DRAINED
             else:
                 copied = plan.counts[PLAN_COPIES]
             continue
@@ -188,7 +191,7 @@ def run_replica(
         ended_s = now_s + step_s
         weight = rows + note_tokens(state, plan, times, gaps, cursor, k, now_s, ended_s, client_s)
         note_run(gaps, cursor, step_s, 0.0, 1, ended_s + client_s, weight)
-        clock[0] = ended_s
+        clock[0] = clock[2] = ended_s
         clock[1] += step_s
         cursor[STEPS] += 1
         if rows > 0:
@@ -340,7 +343,7 @@ def _decode(
             break
         if looking and next_lookup(state, run) <= counts[STEP]:
             break
-    clock[0] = now_s
+    clock[0] = clock[2] = now_s
     return context, next_kth, goes_on
 
 
@@ -375,6 +378,7 @@ def run_pipeline(
         if stop_at_end and cursor[ENDED] > seen:
             status = PAUSED
             break
+        now_s = awake_s(state, tables, requests, queue, cursor, now_s, clock[2])
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break
@@ -405,7 +409,7 @@ def run_pipeline(
             if cursor[ARRIVED] == cursor[QUEUED]:
                 status = DRAINED
                 break
-            now_s = begins_s(tables, now_s, requests.arrival_s[queue[cursor[ARRIVED]]])
+            now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
             continue
         number = cursor[STEPS] % stages
         plan = plans[number]

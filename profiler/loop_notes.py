@@ -14,6 +14,8 @@ from ..kernels.jit import njit
 from ..runtime.scheduler import add_request, schedule_behind
 from ..runtime.scheduler_state import (
     MAX_NUM_SEQS,
+    NUM_RUNNING,
+    NUM_WAITING,
     PLAN_COPIES,
     PLAN_FINISHED,
     PLAN_SIZE,
@@ -21,6 +23,7 @@ from ..runtime.scheduler_state import (
     State,
     slot_at,
 )
+from .step_time import IDLE_S, StepTables
 
 # why the event loop returned
 DRAINED = 0
@@ -118,6 +121,26 @@ def _is_late(requests: Requests, times: Times, bounds: Bounds, target: int, requ
     else:
         value = end_s - scheduled_s
     return bool(value > bounds.limit_s[target])
+
+
+@njit
+def awake_s(
+    state: State,
+    tables: StepTables,
+    requests: Requests,
+    queue: NDArray[np.int64],
+    cursor: NDArray[np.int64],
+    now_s: float,
+    idle_since_s: float,
+) -> float:
+    """Now, or, where a replica without requests has been idle for IDLE_S as the next one arrives, when it is awake."""
+    if tables.wake_s == 0.0 or state.counts[NUM_RUNNING] + state.counts[NUM_WAITING] > 0:
+        return now_s
+    if cursor[ARRIVED] < cursor[QUEUED]:
+        arrival_s = requests.arrival_s[queue[cursor[ARRIVED]]]
+        if arrival_s <= now_s and arrival_s - idle_since_s >= IDLE_S:
+            return max(now_s, float(arrival_s + tables.wake_s))
+    return now_s
 
 
 @njit

@@ -32,12 +32,13 @@ from .loop_notes import (
     Requests,
     Times,
     admit,
+    awake_s,
     has_room,
     note_ended,
     note_tokens,
     schedule_carrying,
 )
-from .step_time import StepTables, adapters_s, begins_s, composed_time_s, composition, copies_s, fills_s
+from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
 
 # streams of a request's chances
 _DRAFTS = 1
@@ -157,6 +158,7 @@ def run_speculative(
         if stop_at_end and cursor[ENDED] > seen:
             status = PAUSED
             break
+        now_s = awake_s(state, tables, requests, queue, cursor, now_s, clock[2])
         if not admit(state, requests, queue, cursor, now_s):
             status = OUT_OF_SLOTS
             break
@@ -175,7 +177,7 @@ def run_speculative(
             if cursor[ARRIVED] == cursor[QUEUED]:
                 status = DRAINED
                 break
-            now_s = begins_s(tables, now_s, requests.arrival_s[queue[cursor[ARRIVED]]])
+            now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
             continue
         samples, context, pairs = composition(plan, tables.prompt_pairs)
         for row in range(size):
@@ -187,6 +189,7 @@ def run_speculative(
         accept(state, plan, chances)
         now_s += step_s
         clock[1] += step_s
+        clock[2] = now_s
         cursor[STEPS] += 1
         note_tokens(state, plan, times, gaps, cursor, k, math.nan, now_s, client_s)
         commit(state, plan)

@@ -36,6 +36,7 @@ from .loop_notes import (
     Requests,
     Times,
     admit,
+    awake_s,
     note_ended,
     note_token_times,
     schedule_carrying,
@@ -57,7 +58,7 @@ from .step_parts import (
     count_wait,
     why_they_queue,
 )
-from .step_time import StepTables, adapters_s, begins_s, composed_time_s, composition, copies_s, fills_s
+from .step_time import StepTables, adapters_s, composed_time_s, composition, copies_s, fills_s
 
 LOG_FULL = 5  # why the loop returned, beside event_loop's reasons
 
@@ -101,6 +102,7 @@ def record_replica(
             status = PAUSED
             break
         arrived = cursor[ARRIVED]
+        now_s = awake_s(state, tables, requests, queue, cursor, now_s, clock[2])
         all_in = admit(state, requests, queue, cursor, now_s)
         idle_s = now_s - clock[2] if cursor[BEGUN] == cursor[STEPS] else 0.0
         count_arrivals(record, sums, requests, queue, arrived, cursor[ARRIVED], now_s, idle_s)
@@ -155,7 +157,7 @@ def record_replica(
             if cursor[ARRIVED] == cursor[QUEUED]:
                 status = DRAINED
                 break
-            now_s = begins_s(tables, now_s, requests.arrival_s[queue[cursor[ARRIVED]]])
+            now_s = requests.arrival_s[queue[cursor[ARRIVED]]]
             continue
         number = cursor[STEPS] % stages
         plan = plans[number]

@@ -122,14 +122,6 @@ def scaled(tables: StepTables, factor: float) -> StepTables:
 
 
 @njit
-def begins_s(tables: StepTables, idle_since_s: float, arrival_s: float) -> float:
-    """When a replica begins that had nothing to do, as somebody arrives later than that."""
-    if arrival_s - idle_since_s < IDLE_S:
-        return float(arrival_s)
-    return float(arrival_s + tables.wake_s)
-
-
-@njit
 def copies_s(tables: StepTables, plan: Plan) -> float:
     """Seconds that a plan's copies of KV blocks take, which are made before anything is computed."""
     return float(tables.block_copy_s * plan.counts[PLAN_COPIES])

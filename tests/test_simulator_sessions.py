@@ -96,7 +96,8 @@ def test_so_many_clients_have_no_more_requests_open_and_serve_all(
     limits = pool(replicas=replicas, router=router, num_kv_blocks=blocks, max_model_len=400)
     requests = trace(60, 3.0, seed)
     fits = requests.input_tokens + requests.output_tokens <= 400
-    result = simulate(requests, limits, tables(limits), arrivals=closed_loop(requests, clients, think_s))
+    step = tables(limits)._replace(wake_s=0.004 * (seed % 2))
+    result = simulate(requests, limits, step, arrivals=closed_loop(requests, clients, think_s))
     times = result.times
     assert times.finished.tolist() == fits.tolist()
     assert (times.output_tokens == np.where(fits, requests.output_tokens, 0)).all()
@@ -116,6 +117,7 @@ def test_so_many_clients_have_no_more_requests_open_and_serve_all(
     jump=st.booleans(),
     blocks=st.sampled_from([32, 100]),
     seqs=st.sampled_from([2, 8]),
+    wake_s=st.sampled_from([0.0, 0.007]),
 )
 def test_sessions_are_served_as_an_open_loop_of_the_times_at_which_they_were_sent(
     seed: int,
@@ -126,6 +128,7 @@ def test_sessions_are_served_as_an_open_loop_of_the_times_at_which_they_were_sen
     jump: bool,
     blocks: int,
     seqs: int,
+    wake_s: float,
 ) -> None:
     # without any time between, a request comes at the very end of a step: rounding decides whether the next takes it
     mean_s, request_s = pauses
@@ -133,7 +136,7 @@ def test_sessions_are_served_as_an_open_loop_of_the_times_at_which_they_were_sen
         replicas=replicas, router=router, pipeline_parallel_size=stages, block_size=16, num_kv_blocks=blocks,
         max_num_seqs=seqs,
     )  # fmt: skip
-    requests, step = talks(60, seed), tables(limits, request_s=request_s)
+    requests, step = talks(60, seed), tables(limits, request_s=request_s)._replace(wake_s=wake_s)
     arrivals = with_pauses(requests, seed, mean_s)
     result = simulate(requests, limits, step, arrivals=arrivals, jump=jump)
     times, follows = result.times, arrivals.after >= 0
@@ -167,7 +170,7 @@ def test_sessions_speculate_as_in_an_open_loop() -> None:
 
 def test_a_recorded_run_of_sessions_has_the_same_times() -> None:
     limits = pool(replicas=2, router="least_outstanding_tokens")
-    requests, step = talks(50, 5), tables(limits)
+    requests, step = talks(50, 5), tables(limits)._replace(wake_s=0.03)
     arrivals = with_pauses(requests, 5, 0.1)
     recorder = Recorder(limits_of(step))
     seen = simulate(requests, limits, step, arrivals=arrivals, recorder=recorder).times
