@@ -166,7 +166,8 @@ def _after_idle_s(
     """Median of what steps with prompts that begin after a pause take longer than their model and those that follow."""
     prompts = np.array([step.prefill_pairs > 0 for step in steps])
     usual, woken = prompts & follow, prompts & begin
-    if not woken.any():
+    woken[np.flatnonzero(woken)[:1]] = False  # behind the lone requests: longer than any pause to come
+    if woken.sum() < _LEAST_LONE_REQUESTS:
         return 0.0
     ratio = measured_s[usual].sum() / modeled_s[usual].sum() if usual.any() else 1.0
     return max(0.0, float(np.median(measured_s[woken] - ratio * modeled_s[woken])))

@@ -142,6 +142,7 @@ def simulate_disaggregated(
     """
     prefill, decode = deployment.phases
     _check_sums(prefill_tables, decode_tables)
+    decode_tables = decode_tables._replace(wake_s=0.0)  # known of steps with prompts alone
     if prefilled is None:
         prefilled = prefill_trace(trace, deployment, prefill_tables, rate=rate)
     transfer = deployment.kv_transfer or KvTransfer()

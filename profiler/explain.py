@@ -26,7 +26,7 @@ from .step_time import ModeledStep, StepTables
 Floats = NDArray[np.float64]
 
 WORDS = {
-    "to_scheduler": "before the scheduler (HTTP, tokenizer)",
+    "to_scheduler": "before the scheduler (HTTP, tokenizer, waking up)",
     "queue_seats": "queue: max_num_seqs reached",
     "queue_tokens": "queue: max_num_batched_tokens spent",
     "queue_blocks": "queue: no KV blocks",

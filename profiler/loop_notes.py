@@ -133,7 +133,11 @@ def awake_s(
     now_s: float,
     idle_since_s: float,
 ) -> float:
-    """Now, or, where a replica without requests has been idle for IDLE_S as the next one arrives, when it is awake."""
+    """Now, or, where a replica without requests has been idle for IDLE_S as the next one arrives, when it is awake.
+
+    Its first step takes longer, really; here it begins later, so that whoever comes meanwhile is in it. At second 0 it
+    is awake.
+    """
     if tables.wake_s == 0.0 or state.counts[NUM_RUNNING] + state.counts[NUM_WAITING] > 0:
         return now_s
     if cursor[ARRIVED] < cursor[QUEUED]:

@@ -22,8 +22,8 @@ from .step_time import NO_STEP_TIMES, WORK_GRID, ModeledStep, StepTables, compos
 
 Floats = NDArray[np.float64]
 
-# Of what a live server slows steps down, as uncertain as this share of it where it was measured with other weights: on
-# the machine of docs/notes/prediction.md int8 and int4 slowed down by a third to a half of what bf16 did.
+# Of what a live server slows decode steps down, so much is uncertain where it was measured with other weights
+# (docs/notes/prediction.md).
 _BORROWED = 0.5
 
 
@@ -60,13 +60,13 @@ def measured_step(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledSte
         for what, measured, asked in (("cores", serving.cores, cores), ("ranks", serving.ranks, ranks)):
             if measured != asked:
                 notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
-        slowing = _slowing(profile, serving, shape, pool)
+        slowing, alone = _slowing(profile, serving, shape, pool), tables
         tables = _served(tables, serving, slowing)
         # independent causes: what the fit misses, and how unevenly the server and its clients take the cores
         error = float(np.hypot(error, serving.spread))
         if slowing.measured_on.weight_dtype != pool.weight_dtype:
             notes.append(f"serving over HTTP: slowed down as measured with {slowing.measured_on.weight_dtype} weights")
-            error = float(np.hypot(error, _BORROWED * abs(slowing.whole - 1)))
+            error = float(np.hypot(error, _BORROWED * abs(_slower(alone, tables, serving, slowing.usual_rows))))
     # serving may take less time than the profile's steps did, and other tiles may: never less than physics
     tables = not_faster(tables, bound)
     notes += extrapolated(fit, pool)
@@ -163,23 +163,25 @@ def _most_rows(serving: Serving) -> int:
 class _Slowing(NamedTuple):
     """What a live server does to the steps of a configuration.
 
-    decode   ratio of decode steps to the same steps alone
-    token_s  seconds more for every token that a step sends: its way to the client takes the cores that compute
-    prompts  ratio of what prompts add to a step
-    whole    ratio of all its steps, summed
+    decode       ratio of decode steps to the same steps alone
+    row_s        seconds more for every request in a step: its token's way to the client takes the cores that compute
+    prompts      ratio of what prompts add to a step
+    usual_rows   requests in a decode step, on average
+    measured_on  the configuration that served
     """
 
     decode: float
-    token_s: float
+    row_s: float
     prompts: float
-    whole: float
+    usual_rows: int
     measured_on: Key
 
 
 def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) -> _Slowing:
-    """Of the configuration that served, by least squares over its live steps, by which their sum is right.
+    """Of the configuration that served, by least squares over its live steps, weighted so that their sum is right.
 
-    Steps without prompts give the first two; what steps with prompts take beyond them the third.
+    Steps without prompts give the first two, or where all of them have as many rows the ratio alone; what steps with
+    prompts take beyond them the third.
 
     Raises: BadProfile: the configuration that served is not in the profile.
     """
@@ -206,19 +208,28 @@ def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) 
     measured_s = np.array([point.mean_s + _longer_pause_s(serving, point) for point in serving.points])
     prompts_s = np.array(seconds_of(of_prompts, serving.points))
     decode_s = np.array(seconds_of(tables, serving.points)) - prompts_s
-    sent = np.array([point.num_samples for point in serving.points], np.float64)
+    rows = np.array([point.num_rows for point in serving.points], np.float64)
     decodes = np.array([point.prefill_pairs == 0 for point in serving.points])
-    whole = float(count @ measured_s / (count @ (decode_s + prompts_s)))
     if not decodes.any():
-        return _Slowing(whole, 0.0, whole, whole, key)
+        whole = float(count @ measured_s / (count @ (decode_s + prompts_s)))
+        return _Slowing(whole, 0.0, whole, 1, key)
+    usual_rows = round(float(np.average(rows[decodes], weights=count[decodes])))
     weight = np.sqrt(count[decodes] / decode_s[decodes])
-    sides = np.column_stack([decode_s[decodes], sent[decodes]]) * weight[:, None]
-    decode, token_s = map(float, non_negative_least_squares(sides, measured_s[decodes] * weight))
+    sides = np.column_stack([decode_s[decodes], rows[decodes]]) * weight[:, None]
+    sides[:, 1] *= len(np.unique(rows[decodes])) > 1
+    decode, row_s = map(float, non_negative_least_squares(sides, measured_s[decodes] * weight))
     if not prompts_s.any():
-        return _Slowing(decode, token_s, decode, whole, key)
-    beyond_s = (count * (measured_s - decode * decode_s - token_s * sent))[~decodes]
+        return _Slowing(decode, row_s, decode, usual_rows, key)
+    beyond_s = (count * (measured_s - decode * decode_s - row_s * rows))[~decodes]
     prompts = max(0.0, float(beyond_s.sum() / (count * prompts_s).sum()))
-    return _Slowing(decode, token_s, prompts, whole, key)
+    return _Slowing(decode, row_s, prompts, usual_rows, key)
+
+
+def _slower(alone: StepTables, served: StepTables, serving: Serving, usual_rows: int) -> float:
+    """By which share decode steps of about so many rows take longer on the live server, beside the pauses."""
+    rows = min(usual_rows, len(alone.rows_s) - 1, len(alone.tokens_s) - 1)
+    alone_s, served_s = (each.tokens_s[rows] + each.rows_s[rows] + each.samples_s[rows] for each in (alone, served))
+    return float((served_s - serving.between_steps_s) / alone_s - 1)
 
 
 def _longer_pause_s(serving: Serving, point: LivePoint) -> float:
@@ -231,7 +242,7 @@ def _served(tables: StepTables, serving: Serving, slowing: _Slowing) -> StepTabl
     few = tables.tokens_s[: _most_rows(serving) + 1]
     busy.tokens_s[len(few) :] = slowing.decode * few[-1] + slowing.prompts * (tables.tokens_s[len(few) :] - few[-1])
     busy.tokens_s[1:] += serving.between_steps_s
-    busy.samples_s[:] += slowing.token_s * np.arange(len(busy.samples_s))
+    busy.rows_s[:] += slowing.row_s * np.arange(len(busy.rows_s))
     request_s = np.array([serving.to_scheduler_s, serving.to_client_s])
     prefill_attention_s = slowing.prompts * tables.prefill_attention_s
     wake_s = serving.after_idle_s

@@ -214,7 +214,7 @@ class Serving(_Part):
     points: tuple[LivePoint, ...] = Field(min_length=1)
     spread: float = Field(ge=0)
     between_steps_s: float = Field(ge=0)
-    after_idle_s: float = Field(0.0, ge=0)
+    after_idle_s: float = Field(ge=0)
     to_scheduler_s: float = Field(ge=0)
     to_client_s: float = Field(ge=0)
     steps: int

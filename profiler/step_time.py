@@ -77,7 +77,7 @@ class StepTables(NamedTuple):
                          above
     block_copy_s         to move one KV block between device and host, either way, before the step that asks for it
     adapters             of LoRA adapters
-    wake_s               from an arrival until a replica begins that had nothing to do for IDLE_S
+    wake_s               from an arrival until a replica begins that had nothing to do for IDLE_S; measured of prompts
     """
 
     tokens_s: NDArray[np.float64]

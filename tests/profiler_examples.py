@@ -75,7 +75,8 @@ def serving(
         for step in steps
     ]
     return Serving(
-        cores=cores, ranks=1, points=live, spread=0.2, between_steps_s=1e-4, to_scheduler_s=2e-3, to_client_s=3e-3,
+        cores=cores, ranks=1, points=live, spread=0.2, between_steps_s=1e-4, after_idle_s=0.0, to_scheduler_s=2e-3,
+        to_client_s=3e-3,
         steps=3 * len(live), requests=10, measured_on=measured_on,
     )  # fmt: skip
 

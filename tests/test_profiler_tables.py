@@ -207,17 +207,17 @@ def test_a_live_server_s_own_steps_are_given_back_with_prompts_and_without() -> 
 
 def test_what_a_token_s_way_to_the_client_takes_from_the_cores_is_the_same_for_every_precision() -> None:
     plain = serving(1.0, 1.0)
-    sent = [point.model_copy(update={"mean_s": point.mean_s + 5e-5 * point.num_samples}) for point in plain.points]
+    sent = [point.model_copy(update={"mean_s": point.mean_s + 5e-5 * point.num_rows}) for point in plain.points]
     live = plain.model_copy(update={"points": tuple(sent)})
     before, after = (step_tables(profile(serving=(each,)), SMALL, POOL).tables for each in (plain, live))
     for step in compositions(most_rows=16):
         more_s = composed_time_s(after, *step) - composed_time_s(before, *step)
-        assert more_s == pytest.approx(5e-5 * step.num_samples, rel=0.05, abs=2e-5), step
+        assert more_s == pytest.approx(5e-5 * step.num_rows, rel=0.05, abs=2e-5), step
 
 
 def test_pauses_that_grow_with_the_tokens_sent_count_too() -> None:
     plain = serving(1.0, 1.0)
-    paused = [p.model_copy(update={"pause_s": plain.between_steps_s + 5e-5 * p.num_samples}) for p in plain.points]
+    paused = [p.model_copy(update={"pause_s": plain.between_steps_s + 5e-5 * p.num_rows}) for p in plain.points]
     live = plain.model_copy(update={"points": tuple(paused), "after_idle_s": 3e-4})
     before, after = (step_tables(profile(serving=(each,)), SMALL, POOL).tables for each in (plain, live))
     step = Composition(12, 12, 12, 12 * 128.0, 0.0)
