@@ -9,6 +9,10 @@ takes Numba as long as all the rest.
 
 A name is a hash and a place under it. One hash covers a span of blocks (in a log often 512 tokens, 32 blocks), so that
 what a request with thousands of blocks finds is looked up span by span, and of a whole span its counts alone.
+
+Most spans are named, held and let go as one, and evicted from their end. The blocks of such a span are kept together:
+they have one number of holders and one place in the order of last use, in the span, instead of one each, scattered in
+memory. As soon as somebody holds some of them and not all, they go their own ways (`_part`). Callers see no difference.
 """
 
 from __future__ import annotations
@@ -29,27 +33,34 @@ USED_SPANS = 4
 FREE_SPANS = 5
 SPAN_BITS = 6
 SECOND_BLOCKS = 7
+SPAN_BLOCKS = 8
+
+_APART = -(1 << 31)  # `span_use` of a span whose blocks are not kept together
 
 
 class BlockPool(NamedTuple):
     """All blocks of one KV cache.
 
     use          (num_blocks,) int32  of a cached block its place in `queue`; of one with a name that is held, less the
-                                      number of its holders; of others -1
+                                      number of its holders; of others, and of those kept together, -1
     content      (num_blocks,) int64  1 + its place in `span_block`; 0 = its content has no name
     next_same    (num_blocks,) int32  1 + the block of equal content that was named next; 0 = none
     free_stack   (num_blocks,) int32  free blocks without content, counts[FREE] of them
     queue        (2 * num_blocks,) int32  cached blocks, unused for longest first, from counts[QUEUE_HEAD] to
-                                      counts[QUEUE_TAIL]; an entry counts where `use` of its block names it
+                                      counts[QUEUE_TAIL]; an entry counts where `use` of its block names it. An entry
+                                      below 0 is a span, ~entry: its blocks, the last one first, that name the entry
+                                      (all, where `span_use` does)
     table_hash, table_span  (2**k,) int64, int32  hash -> span, open addressing; hash 0 = empty place
     span_hash    (num_blocks,) int64
     span_named   (num_blocks,) int32  places of a span of whose content there is a block
     span_idle    (num_blocks,) int32  of these, places whose (first) block nobody holds
+    span_use     (num_blocks,) int32  of a span kept together what `use` would be of each of its blocks: those of its
+                                      first span_named places, the only ones of their content; of others -2**31
     span_block   (num_blocks << counts[SPAN_BITS],) int32  1 + the (first) block of each place of each span; 0 = none
     free_spans   (num_blocks,) int32  spans that are used again, counts[FREE_SPANS] of them
-    counts       (8,) int64           blocks on the stack; cached blocks; the ends of the queue; spans that were ever
+    counts       (9,) int64           blocks on the stack; cached blocks; the ends of the queue; spans that were ever
                                       used; those on the stack of spans; bits of a place; blocks that are not the first
-                                      of their content
+                                      of their content; blocks of a span
     """
 
     use: NDArray[np.int32]
@@ -62,6 +73,7 @@ class BlockPool(NamedTuple):
     span_hash: NDArray[np.int64]
     span_named: NDArray[np.int32]
     span_idle: NDArray[np.int32]
+    span_use: NDArray[np.int32]
     span_block: NDArray[np.int32]
     free_spans: NDArray[np.int32]
     counts: NDArray[np.int64]
@@ -82,9 +94,10 @@ def new_block_pool(num_blocks: int, span_blocks: int = 1) -> BlockPool:
         span_hash=np.zeros(num_blocks, np.int64),
         span_named=np.zeros(num_blocks, np.int32),
         span_idle=np.zeros(num_blocks, np.int32),
+        span_use=np.full(num_blocks, _APART, np.int32),
         span_block=np.zeros(num_blocks << span_bits, np.int32),
         free_spans=np.zeros(num_blocks, np.int32),
-        counts=np.array([num_blocks, 0, 0, 0, 0, 0, span_bits, 0], np.int64),
+        counts=np.array([num_blocks, 0, 0, 0, 0, 0, span_bits, 0, span_blocks], np.int64),
     )
 
 
@@ -103,7 +116,8 @@ def num_blocks(pool: BlockPool) -> int:
 @njit
 def is_cached(pool: BlockPool, block: int) -> bool:
     """Whether a block has a name and nobody holds it."""
-    return bool(pool.use[block] >= 0)
+    at = pool.content[block] - 1
+    return bool(pool.use[block] >= 0 or (at >= 0 and pool.span_use[at >> pool.counts[SPAN_BITS]] >= 0))
 
 
 @njit
@@ -215,7 +229,14 @@ def _forget(pool: BlockPool, block: int) -> None:
 def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span: int, first: int, also: bool) -> None:
     """Say of held, full blocks row[begin:end] what they contain: row[first + i] place i of a span. Who has a name keeps
     it. A second block of some content gets the name only if `also`; `block_at` gives the first of them all the same."""
-    base = (span << pool.counts[SPAN_BITS]) - first
+    base, before, use = (span << pool.counts[SPAN_BITS]) - first, pool.span_named[span], pool.span_use[span]
+    if use != _APART and not also and end - first <= before:
+        return  # others have these names
+    # whoever alone holds all that there is of a span, and goes on behind it, keeps it together
+    behind = begin - first == before
+    together = behind and (before == 0 or (use == -1 and pool.span_block[base + first] == row[first] + 1))
+    if use != _APART and not together:
+        _part(pool, span)
     named = 0
     for i in range(begin, end):
         block, at = row[np.uint64(i)], base + i
@@ -233,6 +254,25 @@ def name_all(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, span
             pool.content[block] = at + 1
             pool.counts[SECOND_BLOCKS] += 1
     pool.span_named[span] += named
+    pool.span_use[span] = -1 if together and named == end - begin else _APART
+
+
+@njit
+def _part(pool: BlockPool, span: int) -> None:
+    """Let each block of a span that is kept together go its own way."""
+    use, base = pool.span_use[span], span << pool.counts[SPAN_BITS]
+    for at in range(base, base + pool.span_named[span]):
+        pool.use[pool.span_block[at] - 1] = use
+    pool.span_use[span] = _APART
+
+
+@njit
+def _part_from(pool: BlockPool, block: int) -> None:
+    """Let a block go its own way, and with it those that it may be kept together with."""
+    if pool.content[block] != 0:
+        span = (pool.content[block] - 1) >> pool.counts[SPAN_BITS]
+        if pool.span_use[span] != _APART:
+            _part(pool, span)
 
 
 @njit
@@ -242,6 +282,8 @@ def remember(pool: BlockPool, block: int, content_hash: int, place: int) -> None
         span = find_span(pool, content_hash)
         if span < 0:
             span = add_span(pool, content_hash)
+        elif pool.span_use[span] != _APART:
+            _part(pool, span)
         at = (span << pool.counts[SPAN_BITS]) + place
         if pool.span_block[at] == 0:
             pool.span_block[at] = block + 1
@@ -262,10 +304,27 @@ def _unlink(pool: BlockPool, block: int) -> None:
 def oldest(pool: BlockPool) -> int:
     """The cached block unused for longest; there is one."""
     head = pool.counts[QUEUE_HEAD]
-    while pool.use[pool.queue[head]] != head:
+    while True:
+        entry = pool.queue[head]
+        block = entry if entry >= 0 else _last_of_entry(pool, head)
+        if block >= 0 and pool.use[block] == head:
+            pool.counts[QUEUE_HEAD] = head
+            return int(block)
         head += 1
-    pool.counts[QUEUE_HEAD] = head
-    return int(pool.queue[head])
+
+
+@njit
+def _last_of_entry(pool: BlockPool, place: int) -> int:
+    """The last block that is meant by an entry of the queue that is a span, which is parted; -1 if none is."""
+    span = ~pool.queue[place]
+    base = span << pool.counts[SPAN_BITS]
+    if pool.span_use[span] == place:
+        _part(pool, span)
+    for at in range(base + pool.counts[SPAN_BLOCKS] - 1, base - 1, -1):
+        block = pool.span_block[at] - 1
+        if block >= 0 and pool.use[block] == place:
+            return int(block)
+    return -1
 
 
 @njit
@@ -297,10 +356,16 @@ def take_cached(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int)
     """Put cached blocks, of which there are enough while none is free, into row[held:needed]: what `take` does."""
     bits, head, alone = pool.counts[SPAN_BITS], pool.counts[QUEUE_HEAD], pool.counts[SECOND_BLOCKS] == 0
     span, gone = 0, 0  # of this span so many blocks are gone that its counts do not know of yet
-    for i in range(held, needed):
-        while pool.use[np.uint64(pool.queue[np.uint64(head)])] != head:
-            head += 1
+    i = held
+    while i < needed:
         block = pool.queue[np.uint64(head)]
+        if block < 0:
+            i = _take_of_span(pool, row, i, needed, head)
+            head += i < needed
+            continue
+        if pool.use[np.uint64(block)] != head:
+            head += 1
+            continue
         head += 1
         pool.use[np.uint64(block)] = -1
         at = pool.content[np.uint64(block)] - 1
@@ -317,9 +382,49 @@ def take_cached(pool: BlockPool, row: NDArray[np.int32], held: int, needed: int)
             pool.span_idle[at >> bits] -= pool.span_block[at] == block + 1
             _forget(pool, block)
         row[np.uint64(i)] = block
+        i += 1
     _count_gone(pool, span, gone)
     pool.counts[QUEUE_HEAD] = head
     pool.counts[CACHED] -= needed - held
+
+
+@njit
+def _take_of_span(pool: BlockPool, row: NDArray[np.int32], begin: int, end: int, place: int) -> int:
+    """Put the blocks that are meant by an entry of the queue that is a span, the last one first, into row[begin:end];
+    returns behind the last one."""
+    span = ~pool.queue[place]
+    base = span << pool.counts[SPAN_BITS]
+    if pool.span_use[span] == place:
+        behind = base + pool.span_named[span]
+        count = min(end - begin, behind - base)
+        for i in range(count):
+            at = behind - 1 - i
+            block = pool.span_block[np.uint64(at)] - 1
+            row[np.uint64(begin + i)] = block
+            pool.content[np.uint64(block)] = 0
+        for at in range(behind - count, behind):
+            pool.span_block[np.uint64(at)] = 0
+        _count_gone(pool, span, count)
+        return int(begin + count)
+    i, gone = begin, 0
+    for at in range(base + pool.counts[SPAN_BLOCKS] - 1, base - 1, -1):
+        block = pool.span_block[np.uint64(at)] - 1
+        if block < 0 or pool.use[np.uint64(block)] != place:
+            continue
+        if i == end:
+            break
+        pool.use[np.uint64(block)] = -1
+        if pool.next_same[np.uint64(block)] == 0:
+            pool.span_block[np.uint64(at)] = 0
+            pool.content[np.uint64(block)] = 0
+            gone += 1
+        else:
+            pool.span_idle[span] -= 1
+            _forget(pool, block)
+        row[np.uint64(i)] = block
+        i += 1
+    _count_gone(pool, span, gone)
+    return i
 
 
 @njit
@@ -328,16 +433,36 @@ def _count_gone(pool: BlockPool, span: int, gone: int) -> None:
         pool.span_idle[span] -= gone
         pool.span_named[span] -= gone
         if pool.span_named[span] == 0:
+            pool.span_use[span] = _APART
             _drop_span(pool, span)
 
 
 @njit
 def claim(pool: BlockPool, block: int) -> None:
     """Hold a block for its content, together with whoever holds it already."""
+    _part_from(pool, block)
     if is_cached(pool, block):
         _unlink(pool, block)
     else:
         pool.use[block] -= 1
+
+
+@njit
+def claim_span(pool: BlockPool, span: int, places: int, row: NDArray[np.int32], begin: int) -> bool:
+    """Hold the blocks of the first places of a span and put them into row[begin:]: what `claim` does with each. False,
+    and nothing done, unless these are all blocks of a span that are kept together."""
+    if span < 0 or pool.span_use[span] == _APART or places != pool.span_named[span]:
+        return False
+    base = span << pool.counts[SPAN_BITS]
+    for i in range(places):
+        row[np.uint64(begin + i)] = pool.span_block[np.uint64(base + i)] - 1
+    if pool.span_use[span] >= 0:
+        pool.span_use[span] = -1
+        pool.span_idle[span] = 0
+        pool.counts[CACHED] -= places
+    else:
+        pool.span_use[span] -= 1
+    return True
 
 
 @njit
@@ -347,6 +472,7 @@ def release(pool: BlockPool, block: int) -> None:
         pool.free_stack[pool.counts[FREE]] = block
         pool.counts[FREE] += 1
         return
+    _part_from(pool, block)
     if pool.use[block] == -1:
         _link(pool, block)
     else:
@@ -363,20 +489,39 @@ def release_all(pool: BlockPool, row: NDArray[np.int32], held: int, named: int) 
     if counts[QUEUE_TAIL] + held - plain > pool.queue.shape[0]:
         _close_ranks(pool)
     tail, bits, alone = counts[QUEUE_TAIL], counts[SPAN_BITS], counts[SECOND_BLOCKS] == 0
+    cached = counts[CACHED]
     span, idle = 0, 0  # of this span so many blocks are idle that its count does not know of yet
-    for i in range(held - plain - 1, -1, -1):
+    i = held - plain - 1
+    while i >= 0:
         block = row[np.uint64(i)]
         at = pool.content[np.uint64(block)] - 1
         if at < 0:
             pool.free_stack[np.uint64(free)] = block
             free += 1
+            i -= 1
             continue
+        if pool.span_use[np.uint64(at >> bits)] != _APART:
+            # who holds one of its blocks holds all
+            together = at >> bits
+            size = pool.span_named[together]
+            if pool.span_use[together] < -1:
+                pool.span_use[together] += 1
+            else:
+                pool.queue[np.uint64(tail)] = ~together
+                pool.span_use[together] = tail
+                tail += 1
+                pool.span_idle[together] = size
+                cached += size
+            i -= size
+            continue
+        i -= 1
         if pool.use[np.uint64(block)] < -1:
             pool.use[np.uint64(block)] += 1
             continue
         pool.queue[np.uint64(tail)] = block
         pool.use[np.uint64(block)] = tail
         tail += 1
+        cached += 1
         if alone or pool.span_block[at] == block + 1:
             if at >> bits != span:
                 pool.span_idle[span] += idle
@@ -385,7 +530,7 @@ def release_all(pool: BlockPool, row: NDArray[np.int32], held: int, named: int) 
     if idle > 0:
         pool.span_idle[span] += idle
     counts[FREE] = free
-    counts[CACHED] += tail - counts[QUEUE_TAIL]
+    counts[CACHED] = cached
     counts[QUEUE_TAIL] = tail
 
 
@@ -408,10 +553,24 @@ def _close_ranks(pool: BlockPool) -> None:
     """Move the entries that count to the front of the queue: at most half of its places, so that this comes seldom."""
     kept = 0
     for place in range(pool.counts[QUEUE_HEAD], pool.counts[QUEUE_TAIL]):
-        block = pool.queue[place]
-        if pool.use[block] == place:
-            pool.queue[kept] = block
-            pool.use[block] = kept
+        entry = pool.queue[place]
+        if entry >= 0:
+            counts = pool.use[entry] == place
+            if counts:
+                pool.use[entry] = kept
+        elif pool.span_use[~entry] == place:
+            counts = True
+            pool.span_use[~entry] = kept
+        else:
+            counts = False
+            base = ~entry << pool.counts[SPAN_BITS]
+            for at in range(base, base + pool.counts[SPAN_BLOCKS]):
+                block = pool.span_block[at] - 1
+                if block >= 0 and pool.use[block] == place:
+                    pool.use[block] = kept
+                    counts = True
+        if counts:
+            pool.queue[kept] = entry
             kept += 1
     pool.counts[QUEUE_HEAD] = 0
     pool.counts[QUEUE_TAIL] = kept

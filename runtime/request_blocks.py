@@ -100,6 +100,8 @@ def hold_prefix(state: State, plan: Plan, slot: int, hits: int) -> None:
     for first in range(0, hits, per_hash):
         content_hash = span_hash(state, slot, first // per_hash)
         span = kv_cache.find_span(state.blocks, content_hash)
+        if kv_cache.claim_span(state.blocks, span, min(hits, first + per_hash) - first, row, first):
+            continue
         for i in range(first, min(hits, first + per_hash)):
             block = kv_cache.block_at(state.blocks, span, i - first)
             row[i] = block

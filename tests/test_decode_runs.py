@@ -32,7 +32,8 @@ from paretune.runtime.scheduler_state import (
     new_state,
 )
 
-from .test_scheduler import cached_blocks, check_conservation, pool, run_step, running
+from .pool_checks import cached_blocks
+from .test_scheduler import check_conservation, pool, run_step, running
 
 
 def decoding(seed: int, blocks: int, policy: str, alike: bool = False) -> tuple[State, Plan]:

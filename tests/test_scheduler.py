@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from paretune.runtime import kv_cache, scheduler_state
+from paretune.runtime import scheduler_state
 from paretune.runtime.scheduler import abort, add_request, commit, schedule
 from paretune.runtime.scheduler_state import (
     NUM_FREE_LANES,
@@ -31,6 +31,8 @@ from paretune.runtime.scheduler_state import (
 )
 from paretune.runtime.spec import Pool
 
+from .pool_checks import check_pool
+
 
 def pool(**changes: object) -> Pool:
     return Pool.model_validate(
@@ -52,11 +54,6 @@ def running(state: State) -> list[int]:
 def waiting(state: State) -> list[int]:
     head, size = int(state.counts[WAITING_HEAD]), len(state.waiting)
     return [int(state.waiting[(head + i) % size]) for i in range(int(state.counts[NUM_WAITING]))]
-
-
-def cached_blocks(blocks: kv_cache.BlockPool) -> list[int]:
-    places = range(int(blocks.counts[kv_cache.QUEUE_HEAD]), int(blocks.counts[kv_cache.QUEUE_TAIL]))
-    return [int(blocks.queue[place]) for place in places if blocks.use[blocks.queue[place]] == place]
 
 
 def check_conservation(state: State, in_flight: bool = False) -> None:
@@ -85,29 +82,6 @@ def check_conservation(state: State, in_flight: bool = False) -> None:
     assert len(live) + state.counts[NUM_FREE_SLOTS] == len(state.request_id)
     assert len(running(state)) + state.counts[NUM_FREE_LANES] == state.limits[scheduler_state.MAX_NUM_SEQS]
     assert not state.ends.any()
-
-
-def check_pool(blocks: kv_cache.BlockPool, held: np.ndarray, unique: bool = True) -> None:
-    """Every block is held as often as it should be, free or cached; the table knows each content, once if `unique`."""
-    assert np.where(blocks.content != 0, held, 1)[blocks.use < 0].tolist() == (-blocks.use[blocks.use < 0]).tolist()
-    assert not held[blocks.use >= 0].any()
-    assert (held[blocks.content == 0] <= 1).all()
-    free = blocks.free_stack[: blocks.counts[kv_cache.FREE]].tolist()
-    cached = cached_blocks(blocks)
-    assert len(cached) == blocks.counts[kv_cache.CACHED]
-    assert sorted(free + cached + np.flatnonzero(held).tolist()) == list(range(len(held)))
-    assert all(blocks.content[block] != 0 for block in cached)
-    named = [(kv_cache.name_of(blocks, block), block) for block in np.flatnonzero(blocks.content).tolist()]
-    assert len({content for content, _ in named}) == len(named) or not unique
-    first = {content: kv_cache.find(blocks, *content) for content, _ in named}
-    assert all(kv_cache.name_of(blocks, block) == content for content, block in first.items())
-    spans = {content_hash for content_hash, _ in first}
-    assert sorted(blocks.table_hash[blocks.table_hash != 0].tolist()) == sorted(spans)
-    for content_hash in spans:
-        span = kv_cache.find_span(blocks, content_hash)
-        inside = [block for (each, _), block in first.items() if each == content_hash]
-        assert blocks.span_named[span] == len(inside)
-        assert blocks.span_idle[span] == sum(block in cached for block in inside)
 
 
 def run_step(state: State, plan: Plan) -> list[int]:
@@ -370,28 +344,6 @@ def test_equal_prefixes_share_blocks_and_the_last_token_is_always_computed() -> 
     assert plan.num_tokens[0] == 4
 
 
-def test_of_cached_blocks_the_one_unused_for_longest_is_taken_first() -> None:
-    blocks = kv_cache.new_block_pool(3)
-    held = [kv_cache.take(blocks) for _ in range(3)]
-    for block in held:
-        kv_cache.remember(blocks, block, 100 + block, 0)
-    for block in (1, 0, 2):
-        kv_cache.release(blocks, block)
-    kv_cache.claim(blocks, 1)
-    kv_cache.release(blocks, 1)
-    assert [kv_cache.take(blocks) for _ in range(4)] == [0, 2, 1, -1]
-    assert all(kv_cache.find(blocks, 100 + block, 0) == -1 for block in held)
-
-
-def test_free_blocks_are_taken_before_cached_ones() -> None:
-    blocks = kv_cache.new_block_pool(2)
-    named = kv_cache.take(blocks)
-    kv_cache.remember(blocks, named, 5, 0)
-    kv_cache.release(blocks, named)
-    assert kv_cache.take(blocks) != named
-    assert kv_cache.find(blocks, 5, 0) == named
-
-
 def test_the_lowest_priority_number_goes_first_and_of_equal_ones_who_came_first() -> None:
     limits = pool(scheduling="priority", max_num_seqs=1)
     state, plan = new_state(limits, slots=8), new_plan(limits)
@@ -437,44 +389,6 @@ def test_growing_keeps_the_queue_in_order() -> None:
     while state.counts[NUM_WAITING]:
         finished += run_step(state, plan)
     assert finished == [1, 2, 3]
-
-
-@given(
-    contents=st.lists(st.tuples(st.integers(1, 2**62), st.integers(0, 4)), min_size=1, max_size=60),
-    drops=st.lists(st.integers(0, 59), max_size=60),
-)
-def test_the_hash_table_finds_what_was_remembered_and_not_evicted(
-    contents: list[tuple[int, int]], drops: list[int]
-) -> None:
-    blocks = kv_cache.new_block_pool(64, 5)
-    known: dict[tuple[int, int], int] = {}
-    for content in contents:
-        block = kv_cache.take(blocks)
-        kv_cache.remember(blocks, block, *content)
-        known.setdefault(content, block)
-    for place in drops:
-        if place < len(contents) and contents[place] in known:
-            kv_cache._forget(blocks, known.pop(contents[place]))
-    for content in contents:
-        assert kv_cache.find(blocks, *content) == known.get(content, -1)
-
-
-@given(contents=st.lists(st.integers(1, 6), min_size=1, max_size=80))
-def test_cached_blocks_stay_in_the_order_of_their_last_use_however_often_they_are_claimed(contents: list[int]) -> None:
-    blocks = kv_cache.new_block_pool(4)
-    order: list[int] = []
-    for content in contents:
-        block = kv_cache.find(blocks, content, 0)
-        if block >= 0:
-            kv_cache.claim(blocks, block)
-            order.remove(block)
-        else:
-            block = kv_cache.take(blocks)
-            assert len(order) < 4 or block == order.pop(0)
-            kv_cache.remember(blocks, block, content, 0)
-        kv_cache.release(blocks, block)
-        order.append(block)
-        assert cached_blocks(blocks) == order
 
 
 @pytest.mark.parametrize("accepted", [1, 3])
