@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..kernels.tiles import TileTable
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.parallel import usable_cores
 from ..runtime.runnable import USUAL_WEIGHT_DTYPES
@@ -53,13 +54,17 @@ def profile_machine(
         context_parallel_sizes=context_parallel_sizes,
         shape=shape,
     )
+
+    def tiles_of(key: Key) -> TileTable:
+        return tiles.table(key.num_threads).only(key.weight_dtype) if tiles else TileTable()
+
     loads = _loads(keys) if serving else ()
     whole = len(keys) + _SERVING_JOBS * len(loads)
     profile = measure(
         model,
         keys,
         seconds_per_configuration=seconds_per_configuration,
-        tiles=(lambda key: tiles.table(key.num_threads).only(key.weight_dtype)) if tiles else None,
+        tiles=tiles_of,
         max_model_len=max_model_len,
         progress=lambda what, share: tell(share * len(keys) / whole, what),
         command=command,
@@ -70,7 +75,7 @@ def profile_machine(
             **key._asdict(),
             max_model_len=min(max_model_len, shape.max_position_embeddings),
             max_num_seqs=64,
-            tiles=tiles.table(key.num_threads).only(key.weight_dtype) if tiles else {},
+            tiles=tiles_of(key),
         )
         profile = calibrate_serving(profile, Deployment(model=model, pools=(pool,)))
     return profile
