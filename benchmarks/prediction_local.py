@@ -7,7 +7,7 @@ random prompts. The passes alternate (profile, every configuration, again), so t
 machine does from one quarter of an hour to the next, and an error counts only beyond that spread.
 
     python benchmarks/prediction_local.py            scores the recorded replays with the code as it is now
-    python benchmarks/prediction_local.py --fresh    measures all of it again: about an hour on two quiet cores; what
+    python benchmarks/prediction_local.py --fresh    measures all of it again: over an hour on two quiet cores; what
                                                      was measured is kept after every pass, --resume goes on from there,
                                                      --one-pass stops after the next one
 
@@ -36,6 +36,7 @@ from paretune.optimizer.intervals import Band, predicted, sampled
 from paretune.optimizer.live_capacity import bracket
 from paretune.profiler.calibration import calibrate_serving
 from paretune.profiler.live import live_server, warm_server
+from paretune.profiler.machine import live_configurations
 from paretune.profiler.measure import measure
 from paretune.profiler.merged_profile import merged
 from paretune.profiler.profile import Key, Profile
@@ -142,8 +143,10 @@ def profiled() -> Profile:
         progress=lambda what, share: print(f"  {share:.0%} {what}", file=sys.stderr),
         command=" ".join(["benchmarks/prediction_local.py", *sys.argv[1:]]),
     )
-    for ranks, threads in ((1, 1), (1, 2), (2, 1)):
-        profile = calibrate_serving(profile, deployment((ranks, threads, "bf16", 32, 1024)))
+    for number, key in enumerate(live := live_configurations(keys)):
+        print(f"  live server {number + 1} of {len(live)}, {key}", file=sys.stderr)
+        candidate = (key.tensor_parallel_size, key.num_threads, key.weight_dtype, 32, 1024)
+        profile = calibrate_serving(profile, deployment(candidate))
     return profile
 
 
@@ -366,7 +369,7 @@ def main() -> int:
     elif json.loads(Path(RECORD).read_text())["trace"] != {key: trace.digest() for key, trace in traces.items()}:
         why = "the sample trace or the record's form has changed since the replays were recorded"
     if why:
-        print(f"{why}: run with --fresh (about an hour on a quiet machine)", file=sys.stderr)
+        print(f"{why}: run with --fresh (over an hour on a quiet machine)", file=sys.stderr)
         finish([Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", None, TAU)], {})
         return 1
     bars, details = score(json.loads(RECORD.read_text()), Profile.load(PROFILE, any_machine=True), traces)

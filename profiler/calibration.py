@@ -236,8 +236,8 @@ def calibrate_serving(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
-    """The profile with what serving adds where a deployment's number of cores computes, with as many ranks; other
-    numbers are kept.
+    """The profile with what serving adds where a deployment's number of cores computes, with as many ranks and the
+    same weights; what it has for others is kept.
 
     Args:
         seconds: of the loaded part of the replay; starting the server and the lone requests come on top.
@@ -254,7 +254,14 @@ def calibrate_serving(
         steps = read_step_log(log, result.started_s)
     key, loaded_s = profile.configuration(pool).key, float(trace.arrival_s[_LONE_REQUESTS])
     serving = serving_from(trace, result, steps, modeled.tables, key, loaded_s)
-    mine = (serving.cores, serving.ranks)
-    kept = [other for other in profile.serving if (other.cores, other.ranks) != mine]
-    ordered = sorted([*kept, serving], key=lambda each: (each.cores, each.ranks))
-    return profile.model_copy(update={"serving": tuple(ordered)})
+    return with_serving(profile, serving)
+
+
+def with_serving(profile: Profile, serving: Serving) -> Profile:
+    """The profile with this in place of what it had of the same cores, ranks and weights, in their order.
+
+    Raises: BadProfile: a configuration that served is not in the profile.
+    """
+    mine = profile.served_by(serving).served_as
+    served = {profile.served_by(each).served_as: each for each in profile.serving} | {mine: serving}
+    return profile.model_copy(update={"serving": tuple(each for _, each in sorted(served.items()))})

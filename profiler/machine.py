@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..kernels.tiles import TileTable
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.parallel import usable_cores
 from ..runtime.runnable import USUAL_WEIGHT_DTYPES
@@ -15,8 +16,8 @@ from .tile_file import TileFile
 
 Report = Callable[[float, str], None]
 
-# Starting a server and its replay against starting a configuration and measuring it: about three times as long.
-_SERVING_JOBS = 3
+# Seconds of load on a live server for each second of a configuration's steps
+_LOAD_S = 1.5
 
 
 def profile_machine(
@@ -34,11 +35,12 @@ def profile_machine(
     progress: Report | None = None,
     command: str = "",
 ) -> Profile:
-    """Measure steps and operators of every configuration, then a live server for each number of cores that computes.
+    """Measure steps and operators of every configuration, then live servers of some (`live_configurations`).
 
     Args:
+        seconds_per_configuration: of whole steps; a live server's load lasts half as long again.
         tiles: searched ones; every configuration runs on those for its number of threads.
-        serving: also replay against a live server; without it, predictions leave out HTTP and its share of the cores.
+        serving: also replay against live servers; without it, predictions leave out HTTP and its share of the cores.
         cores: use at most so many of this machine's; None: all.
         progress: called with the share that is done and what comes next.
     Raises: BadModel, BadSpec (exit code 2); MeasureFailed, ServerFailed (1).
@@ -53,33 +55,46 @@ def profile_machine(
         context_parallel_sizes=context_parallel_sizes,
         shape=shape,
     )
-    loads = _loads(keys) if serving else ()
-    whole = len(keys) + _SERVING_JOBS * len(loads)
+
+    def tiles_of(key: Key) -> TileTable:
+        return tiles.table(key.num_threads).only(key.weight_dtype) if tiles else TileTable()
+
+    served = live_configurations(keys) if serving else ()
+    # starting a server and its replay take about as long as starting a configuration, its steps and its operators
+    whole = len(keys) + len(served)
     profile = measure(
         model,
         keys,
         seconds_per_configuration=seconds_per_configuration,
-        tiles=(lambda key: tiles.table(key.num_threads).only(key.weight_dtype)) if tiles else None,
+        tiles=tiles_of,
         max_model_len=max_model_len,
         progress=lambda what, share: tell(share * len(keys) / whole, what),
         command=command,
     )
-    for number, key in enumerate(loads):
-        tell((len(keys) + _SERVING_JOBS * number) / whole, f"live server, {key}")
+    for number, key in enumerate(served):
+        tell((len(keys) + number) / whole, f"live server {number + 1} of {len(served)}, {key}")
         pool = Pool(
             **key._asdict(),
             max_model_len=min(max_model_len, shape.max_position_embeddings),
             max_num_seqs=64,
-            tiles=tiles.table(key.num_threads).only(key.weight_dtype) if tiles else {},
+            tiles=tiles_of(key),
         )
-        profile = calibrate_serving(profile, Deployment(model=model, pools=(pool,)))
+        deployment = Deployment(model=model, pools=(pool,))
+        profile = calibrate_serving(profile, deployment, seconds=_LOAD_S * seconds_per_configuration)
     return profile
 
 
-def _loads(keys: Sequence[Key]) -> tuple[Key, ...]:
-    """For each number of cores, and of ranks on them, the configuration measured live: one replica, bf16 first."""
-    chosen = []
-    for cores, ranks in sorted({(key.cores, key.ranks) for key in keys if key.cores <= usable_cores()}):
-        same = [key for key in keys if (key.cores, key.ranks) == (cores, ranks)]
-        chosen.append(min(same, key=lambda key: (key.replicas, key.weight_dtype != "bf16", -key.num_threads)))
-    return tuple(chosen)
+def live_configurations(keys: Sequence[Key]) -> tuple[Key, ...]:
+    """What is measured live: of configurations that use as many cores and ranks the one with the fewest replicas.
+
+    Where a replica is one rank each weight dtype is, because precisions slow down differently. Where ranks share it one
+    is, bf16 first: they wait for each other whatever they multiply, and on many cores such splits are most of all.
+    """
+    best_first = sorted(
+        (key for key in keys if key.cores <= usable_cores()),
+        key=lambda key: (key.replicas, key.weight_dtype != "bf16"),
+    )
+    chosen: dict[tuple[int, int, str | None], Key] = {}
+    for key in best_first:
+        chosen.setdefault((key.cores, key.ranks, key.weight_dtype if key.ranks == 1 else None), key)
+    return tuple(sorted(chosen.values(), key=lambda key: key.served_as))

@@ -16,7 +16,7 @@ from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import Pool
 from .operators import UNTILED, Linear, kv_bytes_per_token, linears, rank_weight_bytes
-from .profile import BadProfile, Configuration, Key, LivePoint, Peaks, Profile, Serving, StepPoint
+from .profile import Configuration, Key, LivePoint, Peaks, Profile, Serving, StepPoint
 from .step_fit import StepFit, fit_steps, non_negative_least_squares
 from .step_time import NO_STEP_TIMES, WORK_GRID, ModeledStep, StepTables, composed_time_s, scaled
 
@@ -56,7 +56,7 @@ def measured_step(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledSte
     else:
         cores = configuration.replicas * pool.devices_per_replica
         ranks = configuration.key.ranks
-        serving = min(profile.serving, key=lambda s: (abs(s.cores - cores), abs(s.ranks - ranks), s.cores, s.ranks))
+        serving = _serving_like(profile, cores, ranks, pool.weight_dtype)
         for what, measured, asked in (("cores", serving.cores, cores), ("ranks", serving.ranks, ranks)):
             if measured != asked:
                 notes.append(f"serving over HTTP: taken as measured with {measured} {what}, not {asked}")
@@ -77,6 +77,21 @@ def measured_step(profile: Profile, shape: ModelShape, pool: Pool) -> ModeledSte
         notes.append(f"replicas beyond {configuration.replicas}: on further machines like the measured one")
     host_step_s = _host_step_s(shape, configuration, tables, float(bound.tokens_s[1]))
     return ModeledStep(tables, True, error, tuple(dict.fromkeys(notes)), host_step_s)
+
+
+def _serving_like(profile: Profile, cores: int, ranks: int, weight_dtype: str) -> Serving:
+    """What was measured with as many cores and ranks, or the nearest; of those with the same weights, else with bf16.
+
+    How many cores compute counts for more than which weights: whether the server has a core of its own.
+    """
+
+    def distance(serving: Serving) -> tuple[int, int, bool, bool, int, int]:
+        found = profile.served_by(serving).weight_dtype
+        other = found != weight_dtype
+        far = (abs(serving.cores - cores), abs(serving.ranks - ranks))
+        return (*far, other, found != "bf16", serving.cores, serving.ranks)
+
+    return min(profile.serving, key=distance)
 
 
 def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTables, bound_s: float) -> float:
@@ -185,13 +200,7 @@ def _slowing(profile: Profile, serving: Serving, shape: ModelShape, pool: Pool) 
 
     Raises: BadProfile: the configuration that served is not in the profile.
     """
-    found = [each.key for each in profile.configurations if str(each.key) == serving.measured_on]
-    if not found:
-        known = "; ".join(str(each.key) for each in profile.configurations)
-        raise BadProfile(
-            "profile: serving.measured_on", serving.measured_on, known, "measure again: `paretune profile`"
-        )
-    key = found[0]
+    key = profile.served_by(serving)
     alone = large_enough(pool.model_copy(update=key._asdict()), serving.points)
     steps = profile.configuration(alone).steps
     peaks = profile.peaks_of(alone.num_threads)

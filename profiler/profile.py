@@ -85,6 +85,11 @@ class Key(NamedTuple):
         """Of one replica."""
         return self.pipeline_parallel_size * self.context_parallel_size * self.tensor_parallel_size
 
+    @property
+    def served_as(self) -> tuple[int, int, str]:
+        """Cores, ranks of a replica, and weight dtype: configurations that have all three share one live server."""
+        return self.cores, self.ranks, self.weight_dtype
+
 
 class Peaks(_Part):
     """The best that so many threads have shown.
@@ -197,6 +202,8 @@ class LivePoint(_Part):
 class Serving(_Part):
     """What serving over HTTP adds to the steps, from one replay (calibration.calibrate_serving).
 
+    A profile has one at most for each number of cores, of ranks, and each weight dtype (Key.served_as).
+
     cores               that the replicas computed on; what is left of the machine is the server's and the client's
     ranks               of a replica: processes that wait for each other, so that all lose what one of them does
     points              what steps took there that followed others: beside what the configuration's own steps took it
@@ -207,6 +214,7 @@ class Serving(_Part):
     to_scheduler_s      from the scheduled arrival until the scheduler sees the request, median
     to_client_s         from the end of a token's step until the client has the token, median
     steps, requests     how many it was taken from
+    measured_on         the configuration that served, in words; its weights are in them (Profile.served_by)
     """
 
     cores: int = Field(ge=1)
@@ -320,6 +328,16 @@ class Profile(_Part):
             return min(enough, key=lambda each: each.replicas)
         known = "; ".join(str(configuration.key) for configuration in self.configurations)
         raise BadProfile("profile", f"no {wanted}", known, "measure it: `paretune profile`")
+
+    def served_by(self, serving: Serving) -> Key:
+        """The configuration that served. Raises: BadProfile: the profile lacks it."""
+        for each in self.configurations:
+            if str(each.key) == serving.measured_on:
+                return each.key
+        known = "; ".join(str(each.key) for each in self.configurations)
+        raise BadProfile(
+            "profile: serving.measured_on", serving.measured_on, known, "measure again: `paretune profile`"
+        )
 
     def replicas_beside(self, pool: Pool) -> int:
         """How many replicas of a pool share one machine like the measured one."""

@@ -134,6 +134,13 @@ def profile(
     return Profile(**{**plain, **changes})
 
 
+def several_precisions(*weight_dtypes: str, **changes: object) -> Profile:
+    """A machine on which a step takes as long whatever the weights are stored in."""
+    measured = profile().configurations[0]
+    same = tuple(measured.model_copy(update={"weight_dtype": each}) for each in weight_dtypes)
+    return profile(configurations=same, **changes)
+
+
 def four_cores(*replicas: int) -> Profile:
     """A machine of four cores where so many replicas of one thread each were measured side by side."""
     machine = this_machine("none").model_copy(update={"cores": 4})

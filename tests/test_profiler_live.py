@@ -16,6 +16,7 @@ import pytest
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.calibration import calibrate_serving, read_step_log
 from paretune.profiler.live import ServerFailed, live_server, measure_live
+from paretune.profiler.machine import profile_machine
 from paretune.profiler.measure import measure, possible_configurations
 from paretune.profiler.measure_worker import Driver
 from paretune.profiler.measured_step import bound_tables
@@ -135,6 +136,23 @@ def test_serving_is_calibrated_on_the_real_server(profile: Profile, model_dir: P
     assert sum(point.count for point in serving.points) == serving.steps
     modeled = step_tables(found, ModelShape.load(model_dir), deployment(model_dir).pool)
     assert modeled.tables.request_s.tolist() == [serving.to_scheduler_s, serving.to_client_s]
+
+
+def test_a_machine_s_profile_has_a_live_server_for_each_of_its_precisions(model_dir: Path) -> None:
+    told: list[tuple[float, str]] = []
+    found = profile_machine(
+        str(model_dir), weight_dtypes=("bf16", "int8"), seconds_per_configuration=0.5, max_model_len=512, cores=1,
+        progress=lambda share, what: told.append((share, what)),
+    )  # fmt: skip
+    assert [found.served_by(live).served_as for live in found.serving] == [(1, 1, "bf16"), (1, 1, "int8")]
+    assert [what for _, what in told][-2:] == [
+        "live server 1 of 2, TP 1 x 1 threads bf16/bf16",
+        "live server 2 of 2, TP 1 x 1 threads int8/bf16",
+    ]
+    assert told == sorted(told, key=lambda each: each[0])
+    for weight_dtype in ("bf16", "int8"):
+        pool = deployment(model_dir, weight_dtype=weight_dtype).pool
+        assert not any("HTTP" in note for note in step_tables(found, ModelShape.load(model_dir), pool).not_modeled)
 
 
 def alive(process: psutil.Process) -> bool:

@@ -3,10 +3,10 @@
 import pytest
 
 from paretune.profiler.merged_profile import merged
-from paretune.profiler.profile import BadProfile
+from paretune.profiler.profile import BadProfile, Profile
 from paretune.profiler.step_fit import fit_steps
 
-from .profiler_examples import profile, serving
+from .profiler_examples import profile, serving, several_precisions
 
 
 def at_speed(factor: float):
@@ -64,6 +64,24 @@ def test_servers_of_different_configurations_are_not_one() -> None:
     elsewhere = other.serving[0].model_copy(update={"measured_on": "TP 1 x 1 threads int8/bf16"})
     with pytest.raises(BadProfile):
         merged([one, other.model_copy(update={"serving": (elsewhere,)})])
+
+
+def in_two_precisions(slower: dict[str, float]) -> Profile:
+    live = tuple(serving(f, f, measured_on=f"TP 1 x 1 threads {dtype}/bf16") for dtype, f in slower.items())
+    return several_precisions("bf16", "int8", serving=live)
+
+
+def test_live_servers_are_merged_weights_by_weights() -> None:
+    together = merged([in_two_precisions({"bf16": 1.5, "int8": 1.1}), in_two_precisions({"bf16": 1.5, "int8": 1.3})])
+    assert [together.served_by(live).weight_dtype for live in together.serving] == ["bf16", "int8"]
+    assert together.serving[0].spread == pytest.approx(0.2)
+    # the range of int8, 1.1 to 1.3, is that of int8 alone
+    assert together.serving[1].spread == pytest.approx((0.2**2 + (0.1 / 1.2) ** 2) ** 0.5)
+
+
+def test_a_profile_with_fewer_precisions_served_is_no_other_hour_of_the_same() -> None:
+    with pytest.raises(BadProfile):
+        merged([in_two_precisions({"bf16": 1.5, "int8": 1.1}), in_two_precisions({"bf16": 1.5})])
 
 
 def test_of_different_machines_none_is_made() -> None:

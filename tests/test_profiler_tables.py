@@ -11,9 +11,9 @@ from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.hardware import BadHardware
 from paretune.profiler.measured_step import bound_tables, fastest_tiles
 from paretune.profiler.operators import Composition, linears, step_work
-from paretune.profiler.profile import BadProfile, Peaks, StepPoint
+from paretune.profiler.profile import BadProfile, Peaks, Serving, StepPoint
 from paretune.profiler.step_fit import fit_all_steps, fit_steps, non_negative_least_squares
-from paretune.profiler.step_time import composed_time_s, scaled
+from paretune.profiler.step_time import ModeledStep, composed_time_s, scaled
 from paretune.profiler.tables import step_tables
 from paretune.runtime.spec import Pool
 
@@ -27,6 +27,7 @@ from .profiler_examples import (
     points,
     profile,
     serving,
+    several_precisions,
 )
 
 POOL = Pool(max_num_batched_tokens=1024, max_num_seqs=64)
@@ -267,6 +268,45 @@ def test_serving_is_taken_where_as_many_cores_compute_and_else_from_the_nearest_
     assert both.tables.tokens_s[16] < 2 * step_tables(profile(), SMALL, POOL).tables.tokens_s[16]
     modeled = step_tables(profile(serving=(other,)), SMALL, POOL)
     assert any("taken as measured with 2 cores, not 1" in note for note in modeled.not_modeled)
+
+
+def served_with(weight_dtype: str, slower: float, *, cores: int = 1) -> Serving:
+    return serving(slower, slower, cores=cores, measured_on=f"TP 1 x 1 threads {weight_dtype}/bf16")
+
+
+def int8_step(*live: Serving) -> tuple[float, ModeledStep]:
+    """How many times as long as alone an int8 step of 16 tokens takes with such live servers, and its model."""
+    modeled = step_tables(several_precisions("bf16", "fp32", "int8", serving=live), SMALL, INT8)
+    return float((modeled.tables.tokens_s[16] - 1e-4) / ALONE.tables.tokens_s[16]), modeled
+
+
+INT8 = POOL.model_copy(update={"weight_dtype": "int8"})
+ALONE = step_tables(several_precisions("int8"), SMALL, INT8)
+
+
+def test_a_live_server_of_the_same_weights_is_taken_before_others_and_nothing_is_borrowed() -> None:
+    slower, modeled = int8_step(served_with("bf16", 1.5), served_with("fp32", 1.7), served_with("int8", 1.1))
+    assert slower == pytest.approx(1.1, rel=0.01)
+    assert not any("serving over HTTP" in note for note in modeled.not_modeled)
+    assert modeled.relative_error == pytest.approx(np.hypot(ALONE.relative_error, 0.2))
+
+
+def test_a_profile_with_bf16_live_alone_lends_its_slowing_which_is_said_and_widens_the_interval() -> None:
+    slower, modeled = int8_step(served_with("bf16", 1.5))
+    assert slower == pytest.approx(1.5, rel=0.01)
+    assert "serving over HTTP: slowed down as measured with bf16 weights" in modeled.not_modeled
+    assert modeled.relative_error > np.hypot(ALONE.relative_error, 0.2) + 0.05
+
+
+def test_of_other_weights_those_of_bf16_are_borrowed() -> None:
+    assert int8_step(served_with("fp32", 1.7), served_with("bf16", 1.5))[0] == pytest.approx(1.5, rel=0.01)
+    assert int8_step(served_with("fp32", 1.7))[0] == pytest.approx(1.7, rel=0.01)
+
+
+def test_how_many_cores_compute_counts_for_more_than_the_weights() -> None:
+    slower, modeled = int8_step(served_with("bf16", 1.5), served_with("int8", 1.1, cores=2))
+    assert slower == pytest.approx(1.5, rel=0.01)
+    assert not any("cores" in note for note in modeled.not_modeled)
 
 
 def test_replicas_taken_as_more_of_them_are_named() -> None:

@@ -61,10 +61,12 @@ def profile() -> None:
 @click.option("--kv-cache-dtype", "kv_dtypes", multiple=True, type=click.Choice(KV_CACHE_DTYPES), help="Default: bf16.")
 @click.option("--pipeline", "stages", multiple=True, type=SEVERAL, help="Also with so many pipeline stages.")
 @click.option("--context", "parts", multiple=True, type=SEVERAL, help="Also with long prompts divided among so many.")
-@click.option("--seconds", type=POSITIVE, default=8.0, show_default=True, help="Per configuration, for whole steps.")
+@click.option("--seconds", type=POSITIVE, default=8.0, show_default=True,
+              help="Per configuration, for whole steps; a live server's load lasts 1.5 times as long.")  # fmt: skip
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
-@click.option("--serving/--no-serving", default=True, show_default=True, help="Also replay against a live server.")
+@click.option("--serving/--no-serving", default=True, show_default=True,
+              help="Also replay against live servers, about 20 s each.")  # fmt: skip
 @speaks
 def profile_run(
     speaker: Speaker,
@@ -79,7 +81,9 @@ def profile_run(
     max_model_len: int,
     serving: bool,
 ) -> None:
-    """Measure operators and whole steps for every way to share this machine's cores.
+    """Measure operators and whole steps for every way to share this machine's cores, and what serving adds to them.
+
+    About seven minutes on two cores, two of them for each precision: a live server is measured with each, too.
 
     \b
     Example: paretune profile run --weight-dtype bf16
@@ -207,7 +211,7 @@ def _profile_text(found: object) -> str:
     lines = [found.name, table(["configuration", "points", "constant per step", "held-out error (90 %)"], rows)]
     for live in found.serving:
         lines.append(
-            f"live server, {live.cores} cores computing, {live.ranks} ranks a replica: {live.steps} steps "
+            f"live server, {live.measured_on}, {live.cores} cores computing: {live.steps} steps "
             f"(+- {live.spread:.0%}), {live.between_steps_s * 1e3:.2f} ms between them, "
             f"{live.to_scheduler_s * 1e3:.1f} ms to the scheduler, {live.to_client_s * 1e3:.1f} ms back"
         )
