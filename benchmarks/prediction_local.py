@@ -1,15 +1,18 @@
 """Predicted against measured on this machine's own runtime: latencies, their intervals, and the order of costs.
 
 Twelve configurations serve two windows of the Azure conversation sample that ships with the package (lengths cut to a
-fifth), 300 requests each, at half the load that the simulator says they carry, three times; then rates that bracket the
-highest one at which they hold the target. Nothing is fitted to these replays: the profile and its calibration come from
-random prompts. The passes alternate (profile, every configuration, again), so that the run-to-run spread holds what the
-machine does from one quarter of an hour to the next, and an error counts only beyond that spread.
+fifth), 300 requests each, at half the load that the simulator says they carry (or so that a replay takes two minutes,
+if that is more), three times; then rates that bracket the highest one at which they hold the target. Nothing is fitted
+to these replays: the profile and its calibration come from random prompts. The passes alternate (profile, every
+configuration, again), so that the run-to-run spread holds what the machine does from one quarter of an hour to the
+next, and an error counts only beyond that spread.
 
-    python benchmarks/prediction_local.py            scores the recorded replays with the code as it is now
-    python benchmarks/prediction_local.py --fresh    measures all of it again: over an hour on two quiet cores; what
-                                                     was measured is kept after every pass, --resume goes on from there,
-                                                     --one-pass stops after the next one
+    python benchmarks/prediction_local.py            scores the recorded replays with the code as it is now: those of
+                                                     every machine that has a folder in results/prediction_local
+    python benchmarks/prediction_local.py --fresh    measures all of it again, in place of what a machine with the same
+                                                     instructions measured before: over an hour on two quiet cores;
+                                                     what was measured is kept after every pass, --resume goes on from
+                                                     there, --one-pass stops after the next one
 
 Cost at the SLO is money per token; on one machine all configurations have the same price, so it falls with capacity.
 
@@ -32,6 +35,7 @@ import numpy as np
 import psutil
 
 from bars import RESULTS, Bar, finish, machine
+from paretune.kernels.cpu.build import load
 from paretune.optimizer.intervals import Band, predicted, sampled
 from paretune.optimizer.live_capacity import bracket
 from paretune.profiler.calibration import calibrate_serving
@@ -50,14 +54,14 @@ from paretune.traces import Target, Trace, read, sample_path, scale, window
 from paretune.traces.metrics import RequestTimes, meets, summarize
 from paretune.traces.whole_file import write_whole
 
-RECORD = RESULTS / "prediction_local_record.json"
-PROFILE = RESULTS / "prediction_local_profile.json"
+RECORDS = RESULTS / "prediction_local"  # a folder for each set of instructions, as a profile names them
 RAW = Path("out/prediction_local")
 TARGET = Target.parse("ttf30:p95<=400ms")
 LENGTHS = 0.2
 MAX_TOKENS = 1024
 REQUESTS = 300
-LOAD = 0.5  # of the predicted capacity
+LOAD = 0.5  # of the predicted capacity; more where a replay would take longer than this
+MOST_SECONDS = 120.0
 PASSES = 3
 CAPACITY_S, CAPACITY_RUNS = 12.0, 5
 WINDOWS = ("first half", "second half")
@@ -67,6 +71,7 @@ QUIET_TRIES = 30
 LATENCIES = (("tpot", 50), ("tpot", 95), ("ttft", 50), ("ttft", 95), ("ttf30", 95), ("e2e", 50))
 MEDIAN_ERROR, P90_ERROR, TAU, CONFIDENCE = 0.05, 0.12, 0.9, 0.9
 RESAMPLES = 2000
+RANKED = "Kendall tau of cost at the SLO"
 
 # (ranks, threads of a rank, weights, max_num_seqs, max_num_batched_tokens)
 Candidate = tuple[int, int, str, int, int]
@@ -108,6 +113,10 @@ def windows() -> dict[str, Trace]:
     return dict(zip(WINDOWS, (window(whole, 0.0, middle), window(whole, middle, whole.duration_s + 1.0))))
 
 
+def replayed_part(trace: Trace) -> Trace:
+    return trace.select(slice(0, REQUESTS))
+
+
 def name(metric: str, percentile: int) -> str:
     return f"{metric} p{percentile}"
 
@@ -124,6 +133,32 @@ def holds(times: RequestTimes) -> bool:
 def arriving(trace: Trace, rate: float, seconds: float) -> Trace:
     """What arrives in so many seconds at a multiple of the recorded rate."""
     return window(trace, 0.0, min(seconds * rate, trace.duration_s + 1.0))
+
+
+# --- what is recorded ---
+
+
+def record_of(folder: Path) -> Path:
+    return folder / "record.json"
+
+
+def profile_of(folder: Path, number: int | None = None) -> Path:
+    """The profile merged from all passes, or that of one pass, from 1 on."""
+    return folder / ("profile.json" if number is None else f"profile_{number}.json")
+
+
+def my_folder() -> Path:
+    library = load()
+    return RECORDS / ("torch" if library is None else library.instructions).replace(" ", "_")
+
+
+def why_not_scored(folder: Path, traces: dict[str, Trace]) -> str:
+    kept = json.loads(record_of(folder).read_text())
+    if len(kept["passes"]) < PASSES:
+        return f"{len(kept['passes'])} of {PASSES} passes are recorded: --resume goes on; nothing is scored before"
+    if not profile_of(folder).exists() or kept["trace"] != {key: trace.digest() for key, trace in traces.items()}:
+        return "the sample trace or the record's form has changed since: run with --fresh (over an hour, undisturbed)"
+    return ""
 
 
 # --- measuring ---
@@ -152,20 +187,22 @@ def profiled() -> Profile:
 
 def record(resume: bool, passes: int) -> None:
     """Measure so many more passes; what is done is on disk after each."""
-    traces, begin = windows(), time.monotonic()
+    traces, begin, folder = windows(), time.monotonic(), my_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {"trace": {key: trace.digest() for key, trace in traces.items()}, "passes": [], "loads": {}}
     profiles: list[Profile] = []
     if resume:
-        kept = json.loads(RECORD.read_text())
-        profiles = [Profile.load(path) for path in sorted(RESULTS.glob(f"{PROFILE.stem}_*.json"))]
+        kept = json.loads(record_of(folder).read_text())
+        profiles = [Profile.load(profile_of(folder, number + 1)) for number in range(len(kept["passes"]))]
     while len(kept["passes"]) < PASSES and passes > 0:
         passes -= 1
         profiles = [*profiles[: len(kept["passes"])], profiled()]
-        profiles[-1].save(PROFILE.with_name(f"{PROFILE.stem}_{len(profiles)}.json"))
+        profiles[-1].save(profile_of(folder, len(profiles)))
         if not kept["loads"]:  # of the first profile, and then the same in every pass
+            least = max(replayed_part(trace).duration_s for trace in traces.values()) / MOST_SECONDS
             for each in CANDIDATES:
                 rate = predicted_capacity(model_of(profiles[0], each), traces[WINDOWS[0]], each, 1.0, 12)
-                kept["loads"][json.dumps(each)] = LOAD * rate
+                kept["loads"][json.dumps(each)] = max(LOAD * rate, least)
         first = not kept["passes"]
         rows = []
         RAW.mkdir(parents=True, exist_ok=True)
@@ -174,12 +211,12 @@ def record(resume: bool, passes: int) -> None:
             rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first, raw)})
             print(f"{time.monotonic() - begin:5.0f} s {json.dumps(rows[-1])}", file=sys.stderr)
         kept["passes"].append({"machine": machine(), "rows": rows})
-        write_whole(RECORD, json.dumps(kept, indent=1) + "\n")
+        write_whole(record_of(folder), json.dumps(kept, indent=1) + "\n")
     if len(kept["passes"]) < PASSES:
         return
-    merged(profiles).save(PROFILE)
-    for path in RESULTS.glob(f"{PROFILE.stem}_*.json"):
-        path.unlink()
+    merged(profiles).save(profile_of(folder))
+    for number in range(len(profiles)):
+        profile_of(folder, number + 1).unlink()
 
 
 def replayed(
@@ -200,9 +237,7 @@ def replayed(
 
         found = {}
         for key, trace in traces.items():
-            served = replay(
-                trace.select(slice(0, REQUESTS)), server.url, rate=rate, model=server.model, token_ids=token_ids
-            )
+            served = replay(replayed_part(trace), server.url, rate=rate, model=server.model, token_ids=token_ids)
             found[key] = latencies(served.times)
             times_of = {name: value for name, value in vars(served.times).items() if isinstance(value, np.ndarray)}
             np.savez(f"{raw}.{key.replace(' ', '_')}.npz", started_s=served.started_s, **times_of)
@@ -240,7 +275,7 @@ def predicted_latencies(
     model: ModeledStep, trace: Trace, candidate: Candidate, rate: float
 ) -> tuple[dict[str, float], dict[str, Band], dict[str, Band]]:
     """Values; their 90 % intervals for this very trace; and a study's (optimizer/evaluate.py: refine)."""
-    piece, pool = trace.select(slice(0, REQUESTS)), deployment(candidate).pool
+    piece, pool = replayed_part(trace), deployment(candidate).pool
 
     def run(factor: float) -> RequestTimes:
         return simulate(piece, pool, scaled(model.tables, factor), rate=rate).times
@@ -292,7 +327,11 @@ def coverage(inside: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
     return float((rows[:, 0] * rows[:, 1]).sum() / rows[:, 1].sum()), float(low), float(high)
 
 
-def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> tuple[list[Bar], dict[str, Any]]:
+def score(folder: Path, traces: dict[str, Trace]) -> tuple[list[Bar], dict[str, Any]]:
+    """The bars of one machine's replays, and what they were taken of."""
+    kept, profile = json.loads(record_of(folder).read_text()), Profile.load(profile_of(folder), any_machine=True)
+    where = folder.name.replace("_", " ")
+    print(f"--- {where}: {kept['passes'][0]['machine']['cpu']}", file=sys.stderr)
     raw: dict[str, list[float]] = {name(*each): [] for each in LATENCIES}
     beyond: dict[str, list[float]] = {key: [] for key in raw}
     spreads: dict[str, list[float]] = {key: [] for key in raw}
@@ -332,17 +371,18 @@ def score(kept: dict[str, Any], profile: Profile, traces: dict[str, Trace]) -> t
             file=sys.stderr,
         )
         error = statistics.median(beyond[metric])
-        bars.append(Bar(f"{metric}: median error beyond the run-to-run spread", error, MEDIAN_ERROR, at_least=False))
+        bars.append(Bar(f"{where}: {metric}: median error beyond the spread", error, MEDIAN_ERROR, at_least=False))
         error = float(np.quantile(beyond[metric], 0.9))
-        bars.append(Bar(f"{metric}: p90 error beyond the run-to-run spread", error, P90_ERROR, at_least=False))
+        bars.append(Bar(f"{where}: {metric}: p90 error beyond the spread", error, P90_ERROR, at_least=False))
     print(
         f"coverage of 90 % intervals: {share:.1%} ({low:.1%} to {high:.1%}), of a study's for like traffic "
         f"{statistics.fmean(in_study):.1%}; Kendall tau {tau:.2f}",
         file=sys.stderr,
     )
-    bars.append(Bar("coverage of 90 % intervals, upper end of its own interval", high, CONFIDENCE))
-    bars.append(Bar("coverage of 90 % intervals, lower end of its own interval", low, CONFIDENCE, at_least=False))
-    bars.append(Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", tau, TAU))
+    covered = f"{where}: coverage of 90 % intervals"
+    bars.append(Bar(f"{covered}, upper end of its own interval", high, CONFIDENCE))
+    bars.append(Bar(f"{covered}, lower end of its own interval", low, CONFIDENCE, at_least=False))
+    bars.append(Bar(f"{where}: {RANKED}", tau, TAU))
     details = {
         "measured_on": {"replays": [each["machine"] for each in kept["passes"]], "profile": profile.created_at},
         "errors": raw,
@@ -360,19 +400,18 @@ def main() -> int:
     if "--fresh" in sys.argv or "--resume" in sys.argv:
         record("--resume" in sys.argv, 1 if "--one-pass" in sys.argv else PASSES)
     traces = windows()
-    if RECORD.exists() and (passes := len(json.loads(RECORD.read_text())["passes"])) < PASSES:
-        print(f"{passes} of {PASSES} passes are recorded: --resume goes on; nothing is scored before", file=sys.stderr)
+    bars: list[Bar] = []
+    details = {}
+    for folder in sorted(path.parent for path in RECORDS.glob("*/record.json")):
+        if why := why_not_scored(folder, traces):
+            print(f"{folder.name}: {why}", file=sys.stderr)
+            continue
+        more, details[folder.name] = score(folder, traces)
+        bars += more
+    if not bars:
+        print("nothing to score: run with --fresh (over an hour, undisturbed)", file=sys.stderr)
+        finish([Bar(RANKED, None, TAU)], {})
         return 1
-    why = ""
-    if not (RECORD.exists() and PROFILE.exists()):
-        why = "nothing is recorded yet"
-    elif json.loads(Path(RECORD).read_text())["trace"] != {key: trace.digest() for key, trace in traces.items()}:
-        why = "the sample trace or the record's form has changed since the replays were recorded"
-    if why:
-        print(f"{why}: run with --fresh (over an hour on a quiet machine)", file=sys.stderr)
-        finish([Bar(f"Kendall tau of cost at the SLO, {len(CANDIDATES)} configurations", None, TAU)], {})
-        return 1
-    bars, details = score(json.loads(RECORD.read_text()), Profile.load(PROFILE, any_machine=True), traces)
     finish(bars, details, "prediction_local")
     return 0
 

@@ -337,8 +337,10 @@ def screen(
         latency = _least(metric, p, *which)
     saturation_per_s = np.array([found.saturation_per_s for found in which[0]])
     cost = np.asarray(usd_per_replica_hour, np.float64)[left] / np.maximum(1e-12, saturation_per_s)
-    for at in _beaten(latency, cost, margins[left]):
-        reasons[left[at]] = f"another is {margins[left[at]]:g} times better in both {metric}:p{p:g} and cost"
+    margin = margins.tolist()
+    words = {each: f"another is {each:g} times better in both {metric}:p{p:g} and cost" for each in set(margin)}
+    for i in (left[at] for at in _beaten(latency, cost, margins[left])):
+        reasons[i] = words[margin[i]]
         counts["beaten in both latency and cost"] += 1
     kept = tuple(i for i in left if i not in reasons)
     return Screening(kept, reasons, dict(sorted(counts.items())))
@@ -386,4 +388,5 @@ def _beaten(latency: NDArray[np.float64], cost: NDArray[np.float64], margins: ND
     cheaper = np.searchsorted(cost[order], cost / margins, side="right") - 1
     rival_s = best_s[np.maximum(cheaper, 0)]
     beaten = (cheaper >= 0) & np.isfinite(rival_s) & (rival_s * margins <= latency)
-    return [int(i) for i in np.flatnonzero(beaten)]
+    found: list[int] = np.flatnonzero(beaten).tolist()
+    return found
