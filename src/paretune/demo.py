@@ -29,7 +29,7 @@ MAX_TOKENS = 1024
 TARGET = "ttf30:p95<=600ms"
 # The traffic is set so that the plain default is busy but well.
 LOAD_OF_DEFAULT = 0.6
-FINALISTS = 4
+FINALISTS = 3
 # Ways to share cores multiply: with more of them, profiling alone would take longer than ten minutes.
 MOST_CORES = 2
 SECONDS_PER_CONFIGURATION = 4.0

@@ -118,7 +118,7 @@ def retune(speaker: Speaker, config_path: str, log: str | None, dry_run: bool, d
 @click.option("--fresh", is_flag=True, help="Measure this machine again, even if an earlier demo did.")
 @speaks
 def demo(speaker: Speaker, output: str, model: str, fresh: bool) -> None:
-    """From a real request log to a served, verified deployment on this machine, in under ten minutes.
+    """From a real request log to a served, verified deployment on this machine, in about ten minutes.
 
     \b
     Example: paretune demo
