@@ -156,6 +156,8 @@ def why_not_scored(folder: Path, traces: dict[str, Trace]) -> str:
     kept = json.loads(record_of(folder).read_text())
     if len(kept["passes"]) < PASSES:
         return f"{len(kept['passes'])} of {PASSES} passes are recorded: --resume goes on; nothing is scored before"
+    if profile_of(folder, PASSES).exists():
+        return "the passes are recorded, but their profiles are not merged: --resume does that"
     if not profile_of(folder).exists() or kept["trace"] != {key: trace.digest() for key, trace in traces.items()}:
         return "the sample trace or the record's form has changed since: run with --fresh (over an hour, undisturbed)"
     return ""
@@ -191,9 +193,13 @@ def record(resume: bool, passes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {"trace": {key: trace.digest() for key, trace in traces.items()}, "passes": [], "loads": {}}
     profiles: list[Profile] = []
-    if resume:
+    if resume and not profile_of(folder).exists() and record_of(folder).exists():
         kept = json.loads(record_of(folder).read_text())
         profiles = [Profile.load(profile_of(folder, number + 1)) for number in range(len(kept["passes"]))]
+    elif resume:
+        print("there is nothing to go on with: run with --fresh", file=sys.stderr)
+        return
+    profile_of(folder).unlink(missing_ok=True)  # it is not of these passes
     while len(kept["passes"]) < PASSES and passes > 0:
         passes -= 1
         profiles = [*profiles[: len(kept["passes"])], profiled()]
@@ -203,12 +209,14 @@ def record(resume: bool, passes: int) -> None:
             for each in CANDIDATES:
                 rate = predicted_capacity(model_of(profiles[0], each), traces[WINDOWS[0]], each, 1.0, 12)
                 kept["loads"][json.dumps(each)] = max(LOAD * rate, least)
+                kept.setdefault("capacities", {})[json.dumps(each)] = rate
         first = not kept["passes"]
         rows = []
         RAW.mkdir(parents=True, exist_ok=True)
         for i, each in enumerate(CANDIDATES):
             raw = RAW / f"pass{len(profiles)}_candidate{i}"
-            rows.append({"candidate": each, **replayed(each, traces, kept["loads"][json.dumps(each)], first, raw)})
+            load, guess = kept["loads"][json.dumps(each)], kept["capacities"][json.dumps(each)] if first else None
+            rows.append({"candidate": each, **replayed(each, traces, load, guess, raw)})
             print(f"{time.monotonic() - begin:5.0f} s {json.dumps(rows[-1])}", file=sys.stderr)
         kept["passes"].append({"machine": machine(), "rows": rows})
         write_whole(record_of(folder), json.dumps(kept, indent=1) + "\n")
@@ -220,9 +228,10 @@ def record(resume: bool, passes: int) -> None:
 
 
 def replayed(
-    candidate: Candidate, traces: dict[str, Trace], rate: float, with_capacity: bool, raw: Path
+    candidate: Candidate, traces: dict[str, Trace], rate: float, guess: float | None, raw: Path
 ) -> dict[str, Any]:
-    """Latencies by window, and whether the target was held by rate; steps and requests go to files that begin as `raw`.
+    """Latencies by window, and (near a guess of the capacity, if there is one) whether the target was held by rate;
+    steps and requests go to files that begin as `raw`.
 
     They are for whoever wants to know where an error comes from, and are not committed.
     """
@@ -241,14 +250,14 @@ def replayed(
             found[key] = latencies(served.times)
             times_of = {name: value for name, value in vars(served.times).items() if isinstance(value, np.ndarray)}
             np.savez(f"{raw}.{key.replace(' ', '_')}.npz", started_s=served.started_s, **times_of)
-        if with_capacity:
+        if guess is not None:
             trace = traces[WINDOWS[0]]
 
             def asks(rate: float) -> bool:
                 held[repr(rate)] = holds(times(arriving(trace, rate, CAPACITY_S), rate))
                 return held[repr(rate)]
 
-            bracket(asks, guess=2 * rate, runs=CAPACITY_RUNS)
+            bracket(asks, guess=guess, runs=CAPACITY_RUNS)
     return {"latencies": found, "held": held}
 
 
@@ -357,6 +366,8 @@ def score(folder: Path, traces: dict[str, Trace]) -> tuple[list[Bar], dict[str, 
                 in_study.append(wider[metric][0] <= truth <= wider[metric][1])
                 rows.append([candidate, part, metric, values[metric], runs, bands[metric]])
         low, high = measured_capacity(passes[0][key]["held"])
+        if low == 0.0:
+            print(f"{candidate}: at no rate that was asked the target was held", file=sys.stderr)
         order[0].append(predicted_capacity(model, traces[WINDOWS[0]], candidate, 2 * rate, 12))
         order[1].append(middle(low, high))
         print(f"{candidate}: capacity predicted {order[0][-1]:.2f}, measured {low:.2f} to {high:.2f}", file=sys.stderr)
@@ -401,7 +412,7 @@ def main() -> int:
         record("--resume" in sys.argv, 1 if "--one-pass" in sys.argv else PASSES)
     traces = windows()
     bars: list[Bar] = []
-    details = {}
+    details: dict[str, Any] = {}
     for folder in sorted(path.parent for path in RECORDS.glob("*/record.json")):
         if why := why_not_scored(folder, traces):
             print(f"{folder.name}: {why}", file=sys.stderr)
@@ -413,7 +424,8 @@ def main() -> int:
         finish([Bar(RANKED, None, TAU)], {})
         return 1
     finish(bars, details, "prediction_local")
-    return 0
+    measuring = "--fresh" in sys.argv or "--resume" in sys.argv
+    return 1 if measuring and my_folder().name not in details else 0
 
 
 if __name__ == "__main__":

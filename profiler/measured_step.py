@@ -85,13 +85,15 @@ def _serving_like(profile: Profile, cores: int, ranks: int, weight_dtype: str) -
     How many cores compute counts for more than which weights: whether the server has a core of its own.
     """
 
-    def distance(serving: Serving) -> tuple[int, int, bool, bool, int, int]:
-        found = profile.served_by(serving).weight_dtype
-        other = found != weight_dtype
-        far = (abs(serving.cores - cores), abs(serving.ranks - ranks))
-        return (*far, other, found != "bf16", serving.cores, serving.ranks)
+    def far(serving: Serving) -> tuple[int, int]:
+        return abs(serving.cores - cores), abs(serving.ranks - ranks)
 
-    return min(profile.serving, key=distance)
+    def unlike(serving: Serving) -> tuple[bool, bool, int, int]:
+        found = profile.served_by(serving).weight_dtype
+        return found != weight_dtype, found != "bf16", serving.cores, serving.ranks
+
+    nearest = min(map(far, profile.serving))
+    return min((each for each in profile.serving if far(each) == nearest), key=unlike)
 
 
 def _host_step_s(shape: ModelShape, configuration: Configuration, tables: StepTables, bound_s: float) -> float:

@@ -87,7 +87,7 @@ class Key(NamedTuple):
 
     @property
     def served_as(self) -> tuple[int, int, str]:
-        """Cores, ranks of a replica, and weight dtype: configurations that have all three share one live server."""
+        """Cores, ranks of a replica, and weight dtype: of all three at most one live server is measured."""
         return self.cores, self.ranks, self.weight_dtype
 
 

@@ -49,6 +49,8 @@ def check_pool(blocks: kv_cache.BlockPool, held: np.ndarray, unique: bool = True
     assert all(kv_cache.name_of(blocks, block) == content for content, block in first.items())
     spans = {content_hash for content_hash, _ in first}
     assert sorted(blocks.table_hash[blocks.table_hash != 0].tolist()) == sorted(spans)
+    live = [kv_cache.find_span(blocks, content_hash) for content_hash in spans]
+    assert (np.delete(blocks.span_use, live) == kv_cache._APART).all(), "a span that is used again would be together"
     for content_hash in spans:
         span = kv_cache.find_span(blocks, content_hash)
         inside = [block for (each, _), block in first.items() if each == content_hash]

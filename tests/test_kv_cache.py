@@ -100,13 +100,14 @@ def test_a_scheduler_whose_spans_are_parted_all_the_time_takes_the_same_blocks(
     policy: str, span_blocks: int, host: bool, own_content: bool
 ) -> None:
     seen = np.sum([serve_twice(seed, policy, span_blocks, host, own_content) for seed in range(8)], axis=0)
-    assert (seen > 0).all(), "no prefix was found, nobody was preempted, nothing evicted or no span was kept together"
+    assert (seen > 0).all(), "tokens found, preemptions, evictions, spans parted, queues moved"
 
 
-def serve_twice(seed: int, policy: str, span_blocks: int, host: bool, own_content: bool) -> tuple[int, int, int, int]:
+def serve_twice(seed: int, policy: str, span_blocks: int, host: bool, own_content: bool) -> tuple[int, ...]:
     """Serve prompts that begin alike, and leave each other in the midst of a span, by two schedulers.
 
-    Returns: tokens found, preemptions, steps with cached blocks after which none was free, spans that were parted.
+    Returns: tokens found, preemptions, steps with cached blocks after which none was free, spans that were parted,
+        and times that the queue was moved to the front.
     """
     rng = np.random.default_rng(seed)
     limits = Pool(
@@ -116,6 +117,7 @@ def serve_twice(seed: int, policy: str, span_blocks: int, host: bool, own_conten
         block_size=4,
         num_kv_blocks=int(rng.integers(18, 60)),
         host_kv_blocks=20 * host,
+        preemption="swap" if host and seed % 2 else "recompute",
     )
     per_hash = span_blocks * 4
     families = rng.integers(0, 3, (3, 64 // per_hash + 1))
@@ -132,7 +134,7 @@ def serve_twice(seed: int, policy: str, span_blocks: int, host: bool, own_conten
     states = [new_state(limits, policy=policy, slots=64, **caching) for _ in range(2)]
     plans = [new_plan(limits) for _ in range(2)]
     kept, parted = states
-    evicted = together = 0
+    evicted = together = closed = head = 0
     while coming or kept.counts[NUM_RUNNING] + kept.counts[NUM_WAITING] > 0:
         together += part_all(parted)
         arrivals = [coming.pop(0) for _ in range(min(len(coming), int(rng.integers(0, 3))))]
@@ -141,12 +143,20 @@ def serve_twice(seed: int, policy: str, span_blocks: int, host: bool, own_conten
             for request in arrivals:
                 add_request(state, *request)
             schedule(state, plan)
+            if state is parted:
+                together += part_all(state)
             commit(state, plan)
+        closed += kept.blocks.counts[kv_cache.QUEUE_HEAD] < head
+        head = kept.blocks.counts[kv_cache.QUEUE_HEAD]
         np.testing.assert_array_equal(kept.counts, parted.counts)
+        for one, other in ((kept.blocks, parted.blocks), (kept.host_blocks, parted.host_blocks)):
+            assert cached_blocks(one) == cached_blocks(other)
+            assert one.free_stack[: one.counts[kv_cache.FREE]].tolist() == (
+                other.free_stack[: other.counts[kv_cache.FREE]].tolist()
+            )
         np.testing.assert_array_equal(kept.num_blocks, parted.num_blocks)
         for slot in kept.running[: kept.counts[NUM_RUNNING]].tolist():
             one, other = (state.block_table[state.lane[slot], : state.num_blocks[slot]] for state in states)
             assert one.tolist() == other.tolist()
-        assert cached_blocks(kept.blocks) == cached_blocks(parted.blocks)
         evicted += bool(before) and kept.counts[NUM_RUNNING] > 0 and kept.blocks.counts[kv_cache.FREE] == 0
-    return int(kept.counts[NUM_PREFIX_HIT_TOKENS]), int(kept.counts[NUM_PREEMPTIONS]), evicted, together
+    return int(kept.counts[NUM_PREFIX_HIT_TOKENS]), int(kept.counts[NUM_PREEMPTIONS]), evicted, together, closed
