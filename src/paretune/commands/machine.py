@@ -62,7 +62,7 @@ def profile() -> None:
 @click.option("--pipeline", "stages", multiple=True, type=SEVERAL, help="Also with so many pipeline stages.")
 @click.option("--context", "parts", multiple=True, type=SEVERAL, help="Also with long prompts divided among so many.")
 @click.option("--seconds", type=POSITIVE, default=8.0, show_default=True,
-              help="Per configuration, for whole steps; a live server's load: 1.5 times that, at least 12 s.")  # fmt: skip
+              help="Per configuration, for whole steps; live loads last 1.5 times that, at least 12 s.")  # fmt: skip
 @click.option("--tiles", "tiles_path", type=EXISTING, help="Measure with the tiles of this file.")
 @click.option("--max-model-len", type=click.IntRange(min=32), default=2048, show_default=True)
 @click.option("--serving/--no-serving", default=True, show_default=True,
