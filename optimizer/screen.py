@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,10 @@ from ..traces.trace import Trace
 
 # Requests that stand for the trace where each is looked at; spread evenly over it.
 SAMPLE = 256
+
+_LIMITS = attrgetter(
+    "max_num_batched_tokens", "num_kv_blocks", "block_size", "max_num_seqs", "pipeline_parallel_size", "replicas"
+)
 
 # How far the mean field may be off before a candidate is dropped (tests/test_optimizer_screen.py holds it to that).
 MARGIN = 1.5
@@ -190,11 +195,9 @@ def estimate_all(means: Sequence[Means], pools: Sequence[Pool], tables: Sequence
     Candidates mostly share their tables (the same object), and what a request takes alone depends, beyond these, on the
     largest chunk of a prompt and on the stages only: all that is computed once.
     """
-    limits = [
-        (p.max_num_batched_tokens, p.num_kv_blocks * p.block_size, p.max_num_seqs, p.pipeline_parallel_size, p.replicas)
-        for p in pools
-    ]
-    most_tokens, most_cached, most_seqs, own, replicas = np.array(limits, np.int64).reshape(-1, 5).T
+    limits = np.array(list(map(_LIMITS, pools)), np.int64).reshape(-1, 6)
+    most_tokens, blocks, block_size, most_seqs, own, replicas = limits.T
+    most_cached = blocks * block_size
     traffic, which_traffic = _told_apart(means)
     steps, which_steps = _told_apart(tables)
     inputs, outputs, rate_per_s = (
@@ -227,7 +230,7 @@ def estimate_all(means: Sequence[Means], pools: Sequence[Pool], tables: Sequence
 
 def _told_apart(objects: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
     """The objects, each once, and which of them stands at each place."""
-    ids = np.array([id(each) for each in objects], np.int64)
+    ids = np.fromiter(map(id, objects), np.int64, len(objects))
     _, first, which = np.unique(ids, return_index=True, return_inverse=True)
     return [objects[i] for i in first.tolist()], which
 
