@@ -191,7 +191,8 @@ def record(resume: bool, passes: int) -> None:
     """Measure so many more passes; what is done is on disk after each."""
     traces, begin, folder = windows(), time.monotonic(), my_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, Any] = {"trace": {key: trace.digest() for key, trace in traces.items()}, "passes": [], "loads": {}}
+    digests = {key: trace.digest() for key, trace in traces.items()}
+    kept: dict[str, Any] = {"trace": digests, "passes": [], "capacities": {}, "loads": {}}
     profiles: list[Profile] = []
     if resume and not profile_of(folder).exists() and record_of(folder).exists():
         kept = json.loads(record_of(folder).read_text())
@@ -199,7 +200,9 @@ def record(resume: bool, passes: int) -> None:
     elif resume:
         print("there is nothing to go on with: run with --fresh", file=sys.stderr)
         return
-    profile_of(folder).unlink(missing_ok=True)  # it is not of these passes
+    else:  # what is there is not of these passes
+        for path in (record_of(folder), profile_of(folder)):
+            path.unlink(missing_ok=True)
     while len(kept["passes"]) < PASSES and passes > 0:
         passes -= 1
         profiles = [*profiles[: len(kept["passes"])], profiled()]
@@ -209,7 +212,7 @@ def record(resume: bool, passes: int) -> None:
             for each in CANDIDATES:
                 rate = predicted_capacity(model_of(profiles[0], each), traces[WINDOWS[0]], each, 1.0, 12)
                 kept["loads"][json.dumps(each)] = max(LOAD * rate, least)
-                kept.setdefault("capacities", {})[json.dumps(each)] = rate
+                kept["capacities"][json.dumps(each)] = rate
         first = not kept["passes"]
         rows = []
         RAW.mkdir(parents=True, exist_ok=True)
