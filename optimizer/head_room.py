@@ -9,9 +9,9 @@ from ..profiler.profile import BadProfile
 from ..profiler.simulator import governed_rows, simulate
 from ..profiler.step_time import ModeledStep, scaled
 from ..runtime.spec import BadSpec, Deployment
-from ..traces.metrics import Target, meets
+from ..traces.metrics import TTFT, Target, meets
 from ..traces.trace import Trace
-from .capacity import StepModel, broken, highest_rate, longest_answer_s
+from .capacity import StepModel, broken, check_question, highest_rate, longest_answer_s
 from .intervals import target_values
 from .screen import estimate, means_of
 
@@ -42,7 +42,11 @@ class HeadRoom:
 def head_room(
     trace: Trace, deployment: Deployment, modeled: ModeledStep, targets: Sequence[Target], *, k: int = 30
 ) -> HeadRoom:
-    """Bisect the rate at which the whole deployment, its replicas and router as they are, still holds the targets."""
+    """Bisect the rate at which the whole deployment, its replicas and router as they are, still holds the targets.
+
+    Raises: BadQuestion: arrivals without a rate.
+    """
+    check_question(trace, (), TTFT)  # the rate alone: targets on ITL, which no study takes, can be asked here
     pool = deployment.pool
     means = means_of(trace, targets, pool.enable_prefix_caching)
     one = estimate(means, pool, modeled.tables, k).saturation_per_s / trace.rate_per_s

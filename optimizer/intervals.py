@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 
 from ..profiler.simulator import governed_rows
 from ..traces.confidence import CONFIDENCE, Band, alike_neighbors, block_bootstrap, time_blocks
-from ..traces.metrics import E2E, PERCENTILES, TPOT, TTFT, Metric, RequestTimes, Target, percentile, percentiles
+from ..traces.metrics import (
+    E2E,
+    PERCENTILES,
+    TPOT,
+    TTFT,
+    Metric,
+    RequestTimes,
+    Target,
+    judged_s,
+    percentile,
+    percentiles,
+)
 from ..traces.trace import Trace
 from .front import key_of
 
@@ -49,13 +60,8 @@ def _alike(values: NDArray[np.float64], p: float) -> float:
 
 
 def target_values(times: RequestTimes, trace: Trace, targets: Sequence[Target]) -> dict[str, float]:
-    """The percentile of every target over the requests it governs; unfinished ones count as infinitely late."""
-    found = {}
-    for target in targets:
-        rows = governed_rows(trace, target)
-        values = np.where(times.finished, times.values(target.metric), np.inf)[rows]
-        found[str(target)] = percentiles(values, (target.percentile,))[0]
-    return found
+    """The percentile of every target over the requests it governs, as `metrics.meets` judges it."""
+    return {str(target): judged_s(times, target, governed_rows(trace, target)) for target in targets}
 
 
 def joined(value: float, *bands: Band) -> Band:

@@ -17,6 +17,7 @@ from ..traces.trace import Trace
 # The first step away from a guess, and how much each further one grows: three steps reach a factor of 2.6.
 STRIDE = 1.2
 STRIDE_GROWTH = 1.5
+_FIRST_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def live_capacity(
         def holds(rate: float) -> bool:
             if progress is not None:
                 progress(len(runs) / replays, f"{rate:.2f} x the recorded rate")
-            times = replay(trace, server.url, k=k, rate=rate, model=server.model, token_ids=token_ids).times
+            # other prompts each time: those of the runs before, and of the warm-up, are in the server's prefix cache
+            seed = _FIRST_SEED + len(runs)
+            times = replay(trace, server.url, k=k, seed=seed, rate=rate, model=server.model, token_ids=token_ids).times
             held = all(meets(times, target, governed_rows(trace, target)) for target in targets)
             runs.append(LoadRun(rate, held, summarize(times)))
             return held

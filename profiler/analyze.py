@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..traces.metrics import Metric, RequestTimes, percentile
 from ..traces.trace import Trace
 from ..traces.whole_file import write_whole
-from .calibration import LoggedStep, read_step_log
+from .calibration import BETWEEN_STEPS_LIMIT_S, LoggedStep, read_step_log
 from .explain import Explained, Explanation, near_percentile
 from .replay import ReplayResult
 from .step_time import StepTables, composed_time_s
@@ -24,8 +24,6 @@ SCHEMA_VERSION = 1
 TIMES_FILE = "replay.json"
 STEPS_FILE = "steps.jsonl"
 
-# A longer pause after a step means that the replica had nothing to do, and belongs to no step (calibration.py).
-_BETWEEN_STEPS_LIMIT_S = 2e-3
 # Connections may overtake each other on the way to the server by so many places.
 _OVERTAKEN = 8
 
@@ -78,7 +76,10 @@ class RecordedRun:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], trace: Trace) -> RecordedRun:
-        """Raises: BadRun: no `replay.json` that paretune wrote, or one of another trace; OSError."""
+        """
+        Raises: BadRun: no `replay.json` that paretune wrote, or one of another trace; BadProfile: a damaged step log;
+            OSError.
+        """
         path = Path(folder) / TIMES_FILE
         again = "record again: `paretune verify --record` or `paretune replay --record`"
         try:
@@ -160,8 +161,9 @@ def analyze(run: RecordedRun, trace: Trace, tables: StepTables, predicted: Expla
     Args:
         tables: step times of the model.
         predicted: of the same trace at the run's rate.
-    Raises: BadRun: steps that cannot be those of the trace's requests.
+    Raises: BadRun: steps that cannot be those of the trace's requests, or are larger than the model's limits.
     """
+    _check_limits(run.steps, tables)
     notes = []
     parts: dict[str, tuple[Compared, ...]] = {}
     known = bool(run.steps) and all(step.requests for step in run.steps)
@@ -182,6 +184,20 @@ def analyze(run: RecordedRun, trace: Trace, tables: StepTables, predicted: Expla
         if measured is not None:
             parts[name] = measured.compared(each, metric)
     return Analyzed(values, parts, _compared_steps(run.steps, tables), tuple(notes))
+
+
+def _check_limits(steps: Sequence[LoggedStep], tables: StepTables) -> None:
+    """Raises: BadRun: a step that `tables`, which end at the limits of the spec, say nothing of."""
+    limits = (
+        ("num_tokens", "max_num_batched_tokens", tables.tokens_s),
+        ("num_rows", "max_num_seqs", tables.rows_s),
+        ("num_samples", "max_num_seqs * (1 + num_speculative_tokens)", tables.samples_s),
+    )
+    for name, limit, table in limits:
+        most = max((getattr(step, name) for step in steps), default=0)
+        if most >= len(table):
+            allowed = f"at most {len(table) - 1}, {limit} of the spec"
+            raise BadRun(f"{STEPS_FILE}: {name}", most, allowed, "give the spec that was recorded")
 
 
 def _compared_steps(steps: Sequence[LoggedStep], tables: StepTables) -> tuple[ComparedSteps, ...]:
@@ -218,7 +234,7 @@ class _Measured:
             pause_s = 0.0
             if after is not None and after.replica == step.replica:
                 pause_s = after.started_s - step.started_s - step.seconds
-            seconds = step.seconds + (pause_s if 0 < pause_s < _BETWEEN_STEPS_LIMIT_S else 0.0)
+            seconds = step.seconds + (pause_s if 0 < pause_s < BETWEEN_STEPS_LIMIT_S else 0.0)
             self._add(step, step.started_s - run.started_s, seconds)
 
     def _add(self, step: LoggedStep, began_s: float, seconds: float) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..runtime.model_shape import ModelShape, resolve_model
 from ..runtime.spec import Deployment
 from ..traces.trace import Trace
-from .live import measure_live
+from .live import check_served, measure_live
 from .profile import BadProfile, Key, LivePoint, Profile, Serving
 from .replay import Progress, ReplayResult
 from .simulator import simulate
@@ -30,7 +30,7 @@ from .step_time import IDLE_S, StepTables, composed_time_s
 from .tables import step_tables
 
 # A longer pause after a step means that the replica had nothing to do, and belongs to no step.
-_BETWEEN_STEPS_LIMIT_S = 2e-3
+BETWEEN_STEPS_LIMIT_S = 2e-3
 _BLOCKS = 10
 _LEAST_STEPS = 50
 _LEAST_LONE_REQUESTS = 5
@@ -38,6 +38,8 @@ _LONE_REQUESTS = 20
 _LONE_INPUT, _LONE_OUTPUT = 48, 4
 _LOADED_INPUT, _LOADED_OUTPUT = (16, 1024), (8, 96)
 _LOAD = 0.6  # of the modeled capacity
+_PROBED_REQUESTS = 200  # that say what the capacity is
+_LEAST_LOADED_REQUESTS = 20
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,19 @@ class LoggedStep:
 
 
 def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[LoggedStep, ...]:
-    """Steps that began at or after `since_s` (clock of time.perf_counter), in order of time by replica."""
-    with open(path, encoding="utf-8") as stream:
-        steps = [LoggedStep(**json.loads(line)) for line in stream]
+    """Steps that began at or after `since_s` (clock of time.perf_counter), in order of time by replica.
+
+    Raises: BadProfile: a line that is no whole step, by its number; OSError.
+    """
+    steps = []
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                steps.append(LoggedStep(**json.loads(line)))
+            except (ValueError, TypeError, RecursionError):
+                allowed = "a whole step, as `paretune serve --step-log` writes it"
+                todo = "correct the line (is the file cut off?) and run again"
+                raise BadProfile(f"{os.fspath(path)}:{number}", line.strip(), allowed, todo) from None
     kept = [step for step in steps if step.started_s >= since_s]
     return tuple(sorted(kept, key=lambda step: (step.replica, step.started_s)))
 
@@ -87,8 +99,8 @@ def serving_from(
             for s in steps
         ]
     )
-    pauses_s = _pauses_s(steps)
-    follows = np.concatenate([[math.inf], pauses_s[:-1]]) < IDLE_S
+    pause_s = pauses_s(steps)
+    follows = np.concatenate([[math.inf], pause_s[:-1]]) < IDLE_S
     loaded = np.array([step.started_s >= result.started_s + loaded_s for step in steps])
     busy: list[int] = np.flatnonzero(follows & loaded).tolist()
     if len(busy) < _LEAST_STEPS:
@@ -102,9 +114,9 @@ def serving_from(
     return Serving(
         cores=key.cores,
         ranks=key.ranks,
-        points=live_points([steps[i] for i in busy], pauses_s[busy]),
+        points=live_points([steps[i] for i in busy], pause_s[busy]),
         spread=float(high - low) / 2 / float(measured_s[busy].sum() / modeled_s[busy].sum()),
-        between_steps_s=float(np.median(known)) if len(known := pauses_s[pauses_s < _BETWEEN_STEPS_LIMIT_S]) else 0.0,
+        between_steps_s=float(np.median(known)) if len(known := pause_s[pause_s < BETWEEN_STEPS_LIMIT_S]) else 0.0,
         after_idle_s=_after_idle_s(steps, follows & loaded, ~follows & loaded, measured_s, modeled_s),
         to_scheduler_s=max(0.0, float(np.median(before_s))),
         to_client_s=max(0.0, float(np.median(after_s))),
@@ -120,17 +132,17 @@ def kind_of_step(step: LoggedStep | LivePoint) -> tuple[int, ...]:
     return (step.num_rows, step.num_samples, *(round(4 * math.log2(1 + size)) for size in sizes))
 
 
-def live_points(steps: Sequence[LoggedStep], pauses_s: NDArray[np.float64]) -> tuple[LivePoint, ...]:
+def live_points(steps: Sequence[LoggedStep], after_s: NDArray[np.float64]) -> tuple[LivePoint, ...]:
     """The steps by composition, those that are alike as one.
 
     Args:
-        pauses_s: after each step (_pauses_s).
+        after_s: the pause after each step (`pauses_s`).
     """
     alike: dict[tuple[int, ...], list[LoggedStep]] = {}
     pauses: dict[tuple[int, ...], list[float]] = {}
-    for step, pause_s in zip(steps, pauses_s.tolist()):
+    for step, pause_s in zip(steps, after_s.tolist()):
         alike.setdefault(kind_of_step(step), []).append(step)
-        if pause_s < _BETWEEN_STEPS_LIMIT_S:
+        if pause_s < BETWEEN_STEPS_LIMIT_S:
             pauses.setdefault(kind_of_step(step), []).append(pause_s)
     return tuple(
         LivePoint(
@@ -147,8 +159,12 @@ def live_points(steps: Sequence[LoggedStep], pauses_s: NDArray[np.float64]) -> t
     )
 
 
-def _pauses_s(steps: Sequence[LoggedStep]) -> NDArray[np.float64]:
-    """From the end of each step to the start of its replica's next; infinite after the last."""
+def pauses_s(steps: Sequence[LoggedStep]) -> NDArray[np.float64]:
+    """From the end of each step to the start of its replica's next, seconds; infinite after the last.
+
+    Args:
+        steps: in order of time by replica.
+    """
     pauses = [
         max(0.0, later.started_s - step.started_s - step.seconds) if step.replica == later.replica else math.inf
         for step, later in itertools.pairwise(steps)
@@ -199,31 +215,37 @@ def calibration_trace(tables: StepTables, deployment: Deployment, *, seconds: fl
 
     Prompts of the loaded part are as often between 32 and 64 tokens as between 512 and 1,024, up to three quarters of
     what the pool takes: what the server adds differs by their length.
-    The capacity is what a simulation of the loaded part does when everything arrives at once.
+    The capacity is what a simulation of requests of these lengths does when they arrive all at once.
+
+    Args:
+        seconds: of the loaded part; more where fewer than _LEAST_LOADED_REQUESTS would come.
     """
     rng = np.random.default_rng(seed)
     pool = deployment.pool
     most_output = max(1, pool.max_model_len // 4)
     most_input = max(1, pool.max_model_len - most_output - 1)
     lone_input, lone_output = min(_LONE_INPUT, most_input), min(_LONE_OUTPUT, most_output)
-    count = 200
-    shortest, longest = map(math.log, _LOADED_INPUT)
-    lengths = np.exp(rng.uniform(shortest, longest, count))
-    inputs = np.minimum(lengths.astype(int), most_input)
-    outputs = np.minimum(rng.integers(*_LOADED_OUTPUT, count), most_output)
-    at_once = simulate(Trace(np.zeros(count), inputs, outputs), pool, tables, policy=deployment.scheduler_policy)
-    rate = _LOAD * count / float(np.nanmax(at_once.times.end_s))
-    arrivals = np.cumsum(rng.exponential(1 / rate, count))
-    inside = arrivals < seconds
-    inside[:_LONE_REQUESTS] = True
+
+    def loaded(arrival_s: NDArray[np.float64]) -> Trace:
+        shortest, longest = map(math.log, _LOADED_INPUT)
+        lengths = np.exp(rng.uniform(shortest, longest, len(arrival_s)))
+        outputs = np.minimum(rng.integers(*_LOADED_OUTPUT, len(arrival_s)), most_output)
+        return Trace(arrival_s, np.minimum(lengths.astype(int), most_input), outputs)
+
+    probe = simulate(loaded(np.zeros(_PROBED_REQUESTS)), pool, tables, policy=deployment.scheduler_policy)
+    rate = _LOAD * _PROBED_REQUESTS / float(np.nanmax(probe.times.end_s))
+    # of a Poisson process so many arrivals in a time are uniform in it
+    seconds = max(seconds, _LEAST_LOADED_REQUESTS / rate)
+    count = max(_LEAST_LOADED_REQUESTS, int(rng.poisson(rate * seconds)))
+    load = loaded(np.sort(rng.uniform(0.0, seconds, count)))
     prompt_s = float(tables.tokens_s[min(lone_input, len(tables.tokens_s) - 1)])
     alone_s = prompt_s + lone_output * float(tables.tokens_s[1])
     spacing_s = max(0.1, 4 * alone_s)
     lone_s = np.arange(_LONE_REQUESTS) * spacing_s
     return Trace(
-        np.concatenate([lone_s, lone_s[-1] + 2 * spacing_s + arrivals[inside]]),
-        np.concatenate([np.full(_LONE_REQUESTS, lone_input), inputs[inside]]),
-        np.concatenate([np.full(_LONE_REQUESTS, lone_output), outputs[inside]]),
+        np.concatenate([lone_s, lone_s[-1] + 2 * spacing_s + load.arrival_s]),
+        np.concatenate([np.full(_LONE_REQUESTS, lone_input), load.input_tokens]),
+        np.concatenate([np.full(_LONE_REQUESTS, lone_output), load.output_tokens]),
         source="calibration",
     )
 
@@ -241,7 +263,8 @@ def calibrate_serving(
 
     Args:
         seconds: of the loaded part of the replay; starting the server and the lone requests come on top.
-    Raises: BadProfile: the deployment's configuration is not in the profile; ServerFailed.
+    Raises: BadProfile: the deployment's configuration is not in the profile; ServerFailed: the server did not start, or
+        a request failed.
     """
     shape = ModelShape.load(resolve_model(deployment.model))
     pool = deployment.pool
@@ -251,6 +274,7 @@ def calibrate_serving(
     with tempfile.TemporaryDirectory(prefix="paretune-calibration-") as folder:
         log = Path(folder) / "steps.jsonl"
         result = measure_live(deployment, trace, step_log=log, seed=seed, progress=progress)
+        check_served(result)
         steps = read_step_log(log, result.started_s)
     key, loaded_s = profile.configuration(pool).key, float(trace.arrival_s[_LONE_REQUESTS])
     serving = serving_from(trace, result, steps, modeled.tables, key, loaded_s)

@@ -129,7 +129,8 @@ def attended(
         context = np.minimum(context, step.num_rows * limit)
         pairs, keys = np.minimum(pairs, tokens * limit), np.minimum(keys, tokens + limit)
     context = _number(context)
-    return Attended(context, context, step.num_rows, _number(pairs), _number(keys), tokens)
+    queries = _number(np.where(np.greater(pairs, 0), tokens, 0))
+    return Attended(context, context, step.num_rows, _number(pairs), _number(keys), queries)
 
 
 def _chunked(position: NDArray[np.int64], chunk: int) -> NDArray[np.int64]:

@@ -69,12 +69,12 @@ class Fusion:
 class DecoderLayout:
     """What one rank of a group of `ranks` runs in a step.
 
-    elementwise        (bytes a token, kernels of that kind a step): norms, rotary embedding, activation, quantization
-    fused              the same of what runs inside other kernels, and moves its bytes all the same
-    sampling           (bytes a sample, kernels): logits to fp32, their softmax, the choice
-    all_reduces        a step, each of `hidden` bf16 numbers a token
-    weight_bytes       of the rank
-    kv_bytes_per_token of the rank, by bytes of one cached number
+    elementwise   (bytes a token, kernels of that kind a step): norms, rotary embedding, activation, quantization
+    fused         the same of what runs inside other kernels, and moves its bytes all the same
+    sampling      (bytes a sample, kernels): logits to fp32, their softmax, the choice
+    all_reduces   a step, each of `hidden` bf16 numbers a token; 0 of one rank
+    weight_bytes  of the rank
+    cached_numbers_per_token  of the rank, all layers: keys and values, or what is latent of them
     """
 
     ranks: int
@@ -221,7 +221,7 @@ def _latent(
         elementwise,
         fused,
         _sampling(config["vocab_size"]),
-        2 * layers,
+        2 * layers if ranks > 1 else 0,
         _bytes(gemms) + experts / ranks * _WEIGHT_BYTES[dtype] + 2.0 * config["vocab_size"] * hidden / ranks,
         (rank_kv + rope) * layers,
     )

@@ -39,7 +39,7 @@ from .loop_notes import Bounds, Requests, Times
 from .replica import Replica, Run
 from .simulator import SimulationResult, chances_of, simulate
 from .step_record import Recorder
-from .step_time import StepTables
+from .step_time import StepTables, check_sums
 from .token_gaps import ReplicaGaps, StepGaps
 
 Floats = NDArray[np.float64]
@@ -141,7 +141,7 @@ def simulate_disaggregated(
         from a pipeline, a decode pool that speculates in several stages. BadTrace: as `simulate`.
     """
     prefill, decode = deployment.phases
-    _check_sums(prefill_tables, decode_tables)
+    check_sums("for a prefill and a decode pool", prefill_tables, decode_tables)
     decode_tables = decode_tables._replace(wake_s=0.0)  # known of steps with prompts alone
     if prefilled is None:
         prefilled = prefill_trace(trace, deployment, prefill_tables, rate=rate)
@@ -177,7 +177,8 @@ def simulate_disaggregated(
         trace, deployment, decode_tables, requests, answers, goes_on, links, own_k, jump, recorder
     )
     sent_s = prefilled.computed_s + prefill_tables.request_s[1] if early else None
-    gaps = tuple(each.gaps for each in replicas if each.gaps is not None)
+    noted = tuple(each.gaps for each in replicas if each.gaps is not None)
+    gaps = noted if len(noted) == len(replicas) else None
     times = _client_times(trace, scheduled_s, sent_s, answers, gaps, k)
     before, decode_busy_s = prefilled.result, sum(each.busy_s for each in replicas)
     result = replace(
@@ -198,22 +199,28 @@ def simulate_disaggregated(
 
 
 def _client_times(
-    trace: Trace, scheduled_s: Floats, sent_s: Floats | None, answers: Times, gaps: tuple[ReplicaGaps, ...], k: int
+    trace: Trace,
+    scheduled_s: Floats,
+    sent_s: Floats | None,
+    answers: Times,
+    gaps: tuple[ReplicaGaps, ...] | None,
+    k: int,
 ) -> RequestTimes:
     """When tokens reach the client.
 
     Args:
         sent_s: first tokens that the prefill pool sends; None: the client gets the decode pool's alone.
         answers: of the decode pool, whose first token is then the second one, and whose k-th is the one behind it.
-        gaps: as the decode replicas noted them.
+        gaps: as the decode replicas noted them; None: they did not.
     """
     first_s, kth_s, end_s = answers.first_s, answers.kth_s, answers.end_s
     if sent_s is not None:
-        rows = np.flatnonzero(~np.isnan(answers.end_s))
-        nothing, none = np.zeros(0), np.zeros(0, np.int64)
-        # from the prefill pool's token to the decode pool's first one
-        singles = (rows, sent_s[rows], answers.first_s[rows])
-        gaps = (*gaps, ReplicaGaps(nothing, nothing, none, nothing, none, *singles, none, True))
+        if gaps is not None:
+            rows = np.flatnonzero(~np.isnan(answers.end_s))
+            nothing, none = np.zeros(0), np.zeros(0, np.int64)
+            # from the prefill pool's token to the decode pool's first one
+            singles = (rows, sent_s[rows], answers.first_s[rows])
+            gaps = (*gaps, ReplicaGaps(nothing, nothing, none, nothing, none, *singles, rows, True))
         first_s, end_s = sent_s, np.where(trace.output_tokens > 1, answers.end_s, sent_s)
         kth_s = sent_s if k == 1 else answers.kth_s
     finished = ~np.isnan(end_s)
@@ -226,7 +233,7 @@ def _client_times(
         output_tokens=np.where(finished, trace.output_tokens, 0).astype(np.int64),
         finished=finished,
         k=k,
-        gaps=StepGaps(gaps, answers.first_s, end_s, finished),
+        gaps=None if gaps is None else StepGaps(gaps, answers.first_s, end_s, finished),
     )
 
 
@@ -260,11 +267,6 @@ def prefill_trace(
             step = np.searchsorted(noted.run_end_s, result.times.first_token_s[noted.served])
             last_step_s[rows[noted.served]] = noted.run_first_s[step]
     return Prefilled(computed_s, last_step_s, replica, result)
-
-
-def _check_sums(*tables: StepTables) -> None:
-    if any(each.batch is not None for each in tables):
-        raise BadSpec("step times", "known by the whole batch", "sums of their parts, for a prefill and a decode pool")
 
 
 def _last_steps(prefilled: Prefilled, shape: ModelShape, transfer: KvTransfer, pool: Pool) -> tuple[Floats, int] | None:

@@ -65,11 +65,12 @@ def engine_step(
 
     Args:
         shape: of the model; the profile holds one layer of it.
-        link: without it the accelerator's of the catalog.
+        link: between all ranks; without it what the catalog has for so many of the accelerator.
         ranks: of data parallelism, which step together: so many replicas of the pool share one copy of the experts,
             divided among them. 1: each replica by itself.
         async_scheduling: as the engine's flag of that name; without it what the profile's version of vLLM does.
-    Raises: BadTable: the profile is of another tensor_parallel_size, or there is no link to join its ranks.
+    Raises: BadTable: the profile is of another tensor_parallel_size, or there is no link to join its ranks;
+        BadHardware: no link of the catalog joins so many.
     """
     tp = pool.tensor_parallel_size
     if profile.tensor_parallel_size != tp:
@@ -77,11 +78,12 @@ def engine_step(
     if ranks > 1 and (shape.experts is None or shape.experts.num_experts % ranks or pool.replicas % ranks):
         todo = "let it divide the replicas and the experts, or let replicas run by themselves"
         raise BadTable("ranks in time", ranks, "a divisor of replicas and of a mixture's experts", todo)
-    joined = link or _own_link(profile.accelerator)
-    if joined is None and (tp > 1 or ranks > 1):
+    within = (link or _own_link(profile.accelerator, tp)) if tp > 1 else None
+    across = (link or _own_link(profile.accelerator, tp * ranks)) if ranks > 1 else None
+    if (tp > 1 and within is None) or (ranks > 1 and across is None):
         raise BadTable(profile.name, "several ranks and no link", "a link", "give its latency and bandwidth")
     ahead = profile.vllm_version >= _ASYNC_SINCE if async_scheduling is None else async_scheduling
-    batch = _batch_tables(profile, shape, pool, joined, ranks, ahead)
+    batch = _batch_tables(profile, shape, pool, within, across, ranks, ahead)
     notes = [
         "a host that is slower than the device; between kernels, in steps that are not captured as CUDA graphs, "
         f"{_BETWEEN_KERNELS_S * 1e6:.0f} µs a layer are taken (fitted, benchmarks/per_request.py), none in others",
@@ -97,10 +99,11 @@ def engine_step(
         notes.append("decode rows of unequal context: not measured, taken as all of their mean")
     elif batch.attention.split_rows == 0:
         notes.append("from how many rows attention divides no context: interpolated (multiprocessors not known)")
-    if joined is not None and (tp > 1 or ranks > 1):
+    used = dict.fromkeys(each for each in (within, across) if each is not None)
+    if used:
         source = "as given" if link else f"of the catalog's {pool.accelerator}"
-        figures = f"{joined.latency_s * 1e6:.0f} µs and {joined.bytes_per_s / 1e9:.0f} GB/s {source}"
-        notes.append(f"collectives by a latency and a bandwidth ({figures}), not measured")
+        figures = ", ".join(f"{each.latency_s * 1e6:.0f} µs and {each.bytes_per_s / 1e9:.0f} GB/s" for each in used)
+        notes.append(f"collectives by a latency and a bandwidth ({figures} {source}), not measured")
     if shape.experts:
         notes.append("experts: touched as by uniform routing")
     if ranks > 1:
@@ -113,15 +116,34 @@ def engine_step(
 _RELATIVE_ERROR = 0.12
 
 
-def _own_link(device: Accelerator | None) -> Link | None:
-    if device is None or not device.link_bytes_per_s:
+def _own_link(device: Accelerator | None, devices: int) -> Link | None:
+    """Of a ring through so many devices, as the catalog joins them; None: it does not know the accelerator, or no link.
+
+    The slowest of the levels that the ring spans bounds it; over one beyond the nearest all devices of a domain send
+    together. The latencies of all levels add up.
+
+    Raises: BadHardware: no level joins so many.
+    """
+    if device is None or not device.levels:
         return None
-    return Link(device.link_latency_s, device.link_bytes_per_s)
+    latency_s, bytes_per_s, domain = 0.0, np.inf, 1
+    for level, size in device.spans(devices):
+        latency_s += level.latency_s or 0.0
+        bytes_per_s = min(bytes_per_s, domain * level.bytes_per_s_among(size))
+        domain *= size
+    return Link(latency_s, bytes_per_s)
 
 
 def _batch_tables(
-    profile: EngineProfile, shape: ModelShape, pool: Pool, link: Link | None, ranks: int, ahead: bool
+    profile: EngineProfile,
+    shape: ModelShape,
+    pool: Pool,
+    within: Link | None,
+    across: Link | None,
+    ranks: int,
+    ahead: bool,
 ) -> BatchTables:
+    """within, across: what joins the ranks of one replica, and all replicas that step together; None: one alone."""
     most = pool.max_num_batched_tokens
     padded = _padded(pool)
     tokens = np.arange(1, most + 1, dtype=np.float64)[:, None]
@@ -134,13 +156,13 @@ def _batch_tables(
     tp, hidden_bytes = pool.tensor_parallel_size, 2.0 * shape.hidden_size
     everybody = np.arange(1, ranks * most + 1, dtype=np.float64)
     exchange_s = np.zeros(ranks * most + 1)
-    if link is not None and tp > 1:  # a ring, after attention and after the MLP
+    if within is not None:  # a ring, after attention and after the MLP
         moved = 2 * (tp - 1) / tp * tokens[:, 0] * hidden_bytes
-        tokens_s += 2 * shape.num_layers * (link.latency_s + moved / link.bytes_per_s)
+        tokens_s += 2 * shape.num_layers * (within.latency_s + moved / within.bytes_per_s)
     sparse = len(shape.experts.layers) if shape.experts else 0
-    if link is not None and ranks > 1:  # all tokens to every rank, and the sums back: the two halves of an all-reduce
+    if across is not None:  # all tokens to every rank, and the sums back: the two halves of an all-reduce
         moved = 2 * (ranks - 1) / ranks * everybody * hidden_bytes
-        exchange_s[1:] = sparse * (link.latency_s + moved / link.bytes_per_s)
+        exchange_s[1:] = sparse * (across.latency_s + moved / across.bytes_per_s)
     experts_s = np.zeros(ranks * most + 1)
     if profile.experts is not None and shape.experts is not None:
         experts_s[1:] = sparse * _experts_s(profile.experts, shape.experts, ranks, ranks * most)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.spec import Pool
-from ..traces.metrics import BadTarget, Metric, RequestTimes, percentile
+from ..traces.metrics import METRIC_NAMES, BadTarget, Metric, RequestTimes, percentile
 from ..traces.trace import Trace
 from .simulator import SimulationResult, simulate
 from .step_limits import RESOURCES, LimitTables
@@ -315,10 +315,17 @@ def _over_time(values: NDArray[np.int64], seconds: Floats) -> tuple[float, float
     return float(np.average(values, weights=seconds)), float(values[order][np.searchsorted(upto, 0.95 * upto[-1])])
 
 
-def default_asked(trace: Trace, k: int) -> tuple[tuple[Metric, float], ...]:
-    """What is explained where nobody says what: the trace's targets, else p95 of TTFT, TPOT and E2E."""
-    targets = [(target.metric, target.percentile) for target in trace.targets if target.metric.k in (0, 1, k)]
-    return tuple(dict.fromkeys(targets)) or tuple((Metric(name), 95.0) for name in ("ttft", "tpot", "e2e"))
+def default_asked(trace: Trace, k: int, names: Sequence[str] = METRIC_NAMES) -> tuple[tuple[Metric, float], ...]:
+    """What is explained where nobody says what: metrics and percentiles of the trace's targets, whomever these govern.
+
+    Where it has none, p95 of TTFT, TPOT and E2E.
+
+    Args:
+        names: of the metrics that can be explained.
+    """
+    asked = [(target.metric, target.percentile) for target in trace.targets]
+    known = [(metric, p) for metric, p in asked if metric.name in names and metric.k in (0, 1, k)]
+    return tuple(dict.fromkeys(known)) or tuple((Metric(name), 95.0) for name in ("ttft", "tpot", "e2e"))
 
 
 def parse_asked(text: str) -> tuple[Metric, float]:

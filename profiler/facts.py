@@ -74,7 +74,10 @@ def positive(where: str, row: dict[str, str], column: str) -> float:
 
 
 def day(where: str, row: dict[str, str]) -> str:
-    """The date in the column as_of, ISO. Raises: BadHardware: none, or one in the future."""
+    """The date in the column as_of, ISO. Raises: BadHardware: none.
+
+    One in the future is taken: a machine's clock is no witness against a source.
+    """
     try:
         found = date.fromisoformat(row["as_of"])
     except ValueError:

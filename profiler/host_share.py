@@ -60,7 +60,7 @@ def host_shares(
     plain = {"replicas": 1, "enable_prefix_caching": False, "speculation": "none", "num_speculative_tokens": 0}
     alone = pool.model_copy(update=plain)
     tables = modeled.tables._replace(draft=None)
-    in_a_step_s = modeled.host_step_s + float(tables.rows_s[1])
+    in_a_step_s = modeled.host_step_s + float(tables.rows_s[1]) - modeled.device_row_s
     beside_s = float(tables.request_s.sum())
     found = []
     for tokens in sorted(prompts):

@@ -68,6 +68,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.stream: Stream | None = None
         self.reusable = False
+        self.unanswered = False  # the connection closed before a byte of the last answer
         self._buffer = bytearray()
         self._in_body = False
         self._status = 0
@@ -121,6 +122,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         if self.stream is not None:
+            self.unanswered = not self._in_body and not self._buffer and self.stream.error is None
             if not self.stream.finished and self.stream.error is None:
                 ended = self._in_body and not self._chunked and self._left is None
                 if not ended:

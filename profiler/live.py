@@ -62,7 +62,7 @@ def live_server(
     """Serve a deployment on a free port of this machine while the block runs.
 
     The server has a process group and a pipe of its own: it stops at the end of the block (SIGTERM, then SIGKILL), and
-    when this process dies, however that happens.
+    when this process dies, however that happens. One that ends before the block does has failed.
 
     Args:
         step_log, request_log: files that get a line for each step and for each request.
@@ -88,6 +88,8 @@ def live_server(
         )
         try:
             yield _wait_until_ready(process, folder / "ready.json", folder / "stderr", start_limit_s)
+            if process.poll() is not None:
+                raise _ended(process, folder / "stderr")
         finally:
             _stop(process)
 
@@ -132,10 +134,20 @@ def measure_live(
 def warm_server(
     server: LiveServer, trace: Trace, token_ids: NDArray[np.int32], *, seed: int = 1, timeout_s: float = 600.0
 ) -> None:
-    """Send a few requests of a trace's lengths, all at once and uncounted: the first steps of a server are slow."""
+    """Send a few requests of a trace's lengths, all at once and uncounted: the first steps of a server are slow.
+
+    Raises: ServerFailed: one of them failed.
+    """
     some = trace.select(slice(0, WARM_UP_REQUESTS))
     at_once = Trace(np.zeros(len(some)), some.input_tokens, np.minimum(some.output_tokens, 16))
-    replay(at_once, server.url, model=server.model, token_ids=token_ids, seed=seed, timeout_s=timeout_s)
+    check_served(replay(at_once, server.url, model=server.model, token_ids=token_ids, seed=seed, timeout_s=timeout_s))
+
+
+def check_served(result: ReplayResult) -> None:
+    """Raises: ServerFailed: requests failed, so that what was measured is no measurement of the others either."""
+    if result.errors:
+        total = len(result.times.finished)
+        raise ServerFailed(f"{len(result.errors)} of {total} requests failed, the first one: {result.errors[0]}")
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, stderr: Path, limit_s: float) -> LiveServer:
@@ -143,14 +155,18 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, stderr: Pat
     deadline = time.monotonic() + limit_s
     while not ready.exists():
         if process.poll() is not None:
-            raise ServerFailed(
-                f"the server ended with exit code {process.returncode}: {_last_lines(stderr)}", process.returncode
-            )
+            raise _ended(process, stderr)
         if time.monotonic() > deadline:
             raise ServerFailed(f"the server was not ready within {limit_s:.0f} s: {_last_lines(stderr)}")
         time.sleep(0.02)
     told = json.loads(ready.read_text())
     return LiveServer(told["url"], told["model"], process.pid)
+
+
+def _ended(process: subprocess.Popen[bytes], stderr: Path) -> ServerFailed:
+    return ServerFailed(
+        f"the server ended with exit code {process.returncode}: {_last_lines(stderr)}", process.returncode
+    )
 
 
 def _last_lines(stderr: Path) -> str:

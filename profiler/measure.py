@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,7 +46,9 @@ from .profile import (
 
 OPERATOR_ROWS = (1, 4, 16, 64, 256, 1024)
 START_LIMIT_S = 300.0
-# a pass over the scenarios that has begun is ended, so a configuration may take longer than it was given
+# the first pass over the scenarios is ended, whatever it lacks, when it takes so many times what it was given
+PATIENCE = 3.0
+# beside that, for a scenario that has begun
 PASS_LIMIT_S = 600.0
 
 Progress = Callable[[str, float], None]
@@ -186,10 +189,14 @@ def _steps(deployment: Deployment, model_dir: Path, seconds: float) -> Any:
     pool = deployment.pool
     environment = dict(thread_environment(pool))
     task = {"deployment": deployment.model_dump(mode="json"), "model_dir": str(model_dir.resolve()), "seconds": seconds}
-    with ExitStack() as neighbors:
-        for _ in range(pool.replicas - 1):
-            neighbors.enter_context(_worker({**task, "kind": "load"}, environment))
-        return _run({**task, "kind": "steps"}, environment)
+    with ExitStack() as stack:
+        load = {**task, "kind": "load"}
+        neighbors = [stack.enter_context(_worker(load, environment)) for _ in range(pool.replicas - 1)]
+        found = _run({**task, "kind": "steps"}, environment)
+        for neighbor in neighbors:
+            if neighbor.process.poll() is not None:
+                raise neighbor.failed()  # what was measured had fewer beside it than it says
+        return found
 
 
 def _operators(shape: ModelShape, pool: Pool) -> tuple[OperatorPoint, ...]:
@@ -248,9 +255,21 @@ def _raised(peaks: Peaks, configurations: Sequence[Configuration], shape: ModelS
     return Peaks(num_threads=peaks.num_threads, flops_per_s=flops, read_bytes=tuple(sorted(reads.items())))
 
 
+@dataclass(frozen=True)
+class _Worker:
+    """A measuring process that has answered, and the file of what it said beside."""
+
+    process: subprocess.Popen[str]
+    answer: Any
+    said: IO[str]
+
+    def failed(self) -> MeasureFailed:
+        return _failed(self.process, self.said)
+
+
 @contextmanager
-def _worker(task: dict[str, Any], environment: dict[str, str]) -> Iterator[Any]:
-    """A measuring process; gives its answer, and ends it."""
+def _worker(task: dict[str, Any], environment: dict[str, str]) -> Iterator[_Worker]:
+    """A measuring process; waits for its answer, and ends it after the block."""
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.measure_worker"],
@@ -265,7 +284,8 @@ def _worker(task: dict[str, Any], environment: dict[str, str]) -> Iterator[Any]:
         try:
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-            yield _answer(process, process.stdout, said)
+            limit_s = START_LIMIT_S + PASS_LIMIT_S + PATIENCE * task.get("seconds", 0.0)
+            yield _Worker(process, _answer(process, process.stdout, said, limit_s), said)
         finally:
             process.kill()
             process.wait()
@@ -274,22 +294,25 @@ def _worker(task: dict[str, Any], environment: dict[str, str]) -> Iterator[Any]:
 
 
 def _run(task: dict[str, Any], environment: dict[str, str]) -> Any:
-    with _worker(task, environment) as answer:
-        return answer
+    with _worker(task, environment) as worker:
+        return worker.answer
 
 
-def _answer(process: subprocess.Popen[str], stdout: IO[str], said: IO[str]) -> Any:
-    deadline = time.monotonic() + START_LIMIT_S + PASS_LIMIT_S
+def _answer(process: subprocess.Popen[str], stdout: IO[str], said: IO[str], limit_s: float) -> Any:
+    deadline = time.monotonic() + limit_s
     while not select.select([stdout], [], [], 0.5)[0]:
         if time.monotonic() > deadline:
-            raise MeasureFailed(f"a measuring process did not answer within {START_LIMIT_S + PASS_LIMIT_S:.0f} s")
+            raise MeasureFailed(f"a measuring process did not answer within {limit_s:.0f} s")
     line = stdout.readline()
     if not line:
         process.wait()
-        said.seek(0)
-        lines = said.read().strip().splitlines()
-        raise MeasureFailed(
-            f"a measuring process ended with exit code {process.returncode}: {' | '.join(lines[-3:])}",
-            process.returncode,
-        )
+        raise _failed(process, said)
     return json.loads(line)
+
+
+def _failed(process: subprocess.Popen[str], said: IO[str]) -> MeasureFailed:
+    said.seek(0)
+    lines = said.read().strip().splitlines()
+    return MeasureFailed(
+        f"a measuring process ended with exit code {process.returncode}: {' | '.join(lines[-3:])}", process.returncode
+    )

@@ -26,6 +26,7 @@ from ..runtime.engine import Engine, Request, StepRecord
 from ..runtime.sampler import SamplingParams
 from ..runtime.scheduler_state import MAX_NUM_BATCHED_TOKENS
 from ..runtime.spec import Deployment, parse_deployment
+from .measure import PATIENCE
 
 # Rows of decode batches: all run together first, then they end level by level, so that one prefill serves every level.
 _LEVELS = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
@@ -35,8 +36,6 @@ _DECODE_TOKENS = 16384
 _PROMPTS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _CHUNKS = (64, 128, 256, 512)
 _MOST_CHUNKS = 8
-# the first pass is ended, whatever it lacks, when it takes so many times what it was given
-_PATIENCE = 3.0
 # share of a step's time that its thread must have had a core for the step to count as undisturbed
 _UNDISTURBED = 0.95
 _MIXED = ((4, 32), (4, 256), (16, 64), (16, 256), (32, 128), (32, 448))
@@ -165,7 +164,7 @@ def measure_steps(driver: Driver, seconds: float) -> dict[str, Any]:
             left = seconds - (time.perf_counter() - began)
             if tokens / rate > (0.25 * seconds if passes == 0 else left):
                 continue
-            if left < (0 if passes else (1 - _PATIENCE) * seconds):
+            if left < (0 if passes else (1 - PATIENCE) * seconds):
                 break
             for key, record in run():
                 records.setdefault(key, []).append((record, driver.undisturbed))

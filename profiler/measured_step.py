@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.tiles import Tile, TileTable, bucket
+from ..kernels.tiles import Tile, TileTable
 from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.model_shape import ModelShape, matrix_dtype
 from ..runtime.spec import Pool
@@ -380,17 +380,3 @@ def _interpolated(curve: tuple[Floats, Floats], rows: NDArray[np.int64]) -> Floa
     at, seconds = curve
     inside = np.exp(np.interp(np.log(rows), np.log(at), np.log(seconds)))
     return np.asarray(inside * np.maximum(1.0, rows / at[-1]), np.float64)
-
-
-def fastest_tiles(configuration: Configuration) -> TileTable:
-    """The fastest measured tile of the linear layers for each bucket of rows, as a table for a deployment."""
-    best: dict[int, tuple[float, Tile]] = {}
-    totals: dict[tuple[int, str, tuple[tuple[str, int], ...]], float] = {}
-    for point in configuration.operators:
-        if point.operator == "linear":
-            key = (bucket(point.rows), point.backend, tuple(point.parameters.items()))
-            totals[key] = totals.get(key, 0.0) + point.median_s
-    for (rows, backend, parameters), seconds in totals.items():
-        if rows not in best or seconds < best[rows][0]:
-            best[rows] = (seconds, Tile("linear", backend, parameters))
-    return TileTable(tuple((("linear", configuration.weight_dtype, rows), tile) for rows, (_, tile) in best.items()))

@@ -25,7 +25,7 @@ def merged(profiles: Sequence[Profile]) -> Profile:
             (
                 p.machine,
                 p.shape,
-                [c.key for c in p.configurations],
+                [(c.key, c.tiles) for c in p.configurations],
                 [(s.cores, s.ranks, s.measured_on) for s in p.serving],
             )
             for p in (first, other)

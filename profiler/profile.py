@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..runtime.model_shape import ModelShape
+from ..runtime.parallel import usable_cores
 from ..runtime.pool import Tiles
 from ..runtime.spec import Pool
 from ..traces.whole_file import write_whole
@@ -306,9 +307,10 @@ class Profile(_Part):
         """Raises: BadProfile: it was measured with a model of another shape."""
         mine = shape_data(shape)
         if self.shape != mine:
-            differing = next(field for field in mine if self.shape.get(field) != mine[field])
+            fields = sorted(mine.keys() | self.shape.keys())
+            differing = next(field for field in fields if self.shape.get(field) != mine.get(field))
             raise BadProfile(
-                f"profile of {self.model}: {differing}", self.shape.get(differing), str(mine[differing]),
+                f"profile of {self.model}: {differing}", self.shape.get(differing), str(mine.get(differing)),
                 "measure this model: `paretune profile`",
             )  # fmt: skip
 
@@ -385,7 +387,7 @@ def this_machine(instructions: str) -> Machine:
     return Machine(
         cpu=model,
         flags=tuple(sorted((fields.get("flags") or fields.get("Features") or "").split())),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         instructions=instructions,
     )

@@ -5,7 +5,8 @@ own, and a step a constant: robust, non-negative least squares on relative error
 the log does not tell the parts apart. From a request log, which has no steps, all step times get one factor, such that
 simulated and recorded TPOT agree, and what the recorded TTFT has beyond the simulated one becomes time before the
 scheduler. Of both every second block of time is left out of the fit, and only these blocks say how wrong the model was
-before and is after. No calibrated step is faster than physics.
+before and is after. No part of a calibrated step is faster than physics; times by the whole batch, and a draft model's,
+get the one factor unchecked.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..traces.metrics import TPOT, TTFT, RequestTimes
 from ..traces.trace import Trace
 from ..traces.whole_file import write_whole
 from .batch_time import scaled_batch
-from .calibration import LoggedStep, read_step_log
+from .calibration import BETWEEN_STEPS_LIMIT_S, LoggedStep, pauses_s, read_step_log
 from .profile import BadProfile, now
 from .simulator import simulate
 from .step_fit import CONFIDENCE, non_negative_least_squares
@@ -139,6 +140,7 @@ class Calibration(BaseModel):
             modeled,
             tables=tables._replace(**bounded, request_s=request_s),
             host_step_s=modeled.host_step_s * self.factors["tokens_s"] + self.step_s,
+            device_row_s=modeled.device_row_s * self.factors["rows_s"],
             relative_error=error,
             not_modeled=notes,
         )
@@ -180,7 +182,7 @@ class RecordedRun:
 def read_recorded(path: str | os.PathLike[str]) -> tuple[LoggedStep, ...] | RecordedRun:
     """A step log, or a request log whose lines have `timings`, told apart by their first line.
 
-    Raises: BadProfile: neither; BadTrace: a damaged request log; OSError.
+    Raises: BadProfile: neither, or a damaged step log; BadTrace: a damaged request log; OSError.
     """
     allowed = "a step log (`serve --step-log`), or a request log with timings (`serve --request-log`)"
     todo = "record one of the two with `paretune serve`"
@@ -226,7 +228,8 @@ def calibrate(
     Args:
         modeled: the deployment's step times as they are without calibration.
         recorded_in, source_name: for people. source: digest of what the step times come from.
-    Raises: BadProfile: too short a recording.
+    Raises: BadProfile: too short a recording, or steps whose logged time has parts that their composition does not
+        tell.
     """
     if isinstance(recorded, RecordedRun):
         found = _from_run(recorded, modeled.tables, deployment)
@@ -258,10 +261,31 @@ def step_parts_s(steps: Sequence[LoggedStep], tables: StepTables) -> Floats:
     return np.array([of(step) for step in steps], np.float64)
 
 
+def _lasting_s(steps: Sequence[LoggedStep]) -> Floats:
+    """(n,) seconds from the start of each step until its replica can begin the next: the pause that follows included,
+    which is no time in which nothing waits; after the last of a burst the usual one."""
+    after_s = pauses_s(steps)
+    short = after_s < BETWEEN_STEPS_LIMIT_S
+    usual_s = float(np.median(after_s[short])) if short.any() else 0.0
+    return np.array([s.seconds for s in steps]) + np.where(short, after_s, usual_s)
+
+
 def _from_steps(steps: Sequence[LoggedStep], tables: StepTables) -> dict[str, object]:
+    beside = {
+        "a draft model's passes": tables.draft is not None,
+        "the batch as a whole": tables.batch is not None,
+        "LoRA adapters": any(tables.adapters),
+        "KV blocks on their way to the host": tables.block_copy_s > 0,
+    }
+    for what, counted in beside.items():
+        if counted:
+            allowed = "steps of tokens, requests and attention alone"
+            todo = "calibrate from a run: `paretune serve --request-log`"
+            raise BadProfile("calibration: a step log", f"steps whose time depends on {what}", allowed, todo)
+    steps = sorted(steps, key=lambda s: (s.replica, s.started_s))
     usable = [
-        s
-        for s in sorted(steps, key=lambda s: s.started_s)
+        (s, lasting_s)
+        for s, lasting_s in sorted(zip(steps, _lasting_s(steps)), key=lambda each: each[0].started_s)
         if 0 < s.num_tokens < len(tables.tokens_s)
         and s.num_rows < len(tables.rows_s)
         and s.num_samples < len(tables.samples_s)
@@ -269,7 +293,7 @@ def _from_steps(steps: Sequence[LoggedStep], tables: StepTables) -> dict[str, ob
     if len(usable) < LEAST_STEPS:
         found = f"{len(usable)} steps within the spec's limits"
         raise BadProfile("calibration", found, f"at least {LEAST_STEPS}", "record for longer, or give its own spec")
-    parts, measured_s = step_parts_s(usable, tables), np.array([s.seconds for s in usable])
+    parts, measured_s = step_parts_s([s for s, _ in usable], tables), np.array([seconds for _, seconds in usable])
     held_out = _held_out(len(usable))
     factors, step_s = fit_factors(parts[~held_out], measured_s[~held_out])
     truth = measured_s[held_out]
@@ -313,6 +337,10 @@ def _from_run(run: RecordedRun, tables: StepTables, deployment: Deployment) -> d
         raise BadProfile("calibration", found, f"at least {LEAST_REQUESTS}", "record for longer")
     held_out = _held_out(len(run.trace))
     measured = {str(TTFT): run.ttft_s, str(TPOT): run.tpot_s}
+    several = np.isfinite(run.tpot_s)
+    if several.sum() < LEAST_REQUESTS or not (several & held_out).any() or not (several & ~held_out).any():
+        found, allowed = f"{several.sum()} answers of more than one token", f"at least {LEAST_REQUESTS}, all along"
+        raise BadProfile("calibration", found, allowed, "record for longer")
 
     def times(factor: float) -> RequestTimes:
         of_steps = scaled(tables, factor)

@@ -33,6 +33,8 @@ from .http_stream import Connection, Origin, Stream, connect, fetch_json
 CONNECT_LIMIT_S = 30.0
 # asyncio's timers wake up to a millisecond late; the last stretch is yielded to the loop instead
 _EARLY_S = 0.001
+# a connection that closes later than this after a request was sent on it was not closed for having been idle
+_STALE_S = 1.0
 
 Progress = Callable[[int, int], None]
 
@@ -95,7 +97,8 @@ def replay(
     Args:
         url: of an OpenAI-compatible server, with or without /v1.
         k: of TTF-k.
-        seed: of the prompts' token ids.
+        seed: of the prompts' token ids. Equal prompts sent again find themselves in the server's prefix cache, so
+            replays one after the other want a seed each.
         rate: arrivals are that many times as fast as recorded.
         model: the name to ask for; left out: the first that the server has.
         token_ids: ids that prompts may hold; left out: those of the model directory that `model` names
@@ -119,7 +122,10 @@ def replay(
     streams = [Stream(body) for body in bodies]
     sends = SendOrder(open_loop(len(trace)) if arrivals is None else arrivals, trace.arrival_s / rate)
     cpu_s = time.process_time()
-    started_s = asyncio.run(_replay(origin, streams, sends, timeout_s, progress))
+    try:
+        started_s = asyncio.run(_replay(origin, streams, sends, timeout_s, progress))
+    except (OSError, TimeoutError) as error:
+        raise _no_server(url, error) from None
     cpu_s = time.process_time() - cpu_s
     times, tokens_per_event = request_times(streams, sends.scheduled_s, started_s, k)
     late_s = times.sent_s - sends.sent_s
@@ -220,9 +226,6 @@ async def _replay(
 ) -> float:
     """Send everything on time and wait for all; returns second 0 of the trace on the clock of time.perf_counter."""
     client = _Client(origin, timeout_s, len(streams), progress)
-    # the first connections are there before the trace begins, as those of a running client are
-    await client.open(min(8, len(streams)))
-    started_s = time.perf_counter() + 0.05
     tasks: list[asyncio.Task[None]] = []
     ended = asyncio.Event()  # something has, and who waits for it may be next
 
@@ -235,6 +238,9 @@ async def _replay(
                 ended.set()
 
     try:
+        # the first connections are there before the trace begins, as those of a running client are
+        await client.open(min(8, len(streams)))
+        started_s = time.perf_counter() + 0.05
         while len(tasks) < len(streams):
             ended.clear()
             if await _come(started_s + sends.next_s(), ended):
@@ -289,20 +295,31 @@ class _Client:
             connection.close()
 
     async def send(self, stream: Stream) -> None:
-        """One request to its end; what goes wrong is written into it."""
+        """One request to its end; what goes wrong is written into it.
+
+        A server may close an idle connection in the very moment that a request is sent on it. Such a request was not
+        served, and goes again, once and on a new connection (RFC 9112, section 9.3.1).
+        """
         try:
-            connection = self._take_idle() or await self._connect()
-            done = connection.start(stream, self._origin.post("/v1/completions", stream.body))
-            ended, _ = await asyncio.wait([done], timeout=self._timeout_s)
-            if not ended:
-                stream.error = f"no end within {self._timeout_s:g} s"
-                connection.close()
-                await done
+            idle = self._take_idle()
+            if idle is None or not await self._exchange(stream, idle):
+                stream.error = None
+                await self._exchange(stream, await self._connect())
         except (OSError, TimeoutError) as error:
             stream.error = f"no connection: {error or type(error).__name__}"
         self._ended += 1
         if self._progress is not None:
             self._progress(self._ended, self._total)
+
+    async def _exchange(self, stream: Stream, connection: Connection) -> bool:
+        """A request and its answer, well or not; False: the connection closed at once, with no byte of an answer."""
+        done = connection.start(stream, self._origin.post("/v1/completions", stream.body))
+        ended, _ = await asyncio.wait([done], timeout=self._timeout_s)
+        if not ended:
+            stream.error = f"no end within {self._timeout_s:g} s"
+            connection.close()
+            await done
+        return not (connection.unanswered and time.perf_counter() - stream.sent_s < _STALE_S)
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
@@ -316,12 +333,16 @@ class _Client:
             connection.close()
 
 
+def _no_server(url: str, error: Exception) -> NoServer:
+    return NoServer(url, str(error) or type(error).__name__, "a running server", "start it: `paretune serve`")
+
+
 def _served_model(origin: Origin, url: str) -> str:
     try:
         answer = asyncio.run(fetch_json(origin, "/v1/models", CONNECT_LIMIT_S))
         return str(answer["data"][0]["id"])  # type: ignore[index]
     except (OSError, TimeoutError) as error:
-        raise NoServer(url, error or type(error).__name__, "a running server", "start it: `paretune serve`") from None
+        raise _no_server(url, error) from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise BadReplay(f"{url}: /v1/models", error, "a list of models", "give the model's name") from None
 

@@ -9,6 +9,7 @@ a Random World, 2005; scaled by the process' own deviation).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -152,6 +153,7 @@ def _left_out(inverse: Floats, weights: Floats, out: NDArray[np.intp]) -> tuple[
 
 
 def conformal_quantile(scores: Floats, coverage: float) -> float:
-    """The score below which a new one lies with at least this probability, if it is exchangeable with these."""
+    """The score below which a new one lies with at least this probability, if it is exchangeable with these; infinite
+    where there are too few to say so."""
     rank = int(np.ceil((len(scores) + 1) * coverage))
-    return float(np.sort(scores)[min(rank, len(scores)) - 1])
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf

@@ -27,6 +27,7 @@ from .collectives import collective_bound_s
 from .hardware import Accelerator, BadHardware
 from .operators import Composition, OperatorWork, Rows, Sharding, kv_bytes_per_token, rank_work
 from .rank_memory import state_bytes_of_request, weight_bytes
+from .routing import UNIFORM, Routing
 from .step_time import WORK_GRID, PromptPairs, StepTables
 
 # Fitted by benchmarks/roofline_calibration.py on 2026-11-26 to the TPOT of 360 published fp8 points of dense models
@@ -57,7 +58,7 @@ _REACHED = _Shares(EFFICIENCY, COLLECTIVE_EFFICIENCY, COLLECTIVE_OVERHEAD_S)
 _LEAST = _Shares(1.0, 1.0, 0.0)
 
 # By storage of the weights: the arithmetic they are multiplied in. Attention and the vocabulary projection of fp8 and
-# int8 models, and the routers of experts, compute in bf16.
+# int8 models, and the routers of experts, compute in bf16; an indexer scores in fp8, as its keys are cached.
 _ARITHMETIC = {
     "fp32": "fp32",
     "bf16": "bf16",
@@ -66,13 +67,13 @@ _ARITHMETIC = {
     "int8": "int8",
     "int4": "bf16",  # expanded in the kernel (W4A16)
     "nvfp4": "fp4",
-    "mxfp4": "fp4",
+    "mxfp4": "fp4",  # at best; see _estimate_s
     "ternary": "int8",
 }
 # A window of less than one eighth of max_model_len is taken as full; queries of a wider one as seeing all before them.
 # Either is at most what is read, and tables by sums know no single contexts.
 _SHORT_WINDOW = 8
-_UNQUANTIZED = ("head", "router", "shared_gate", "indexer")
+_UNQUANTIZED = ("head", "router", "shared_gate")
 
 
 def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: str) -> float:
@@ -102,8 +103,15 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
 
 def step_bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool) -> dict[str, float]:
     """Least time of each operator of a step, seconds by operator."""
+    return {one.name: seconds for one, seconds in bounded_work(accelerator, shape, step, pool)}
+
+
+def bounded_work(
+    accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool
+) -> list[tuple[OperatorWork, float]]:
+    """Each operator of a step and its least time, seconds."""
     deployed = _Deployed.of(shape, pool)
-    return {one.name: _bound_s(one, accelerator, deployed) for one in _work(shape, step, deployed)}
+    return [(one, _bound_s(one, accelerator, deployed)) for one in _work(shape, step, deployed)]
 
 
 class _Deployed(NamedTuple):
@@ -128,8 +136,16 @@ def storage_of(shape: ModelShape, weight_dtype: str) -> Storage:
     return Storage.bundled(weight_dtype)
 
 
-def _work(shape: ModelShape, step: Composition | Rows, deployed: _Deployed) -> tuple[OperatorWork, ...]:
-    return rank_work(shape, step, deployed.sharding, deployed.storage, deployed.kv_dtype)
+def _work(
+    shape: ModelShape, step: Composition | Rows, deployed: _Deployed, shares: _Shares = _REACHED
+) -> tuple[OperatorWork, ...]:
+    """Of a step in a real engine, or the least of any: all tokens choose the same experts, and what one operator leaves
+    for the next stays in a cache."""
+    routing = UNIFORM
+    if shares is _LEAST and shape.experts is not None:
+        routing = Routing(1.0, shape.experts.experts_per_token / shape.experts.num_experts)
+    found = rank_work(shape, step, deployed.sharding, deployed.storage, deployed.kv_dtype, routing=routing)
+    return tuple(replace(one, activation_bytes=0.0) for one in found) if shares is _LEAST else found
 
 
 def _bound_s(work: OperatorWork, accelerator: Accelerator, deployed: _Deployed) -> float:
@@ -137,12 +153,15 @@ def _bound_s(work: OperatorWork, accelerator: Accelerator, deployed: _Deployed) 
 
 
 def arithmetic_of(operator: str, storage: Storage, accelerator: Accelerator) -> str:
-    """The precision that an operator computes in; weights of four bits are expanded to bf16 where there is no fp4."""
-    plain = "fp32" if storage.weight_dtype == "fp32" else "bf16"
+    """The fastest precision that an operator may compute in; weights of four bits are expanded to bf16 where there is
+    no fp4."""
+    plain, rates = "fp32" if storage.weight_dtype == "fp32" else "bf16", accelerator.peak_flops_per_s
+    if operator == "indexer":
+        return "fp8" if "fp8" in rates else plain
     if "attention" in operator or operator in _UNQUANTIZED:
         return plain
-    found = _ARITHMETIC[storage.dtype(operator)]
-    return plain if found == "fp4" and "fp4" not in accelerator.peak_flops_per_s else found
+    stored_as = storage.dtype(operator)
+    return plain if stored_as in ("nvfp4", "mxfp4") and "fp4" not in rates else _ARITHMETIC[stored_as]
 
 
 def step_estimate_s(accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool) -> float:
@@ -157,7 +176,10 @@ def _estimate_s(
     """Seconds of operators, without what a layer takes beside them."""
     total_s = 0.0
     for one in work:
-        bound_s = _bound_s(one, accelerator, deployed)
+        precision = arithmetic_of(one.name, deployed.storage, accelerator)
+        if precision == "fp4" and shares is _REACHED and deployed.storage.dtype(one.name) == "mxfp4":
+            precision = "fp8"  # engines multiply mxfp4 with activations of mxfp8 (W4A8), not of four bits
+        bound_s = operator_bound_s(one, accelerator, precision)
         if one.collective is None:
             total_s = total_s + bound_s / shares.operators
         else:
@@ -187,7 +209,11 @@ def roofline_tables(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> 
 
 
 def roofline_bounds(accelerator: Accelerator, shape: ModelShape, pool: Pool) -> StepTables:
-    """The least step times that the data sheet allows, by part. Raises: BadHardware: a missing peak rate."""
+    """The least step times that the data sheet allows, by part: a floor under what was measured. What depends on the
+    batch as a whole counts as little as it can: experts that all tokens share, windows and chunks that hold nothing.
+
+    Raises: BadHardware: a missing peak rate.
+    """
     return _tables(accelerator, shape, pool, _LEAST)
 
 
@@ -219,7 +245,7 @@ def _linear_s(
     rows = at if shape.latent is not None else none
     tokens = (none + 1, none + 1, at) if samples else (at, rows, none)
     step = Composition.of_many(*tokens, none, none)
-    work = [one for one in _work(shape, step, deployed) if one.name.startswith("head") == samples]
+    work = [one for one in _work(shape, step, deployed, shares) if one.name.startswith("head") == samples]
     times_s = np.broadcast_to(_estimate_s(accelerator, work, deployed, shares), at.shape)
     table: NDArray[np.float64] = np.interp(np.arange(size + 1), at, times_s)
     table[0] = 0.0
@@ -236,7 +262,7 @@ def _attention_s(
     tokens = one if decode else np.maximum(1, np.ceil(np.sqrt(2 * WORK_GRID) - 1))
     pairs = (WORK_GRID, none) if decode else (none, WORK_GRID)
     step = Composition.of_many(tokens, one, none, *pairs)
-    found = _of_whole_contexts(shape, step, deployed)
+    found = _of_whole_contexts(shape, step, deployed, shares)
     times_s = none + sum(_bound_s(each, accelerator, deployed) for each in found) / shares.operators
     return np.asarray(np.maximum.accumulate(times_s), np.float64)
 
@@ -252,7 +278,7 @@ def _limited_s(
         # of this operator the tokens' part is in _linear_s; read and written by each row is the state
         state = next(o for o in _work(shape, Composition(1, 1, 0, 0.0, 0.0), deployed) if o.name == "linear_attention")
         row_s += state.kv_bytes / accelerator.peak_bytes_per_s / shares.operators
-    for limited, seen in _limited(shape, deployed):
+    for limited, seen in _limited(shape, deployed) if shares is not _LEAST else ():
         many = 1024  # tokens of one prompt, which read the same keys
         for work in _attention(limited, Composition(1, 1, 0, float(seen), 0.0), deployed):
             row_s += _bound_s(work, accelerator, deployed) / shares.operators * (work.name != "indexer")
@@ -267,13 +293,21 @@ def _attention(shape: ModelShape, step: Composition, deployed: _Deployed) -> lis
     return [work for work in found if work.name != "linear_attention"]
 
 
-def _of_whole_contexts(shape: ModelShape, step: Composition, deployed: _Deployed) -> list[OperatorWork]:
+def _of_whole_contexts(
+    shape: ModelShape, step: Composition, deployed: _Deployed, shares: _Shares = _REACHED
+) -> list[OperatorWork]:
     """Attention of queries that see all before them, and what an indexer scores."""
+
+    def sees_all(kind: Attention) -> bool:
+        return kind.window is None and kind.chunk is None if shares is _LEAST else _sees_all(kind, deployed)
+
     kinds = tuple(
-        replace(kind, window=None, chunk=None, layers=kind.layers if _sees_all(kind, deployed) else ())
+        replace(kind, window=None, chunk=None, layers=kind.layers if sees_all(kind) else ())
         for kind in shape.attention_kinds()
     )
     found = _attention(replace(shape, attention=kinds, sliding_window=None) if kinds else shape, step, deployed)
+    if shares is _LEAST:
+        found = [replace(work, activation_bytes=0.0) for work in found]
     chooses = shape.latent is not None and shape.latent.indexer is not None
     return [work for work in found if work.name == "indexer"] if chooses else found
 

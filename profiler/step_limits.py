@@ -20,7 +20,7 @@ from ..runtime.spec import Pool
 from .hardware import Accelerator
 from .operators import Composition, OperatorWork, linears, rank_weight_bytes, step_work
 from .profile import Profile
-from .roofline import step_bound_s
+from .roofline import bounded_work
 from .step_time import WORK_GRID, ModeledStep, PromptPairs, StepTables
 
 Floats = NDArray[np.float64]
@@ -52,7 +52,7 @@ def limit_tables(source: Profile | Accelerator, shape: ModelShape, pool: Pool, m
     Args:
         source, shape, pool: as in `tables.step_tables`, which made `modeled` of them.
     """
-    return _divided(source, shape, pool, modeled.tables, modeled.host_step_s)
+    return _divided(source, shape, pool, modeled.tables, modeled.host_step_s, modeled.device_row_s)
 
 
 def draft_limit_tables(source: Profile | Accelerator, pool: Pool, modeled: ModeledStep) -> LimitTables | None:
@@ -60,11 +60,16 @@ def draft_limit_tables(source: Profile | Accelerator, pool: Pool, modeled: Model
     shape = draft_shape(pool)
     if shape is None or modeled.tables.draft is None:
         return None
-    return _divided(source, shape, draft_pool(pool), modeled.tables.draft, 0.0)
+    return _divided(source, shape, draft_pool(pool), modeled.tables.draft, 0.0, 0.0)
 
 
 def _divided(
-    source: Profile | Accelerator, shape: ModelShape, pool: Pool, tables: StepTables, host_step_s: float
+    source: Profile | Accelerator,
+    shape: ModelShape,
+    pool: Pool,
+    tables: StepTables,
+    host_step_s: float,
+    device_row_s: float,
 ) -> LimitTables:
     def shares(step: Composition, wanted: str) -> Floats:
         found = np.zeros(len(RESOURCES))
@@ -85,8 +90,9 @@ def _divided(
     host_s = np.minimum(host_step_s, tables.tokens_s)
     tokens_s = curve(tables.tokens_s, "tokens") * (tables.tokens_s - host_s)
     tokens_s[HOST] += host_s
+    device_s = np.minimum(device_row_s * np.arange(len(tables.rows_s)), tables.rows_s)
     rows_s = np.zeros((len(RESOURCES), len(tables.rows_s)))
-    rows_s[HOST] = tables.rows_s
+    rows_s[BANDWIDTH], rows_s[HOST] = device_s, tables.rows_s - device_s
     # of attention the shares hardly depend on the amount: both sides of its bound grow with it
     decode = shares(Composition(1, 1, 0, 1024.0, 0.0), "decode_attention")
     prefill = shares(Composition(1024, 1, 0, 0.0, 512.0 * 1025.0), "prefill_attention")
@@ -104,23 +110,22 @@ def _bounds(
     source: Profile | Accelerator, shape: ModelShape, step: Composition, pool: Pool
 ) -> dict[str, tuple[int, float]]:
     """What binds each operator of a step, and its least seconds."""
-    work = step_work(
-        shape,
-        step,
-        tensor_parallel_size=pool.tensor_parallel_size,
-        weight_dtype=pool.weight_dtype,
-        kv_dtype=pool.kv_cache_dtype,
-        expert_parallel=pool.enable_expert_parallel,
-        activation_bytes=4 if isinstance(source, Profile) else 2,
-    )
     if isinstance(source, Profile):
+        work = step_work(
+            shape,
+            step,
+            tensor_parallel_size=pool.tensor_parallel_size,
+            weight_dtype=pool.weight_dtype,
+            kv_dtype=pool.kv_cache_dtype,
+            expert_parallel=pool.enable_expert_parallel,
+            activation_bytes=4,
+        )
         return {each.name: _measured_bound(source, shape, pool, each) for each in work}
     found = {}
-    bound_s = step_bound_s(source, shape, step, pool)
-    for each in work:
+    for each, bound_s in bounded_work(source, shape, step, pool):
         moved_s = (each.weight_bytes + each.kv_bytes + each.activation_bytes) / source.peak_bytes_per_s
-        limit = LINKS if each.messages else COMPUTE if bound_s[each.name] > moved_s * (1 + 1e-9) else BANDWIDTH
-        found[each.name] = limit, bound_s[each.name]
+        limit = LINKS if each.messages else COMPUTE if bound_s > moved_s * (1 + 1e-9) else BANDWIDTH
+        found[each.name] = limit, bound_s
     return found
 
 

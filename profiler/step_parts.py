@@ -385,7 +385,7 @@ def count_step(
         own, drafted, start = plan.num_tokens[row], plan.num_drafts[row], plan.start[row]
         own_samples = (1 + drafted) * plan.samples[row]
         own_context = start + 1.0 if own == 1 else 0.0
-        own_pairs = 0.0 if own == 1 else own * (start + 0.5 * (own + 1))
+        own_pairs = 0.0 if own == 1 else row_pairs(own, start, limits.prompt_pairs)
         alone_s = _split(limits, scratch, _ALONE, own, 1, own_samples, own_context, own_pairs)
         # in a pipeline a step waits for those begun before it, and a prompt may have a part in several at once
         span_s = now_s - record.last_s[request] if stages > 1 else step_s

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from ..kernels.weight_formats import WEIGHT_FORMATS
 from ..runtime.model_shape import ModelShape
 from ..runtime.spec import Pool
 from .engine_tables import engine_step
@@ -20,6 +19,7 @@ from .importers.llmservingsim import EngineProfile, find_profile, read_profile
 from .importers.step_rows import StepRows
 from .operator_source import OperatorSource
 from .operator_tables import BadTable
+from .roofline import check_kv_blocks
 from .step_time import ModeledStep
 from .table_choice import TableChoice
 from .tables import step_tables, with_adapters, with_block_copies
@@ -27,6 +27,7 @@ from .vidur_step import vidur_step
 from .whole_steps import whole_step
 
 _USUAL_ENGINE = "vllm"  # of aiconfigurator's tables
+_HALF = {"bf16", "fp16"}  # as wide and as fast as each other
 
 
 class StepSource(Protocol):
@@ -117,15 +118,23 @@ class LayerTimes:
     def modeled(self, shape: ModelShape, pool: Pool) -> ModeledStep:
         _check_plain(pool, self.name)
         profile = _engine_profile(self.folder, shape, pool.tensor_parallel_size)
-        if profile.accelerator is not None and profile.accelerator.name != pool.accelerator:
-            todo = "give the tables of the pool's"
-            raise BadHardware("pool.accelerator", pool.accelerator, profile.accelerator.name, todo)
-        variant = str(profile.meta["variant"])
-        if variant in WEIGHT_FORMATS and pool.weight_dtype != variant:
-            raise BadHardware("pool.weight_dtype", pool.weight_dtype, f"{variant}, which was profiled", "choose it")
+        device = profile.accelerator
+        if device is None or device.name != pool.accelerator:
+            measured = device.name if device else f"{profile.meta['hardware']}, which is not in the catalog"
+            raise BadHardware("pool.accelerator", pool.accelerator, measured, "give the tables of the pool's")
+        profiled = {"weight_dtype": profile.weight_dtype, "kv_cache_dtype": profile.kv_cache_dtype}
+        for field_name, dtype in profiled.items():
+            asked = getattr(pool, field_name)
+            if dtype not in (None, asked) and not {dtype, asked} <= _HALF:
+                raise BadHardware(f"pool.{field_name}", asked, f"{dtype}, which was profiled", "choose it")
         if pool.host_kv_blocks:
             raise BadHardware("pool.host_kv_blocks", pool.host_kv_blocks, f"0 with {self.name}", "leave it out")
-        return engine_step(profile, shape, pool)
+        check_kv_blocks(device, shape, pool)
+        step = engine_step(profile, shape, pool)
+        if None not in profiled.values():
+            return step
+        note = f"the precision of variant {profile.meta['variant']} is not known, times are taken as of the pool's"
+        return replace(step, not_modeled=(*step.not_modeled, note))
 
     def files(self) -> Iterable[Path]:
         return (path for path in self.folder.rglob("*") if path.is_file())

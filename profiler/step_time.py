@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..kernels.jit import njit
 from ..runtime.adapter_slots import NO_ADAPTER
 from ..runtime.scheduler_state import PLAN_COPIES, PLAN_FILLS, PLAN_SIZE, Plan, State
+from ..runtime.spec import BadSpec
 from .batch_time import BatchTables, scaled_batch
 
 POINTS_PER_OCTAVE = 4
@@ -64,7 +65,8 @@ class StepTables(NamedTuple):
 
     tokens_s             (max_num_batched_tokens + 1,)  by tokens in the step: linear layers, norms, collectives,
                          and the host per step
-    rows_s               (max_num_seqs + 1,)  by requests in the step: host per request
+    rows_s               (max_num_seqs + 1,)  by requests in the step: host per request, and what a device reads for
+                         each however long it is
     samples_s            (max_num_samples + 1,)  by places that are sampled, of every request one, and one more for each
                          proposal: vocabulary projection and sampling
     decode_attention_s   (len(WORK_GRID),)  by context tokens that rows of one token read, summed over rows
@@ -102,6 +104,8 @@ class ModeledStep:
     relative_error  half width of the 90 % interval of a step's time, as a share of it
     not_modeled    what the times leave out or assume, for people
     host_step_s    of every step's time: what the host takes between and around its operators, however large it is
+    device_row_s   of rows_s for each request: what the device takes (windows and states that every row reads); the rest
+                   is the host
     """
 
     tables: StepTables
@@ -109,6 +113,18 @@ class ModeledStep:
     relative_error: float
     not_modeled: tuple[str, ...]
     host_step_s: float = 0.0
+    device_row_s: float = 0.0
+
+
+def check_sums(where: str, *tables: StepTables) -> None:
+    """Refuse step times that are known by the whole batch.
+
+    Args:
+        where: their parts are needed, for people.
+    Raises: BadSpec.
+    """
+    if any(each.batch is not None for each in tables):
+        raise BadSpec("step times", "known by the whole batch", f"sums of their parts, {where}")
 
 
 def scaled(tables: StepTables, factor: float) -> StepTables:

@@ -20,7 +20,7 @@ from ..traces.metrics import PERCENTILES, Summary
 from ..traces.trace import BadTrace, Trace
 from .loop_notes import ARRIVED, ENDED, QUEUED, RUNS, SINGLES, STEPS, Bounds, Requests, Times
 from .replica import Replica, Run
-from .step_time import StepTables
+from .step_time import StepTables, check_sums
 from .token_gaps import count_runs
 
 Floats = NDArray[np.float64]
@@ -88,8 +88,9 @@ def simulate_stream(
     Memory: that of a chunk and of the requests that live. Requests have no prefixes here, adapters or proposals.
 
     Raises: BadTrace: a chunk with prefixes or adapters, or one that begins before the last one ended. BadSpec: a pool
-        that speculates, or routes by what its replicas hold.
+        that speculates, or routes by what its replicas hold; step times by the whole batch.
     """
+    check_sums("where requests are streamed", tables)
     if pool.speculation != "none":
         raise BadSpec("pools.0.speculation", pool.speculation, "none where requests are streamed")
     if pool.router != "round_robin" and pool.replicas > 1:

@@ -156,7 +156,8 @@ def _without_draft(source: Source, shape: ModelShape, pool: Pool) -> ModeledStep
         left_out.append("CUDA graphs: their memory; steps with prompts are padded like decode steps of as many tokens")
     tables = _padded(roofline_tables(source, shape, pool), pool)
     host_step_s = shape.num_layers * LAYER_OVERHEAD_S
-    return ModeledStep(tables, False, RELATIVE_ERROR, tuple(left_out), host_step_s)
+    # all that a row takes on the data sheet is the device's
+    return ModeledStep(tables, False, RELATIVE_ERROR, tuple(left_out), host_step_s, float(tables.rows_s[1]))
 
 
 def _padded(tables: StepTables, pool: Pool) -> StepTables:

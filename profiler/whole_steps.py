@@ -47,7 +47,7 @@ def whole_step(tables: Sequence[StepRows], shape: ModelShape, pool: Pool, device
     if not any(point.decode_context and point.prefill_pairs for point in found.points):
         notes.append("steps of prompts and decode rows together: none was measured, taken as the sum of their parts")
     notes.append("the host's part of a step: inferred, at most what every step takes beyond its bound")
-    return ModeledStep(step, True, fit.relative_error, tuple(notes), fit.step_s)
+    return ModeledStep(step, True, fit.relative_error, tuple(notes), fit.step_s, float(bound.rows_s[1]))
 
 
 @lru_cache(maxsize=64)

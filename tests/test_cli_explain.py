@@ -52,6 +52,7 @@ def test_explain_prints_parts_bounds_and_occupancy(here: Path) -> None:
     assert shown.exit_code == 0
     for words in ("queue: max_num_seqs reached", "own prefill", "steps bound by", "KV blocks in use", "NOT MEASURED"):
         assert words in shown.stdout
+    assert "ms over all requests (by the " in shown.stdout
 
 
 @pytest.mark.parametrize("metric", ["ttft", "ttft:p0", "ttft:95x", "nothing:p95", "ttft:pinf"])
@@ -91,3 +92,11 @@ def test_head_room_without_a_target_is_no_question(here: Path) -> None:
     shown = paretune("simulate", "log.csv", "--spec", spec, "--head-room")
     assert shown.exit_code == 2
     assert "give --slo" in shown.stderr
+
+
+def test_head_room_of_a_single_request_is_refused_before_anything_is_printed(here: Path) -> None:
+    single = Path("log.csv").read_text().splitlines(keepends=True)[:2]
+    Path("single.csv").write_text("".join(single))
+    shown = paretune("simulate", "single.csv", "--spec", "spec.yaml", "--head-room")
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert "at one instant" in shown.stderr

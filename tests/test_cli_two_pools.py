@@ -14,6 +14,7 @@ import yaml
 from paretune.optimizer.export.vllm_phases import export_phases
 from paretune.profiler.kv_transfer import transfer_link
 from paretune.runtime.spec import Deployment, KvTransfer, Pool, parse_deployment, save_deployment
+from paretune.traces import Target, read, with_targets, write
 
 from .cli_examples import in_folder, paretune, write_inputs
 
@@ -136,6 +137,14 @@ def test_explain_says_what_part_is_transfer(here: Path) -> None:
         refused = paretune("explain", "spec.yaml", "log.csv", *arguments)
         assert refused.exit_code == 2
         assert words in refused.stderr
+
+
+def test_explain_passes_over_targets_of_the_log_on_single_gaps_and_says_so(here: Path) -> None:
+    targets = [Target.parse(text) for text in ("itl:p99<=50ms", "ttft:p90<=1s")]
+    write(with_targets(read("log.csv"), targets), "owed.parquet")
+    data = paretune("explain", "spec.yaml", "owed.parquet", "--json").json["data"]
+    assert set(data["metrics"]) == {"ttft:p90"}
+    assert any(each.startswith("ITL") for each in data["not_modeled"])
 
 
 @pytest.mark.parametrize(

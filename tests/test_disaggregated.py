@@ -14,7 +14,7 @@ from paretune.profiler.kv_transfer import TransferLink, transfer_time
 from paretune.profiler.simulator import simulate
 from paretune.profiler.step_time import StepTables, composed_time_s
 from paretune.runtime.spec import BadSpec, Deployment, KvTransfer
-from paretune.traces.metrics import ITL, TPOT, TTFT, Metric, summarize
+from paretune.traces.metrics import ITL, PERCENTILES, TPOT, TTFT, Metric, percentiles, summarize
 from paretune.traces.trace import BadTrace, PrefixHashes, Trace
 
 from .optimizer_examples import ALL_KEPT, NGRAM
@@ -233,6 +233,24 @@ def test_the_decode_pool_is_the_scheduler_stepped_by_hand(seed: int, rate: float
     np.testing.assert_allclose(found.result.times.end_s[order], [times[-1] for times in by_hand], rtol=1e-9)
     gaps = np.sort(np.concatenate([np.diff(times) for times in by_hand]))
     np.testing.assert_allclose(np.sort(found.result.times.sample(ITL)), gaps, rtol=1e-9, atol=1e-12)
+
+
+def test_itl_of_some_requests_is_that_of_their_own_gaps_the_one_between_the_pools_included() -> None:
+    deployment, requests = two_pools(first_token="prefill"), trace(40, 4.0, 3)
+    found = run(requests, deployment, link(2e9, 1e-3))
+    times, here_s = found.result.times, found.transfers.here_s
+    _, decode = deployment.phases
+    _, second = step_tables(deployment)
+    rows = np.flatnonzero(requests.output_tokens > 1)
+    rows = rows[np.argsort(here_s[rows], kind="stable")]
+    arrived = Trace(here_s[rows], requests.input_tokens[rows] + 1, requests.output_tokens[rows] - 1)
+    later = token_times(arrived, decode, second._replace(request_s=np.array([0.0, REQUEST_S[1][1]])))
+    some = np.arange(40) % 3 == 0
+    by_hand = [np.diff([times.first_token_s[row], *at_s]) for row, at_s in zip(rows, later) if some[row]]
+    gap_s = np.concatenate(by_hand)
+    np.testing.assert_allclose(np.sort(times.sample(ITL, some)), np.sort(gap_s), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(times.percentiles(ITL, PERCENTILES, some), percentiles(gap_s, PERCENTILES), rtol=1e-9)
+    assert summarize(times, some).values["itl"]["mean"] == pytest.approx(gap_s.mean())
 
 
 def test_the_prefill_pool_is_a_pool_that_is_asked_for_one_token() -> None:

@@ -10,20 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paretune.profiler.explain import StepLog, explain, request_parts
+from paretune.profiler.explain import StepLog, default_asked, explain, request_parts
 from paretune.profiler.hardware import accelerator
 from paretune.profiler.simulator import simulate
 from paretune.profiler.step_limits import BANDWIDTH, COMPUTE, HOST, LINKS, LimitTables, limit_tables
 from paretune.profiler.step_parts import PARTS
 from paretune.profiler.step_record import Gaps, Recorder
-from paretune.profiler.step_time import ModeledStep, StepTables, composed_time_s
+from paretune.profiler.step_time import ModeledStep, PromptPairs, StepTables, composed_time_s
 from paretune.profiler.tables import step_tables
+from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Pool
-from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, Metric
+from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, Metric, Target
 from paretune.traces.trace import Trace
 
 from .profiler_examples import SMALL, profile
-from .test_profiler_operators import LLAMA_8B
+from .test_profiler_operators import LLAMA_8B, LLAMA_8B_CONFIG
 from .test_simulator import pool, tables, trace
 
 METRICS = (TTFT, Metric("ttf", 30), TPOT, E2E)
@@ -153,6 +154,15 @@ def test_one_request_alone_is_its_way_its_prompt_and_its_decodes() -> None:
     assert tpot == pytest.approx({"decode": sum(decodes) / 2})
 
 
+@pytest.mark.parametrize("counts", [PromptPairs(per_key=70.0), PromptPairs(per_cached=3.0, in_latent=5.0)])
+def test_one_request_alone_waits_for_no_others_however_its_pairs_count(counts: PromptPairs) -> None:
+    limits = pool()
+    whole = tables(limits, request_s=REQUEST_S)._replace(prompt_pairs=counts)
+    modeled = ModeledStep(whole, True, 0.1, ())
+    found = explain(Trace([1.0], [200], [3]), limits, modeled, limits_of(whole), [(TTFT, 50.0)])[0]
+    assert {part.name for part in found.metrics[0].parts} == {"to_scheduler", "prefill", "to_client"}
+
+
 def test_two_at_once_pay_for_each_other_what_their_steps_take_longer() -> None:
     limits = pool(max_num_batched_tokens=64)
     whole = tables(limits, request_s=REQUEST_S)
@@ -257,3 +267,32 @@ def test_the_resources_of_a_table_add_up_to_it_measured_or_not() -> None:
     assert np.argmax(tokens_s[:, 1]) == BANDWIDTH
     assert np.argmax(tokens_s[:, 4096]) == COMPUTE
     assert (tokens_s[LINKS, 1:] > 0).all()
+
+
+def test_a_matrix_that_a_checkpoint_leaves_unquantized_is_labeled_by_its_own_bytes() -> None:
+    """One token reads the vocabulary projection, which fp8 checkpoints keep in bf16: memory binds it."""
+    config = {**LLAMA_8B_CONFIG, "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}
+    shape = ModelShape.from_config(config)
+    limits = Pool(accelerator="H100", weight_dtype="fp8", num_kv_blocks=1000)
+    modeled = step_tables(accelerator("H100"), shape, limits)
+    samples_s = limit_tables(accelerator("H100"), shape, limits, modeled).samples_s
+    assert samples_s[BANDWIDTH, 1] == pytest.approx(modeled.tables.samples_s[1])
+
+
+def test_windows_that_every_row_reads_are_the_device_s_and_not_the_host_s() -> None:
+    shape = replace(LLAMA_8B, sliding_window=1024)
+    limits = Pool(accelerator="H100", max_model_len=16384, num_kv_blocks=1024)
+    modeled = step_tables(accelerator("H100"), shape, limits)
+    rows_s = limit_tables(accelerator("H100"), shape, limits, modeled).rows_s
+    assert modeled.tables.rows_s[8] > 0
+    assert rows_s[BANDWIDTH, 8] == modeled.tables.rows_s[8]
+    assert rows_s[HOST, 8] == 0.0
+
+
+def test_the_metrics_of_the_targets_are_explained_by_default_where_they_can_be() -> None:
+    texts = ("itl:p99<=50ms", "voice/ttft:p90<=1s", "ttft:p90<=2s", "ttf7:p50<=1s")
+    requests = Trace([0.0], [1], [1], targets=tuple(map(Target.parse, texts)))
+    assert default_asked(requests, 7) == ((ITL, 99.0), (TTFT, 90.0), (Metric("ttf", 7), 50.0))
+    assert default_asked(requests, 7, ("ttft", "e2e")) == ((TTFT, 90.0),)
+    usual = ((TTFT, 95.0), (TPOT, 95.0), (E2E, 95.0))
+    assert default_asked(requests, 7, ("tpot",)) == default_asked(Trace([0.0], [1], [1]), 30) == usual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from paretune.profiler.analyze import STEPS_FILE, BadRun, RecordedRun, analyze, 
 from paretune.profiler.calibration import LoggedStep
 from paretune.profiler.explain import Explained, Explanation
 from paretune.profiler.live import measure_live
+from paretune.profiler.profile import BadProfile
 from paretune.profiler.replay import ReplayResult
 from paretune.profiler.simulator import simulate
 from paretune.profiler.step_time import StepTables, composed_time_s
@@ -105,6 +107,35 @@ def test_steps_of_another_replay_are_refused() -> None:
     longer = Trace(requests.arrival_s, requests.input_tokens + 5, requests.output_tokens)
     with pytest.raises(BadRun, match="0 of 2 requests"):
         analyze(run, longer, TABLES, predicted())
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "name", "limit"),
+    [
+        ([(9, 0, 129)], 1, "num_tokens", "128, max_num_batched_tokens"),
+        ([(9 + i, 5, 1) for i in range(9)], 8, "num_rows", "8, max_num_seqs"),
+        ([(9, 5, 9)], 9, "num_samples", "num_speculative_tokens"),
+    ],
+)
+def test_steps_that_are_larger_than_the_spec_allows_are_refused_by_the_limit(
+    rows: list[tuple[int, int, int]], samples: int, name: str, limit: str
+) -> None:
+    requests, run = two_requests()
+    larger = replace(run, steps=(*run.steps, step(100.3, 0.1, rows, samples)))
+    with pytest.raises(BadRun) as raised:
+        analyze(larger, requests, TABLES, predicted())
+    assert raised.value.where == f"{STEPS_FILE}: {name}"
+    assert limit in raised.value.allowed
+
+
+def test_a_step_log_that_was_cut_off_is_refused_by_its_line(tmp_path: Path) -> None:
+    requests, run = two_requests()
+    save_run(tmp_path, requests, ReplayResult(run.times, {}, (), {}, run.started_s, 0.0), 1.0)
+    log = tmp_path / STEPS_FILE
+    log.write_text("".join(json.dumps(vars(each)) + "\n" for each in run.steps)[:-20])
+    with pytest.raises(BadProfile) as raised:
+        RecordedRun.load(tmp_path, requests)
+    assert raised.value.where == f"{log}:3"
 
 
 def test_a_recorded_run_comes_back_whole_and_only_for_its_trace(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paretune.profiler.explain_pools import NAMES, POOL_WORDS, PoolsExplained, PoolStep, explain_pools
 from paretune.profiler.step_time import ModeledStep, StepTables
 from paretune.runtime.spec import Deployment
-from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, BadTarget, Metric
+from paretune.traces.metrics import E2E, ITL, TPOT, TTFT, BadTarget, Metric, summarize
 from paretune.traces.trace import Trace
 
 from .optimizer_examples import ALL_KEPT, NGRAM
@@ -115,6 +115,13 @@ def test_single_gaps_are_refused_by_the_metrics_name() -> None:
         explained(one(10, 5), two_pools(), 1e9, [(ITL, 99.0)])
     assert caught.value.exit_code == 2
     assert "itl" in str(caught.value)
+
+
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_a_run_that_was_recorded_tells_no_gaps(first_token: str) -> None:
+    times = explained(trace(20, 5.0, 2), two_pools(first_token=first_token), 1e9).run.result.times
+    assert times.gaps is None
+    assert "itl" not in summarize(times).values
 
 
 def test_speculation_and_preemption_stand_in_the_decode_pool() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paretune.optimizer.capacity import broken, longest_answer_s
+from paretune.optimizer.capacity import BadQuestion, broken, longest_answer_s
 from paretune.optimizer.head_room import head_room, survivors
 from paretune.optimizer.knobs import best, relieving
 from paretune.profiler.explain import Explained, Part
@@ -16,7 +16,7 @@ from paretune.profiler.simulator import simulate
 from paretune.profiler.step_limits import RESOURCES
 from paretune.profiler.step_time import ModeledStep
 from paretune.runtime.spec import Deployment, Pool
-from paretune.traces.metrics import Target
+from paretune.traces.metrics import ITL, Target, percentile
 from paretune.traces.trace import Trace
 
 from .test_simulator import pool, tables, trace
@@ -52,6 +52,14 @@ def test_replicas_have_their_head_room_together() -> None:
     assert 1.7 < two.rate / one.rate < 2.4
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+def test_arrivals_without_a_rate_have_no_head_room(requests: int) -> None:
+    at_once = Trace([1.0] * requests, [10] * requests, [5] * requests)
+    with pytest.raises(BadQuestion) as caught:
+        head_room(at_once, deployment(), modeled(deployment().pool), TARGETS)
+    assert caught.value.where == "memory: arrival_s"
+
+
 def test_survivors_serve_what_a_smaller_deployment_would() -> None:
     asked = deployment(replicas=3)
     requests = trace(400, 40.0, 0, longest=64)
@@ -63,6 +71,15 @@ def test_survivors_serve_what_a_smaller_deployment_would() -> None:
     assert found.values[str(TARGETS[0])] == pytest.approx(value)
     assert found.met[str(TARGETS[0])] == (value <= 1.0)
     assert "2 left" in found.words
+
+
+def test_the_value_of_a_target_on_itl_is_the_one_that_is_judged_over_all_gaps() -> None:
+    asked, target = deployment(replicas=2), Target.parse("itl:p50<=1s")
+    requests = trace(100, 8.0, 0, longest=64)
+    found = survivors(requests, asked, modeled, (target,), lost=1)
+    left = asked.with_pool(replicas=1).pool
+    gaps_s = simulate(requests, left, tables(left)).times.sample(ITL)
+    assert found.values[str(target)] == pytest.approx(percentile(gaps_s, 50.0))
 
 
 def test_with_nobody_left_nothing_holds() -> None:

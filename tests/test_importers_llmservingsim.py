@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 
 from paretune.optimizer.sources import Sources
 from paretune.profiler.engine_tables import Link, engine_step
-from paretune.profiler.hardware import BadHardware
+from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers.llmservingsim import EngineProfile, find_profile, read_profile
 from paretune.profiler.operator_tables import BadTable
 from paretune.profiler.table_choice import TableChoice
@@ -94,6 +95,41 @@ def test_ranks_in_time_divide_the_experts_and_exchange_all_tokens(tmp_path: Path
     assert batch.experts_s[128] == pytest.approx(3 * 40e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "tp", "ranks", "latency_s", "bytes_per_s"),
+    [
+        ("RTX PRO 6000", 2, 1, 4.1e-6, 64e9),
+        ("MI300X", 2, 1, 0.0, 64e9),  # of a full mesh of eight, two have the wires of one pair
+        ("MI300X", 8, 1, 0.0, 448e9),
+        ("MI300X", 16, 1, 5e-6, 400e9),  # between two meshes each of eight devices sends 50 GB/s
+        ("MI300X", 1, 2, 0.0, 64e9),
+    ],
+)
+def test_the_catalog_joins_ranks_by_the_links_that_so_many_span(
+    tmp_path: Path, name: str, tp: int, ranks: int, latency_s: float, bytes_per_s: float
+) -> None:
+    write_profile(tmp_path)
+    profile = replace(read(tmp_path), accelerator=accelerator(name), tensor_parallel_size=tp)
+    pool = POOL.model_copy(update={"tensor_parallel_size": tp, "replicas": ranks})
+    own, given = (
+        engine_step(profile, SHAPE, pool, link=link, ranks=ranks).tables.batch
+        for link in (None, Link(latency_s, bytes_per_s))
+    )
+    assert own is not None
+    assert given is not None
+    np.testing.assert_allclose(own.tokens_s, given.tokens_s)
+    np.testing.assert_allclose(own.exchange_s, given.exchange_s)
+
+
+def test_ranks_that_no_link_of_the_catalog_joins_are_refused(tmp_path: Path) -> None:
+    write_profile(tmp_path)
+    profile = replace(read(tmp_path), accelerator=accelerator("A10G"), tensor_parallel_size=16)
+    pool = POOL.model_copy(update={"tensor_parallel_size": 16})
+    with pytest.raises(BadHardware, match="at most 8"):
+        engine_step(profile, SHAPE, pool)
+    assert engine_step(profile, SHAPE, pool, link=Link(1e-6, 1e9)).tables.batch is not None
+
+
 def test_the_engine_composes_ahead_by_its_version_or_as_told(tmp_path: Path) -> None:
     write_profile(tmp_path, vllm_version="0.13.2")
     profile = read(tmp_path)
@@ -116,6 +152,71 @@ def test_what_memory_does_not_allow_is_raised_and_a_wrong_unit_is_named(tmp_path
     np.testing.assert_allclose(profile.skew.share, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("variant", "engine", "found"),
+    [
+        ("bf16", {}, ("bf16", "bf16")),
+        ("fp16", {}, ("fp16", "fp16")),
+        ("fp8", {}, ("fp8", "bf16")),
+        ("bf16-kvfp8", {}, ("bf16", "fp8")),
+        ("fp8-kvfp8", {}, ("fp8", "fp8")),
+        ("awq-kvfp8", {}, (None, "fp8")),
+        ("my_experiment", {}, (None, None)),
+        ("my_experiment", {"dtype": "bfloat16"}, ("bf16", "bf16")),
+        ("my_experiment", {"dtype": "bfloat16", "quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}, ("fp8", "fp8")),
+        ("my_experiment", {"dtype": "bfloat16", "quantization": "awq", "kv_cache_dtype": "auto"}, (None, None)),
+    ],
+)
+def test_the_variant_says_the_precision_or_else_the_engine_does(
+    tmp_path: Path, variant: str, engine: dict[str, str], found: tuple[str | None, str | None]
+) -> None:
+    write_profile(tmp_path, variant=variant, engine_effective=engine)
+    profile = read(tmp_path)
+    assert (profile.weight_dtype, profile.kv_cache_dtype) == found
+
+
+@pytest.mark.parametrize(
+    ("hardware", "variant", "weight_bytes", "tflops", "kv_bytes", "kv_tflops"),
+    [
+        ("RTXPRO6000", "bf16", 2.0, 467.8, 2.0, 467.8),
+        ("RTXPRO6000", "fp8", 1.0, 935.6, 2.0, 467.8),
+        ("RTXPRO6000", "bf16-kvfp8", 2.0, 467.8, 1.0, 935.6),
+        ("RTXPRO6000", "my_experiment", 0.5, 1871.2, 1.0, 1871.2),
+        ("A100", "fp8-kvfp8", 1.0, 312.0, 1.0, 312.0),  # which has no arithmetic of fp8
+    ],
+)
+def test_physics_bounds_each_precision_by_its_own_bytes_and_arithmetic(
+    tmp_path: Path, hardware: str, variant: str, weight_bytes: float, tflops: float, kv_bytes: float, kv_tflops: float
+) -> None:
+    write_profile(tmp_path, hardware=hardware, variant=variant)
+    profile = read(tmp_path)
+    bytes_per_s = accelerator(hardware).peak_bytes_per_s
+    qkv, expert, many = (4 + 2 * 2) * 16 * 64.0, 3 * 64 * 32.0, 1e6
+    found = profile.dense["qkv_proj"].bound_s(np.array([[1.0], [many]]))
+    np.testing.assert_allclose(found, [weight_bytes * qkv / bytes_per_s, 2 * many * qkv / (1e12 * tflops)])
+    assert profile.experts is not None
+    found = profile.experts.bound_s(np.array([[1.0, 8.0], [many, 8.0]]))  # each token takes two of them
+    expected = [weight_bytes * 8 * expert / bytes_per_s, 2 * many * 2 * expert / (1e12 * tflops)]
+    np.testing.assert_allclose(found, expected)
+    found = profile.decode.bound_s(np.array([[8.0, 512.0]]))
+    np.testing.assert_allclose(found, 8 * 512 * 2 * 2 * 16 * kv_bytes / bytes_per_s)
+    found = profile.prefill.bound_s(np.array([[many, 0.0]]))
+    np.testing.assert_allclose(found, 4 * 4 * 16 * many**2 / 2 / (1e12 * kv_tflops))
+
+
+@pytest.mark.parametrize(("factor", "words"), [(1e-3, "larger unit"), (1e3, "smaller unit")])
+def test_times_in_another_unit_are_refused(tmp_path: Path, factor: float, words: str) -> None:
+    own = write_profile(tmp_path)
+    path = own / "tp1" / "per_sequence.csv"
+    rows = pd.read_csv(path)
+    large = ModelShape.from_config({**CONFIG, "vocab_size": 1_000_000})  # to read its last matrix takes 71 µs
+    read_profile(own, large)
+    rows.assign(time_us=factor * rows.time_us).to_csv(path, index=False)
+    with pytest.raises(BadTable, match=words) as refused:
+        read_profile(own, large)
+    assert refused.value.allowed == "microseconds"
+
+
 def test_an_unknown_device_is_read_and_said(tmp_path: Path) -> None:
     write_profile(tmp_path, hardware="Abacus 9")
     step = engine_step(read(tmp_path), SHAPE, POOL)
@@ -130,7 +231,8 @@ def test_an_unknown_device_is_read_and_said(tmp_path: Path) -> None:
         ("dense.csv", None, "no dense.csv"),
         ("dense.csv", "layer,tokens,time_us\nqkv_proj,1,5\n", "no layernorm"),
         ("dense.csv", "layer,tokens\nqkv_proj,1\n", "no time_us"),
-        ("moe.csv", "tokens,activated_experts,time_us\n1,2,-4\n", "not above 0"),
+        ("dense.csv", "", "CSV or Parquet"),
+        ("moe.csv", "tokens,activated_experts,time_us\n", "no rows"),
     ],
 )
 def test_a_profile_that_lacks_something_is_refused(tmp_path: Path, file: str, content: str | None, found: str) -> None:
@@ -139,6 +241,45 @@ def test_a_profile_that_lacks_something_is_refused(tmp_path: Path, file: str, co
     if content is not None:
         path.write_text(content)
     with pytest.raises(BadTable, match=found):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "lines", "found"),
+    [
+        ("dense.csv", ("layer,tokens,time_us", "qkv_proj,1,5", "qkv_proj,2,fast"), "time_us fast"),
+        ("dense.csv", ("layer,tokens,time_us", "qkv_proj,1,5", "qkv_proj,,5"), "tokens"),
+        ("moe.csv", ("tokens,activated_experts,time_us", "1,2,4", "1,8,-4"), "time_us -4"),
+        ("moe.csv", ("tokens,activated_experts,time_us", "1,2,4", "1,8,0"), "time_us 0"),
+        (
+            "skew.csv",
+            (
+                "n,nb,pc,kp,kvs,kv_big,kv_mean,t_mean_us,t_max_us,t_skew_us",
+                "2,1,0,0,128,512,176,20,60,30",
+                "8,1,0,0,128,512,176,20,60,",
+            ),
+            "t_skew_us",
+        ),
+    ],
+)
+def test_what_is_no_time_or_number_is_refused_by_line(
+    tmp_path: Path, file: str, lines: tuple[str, ...], found: str
+) -> None:
+    path = write_profile(tmp_path) / "tp1" / file
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(BadTable, match=found) as refused:
+        read(tmp_path)
+    assert refused.value.where == f"{path}:3"
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode", "mixed"])
+def test_attention_of_every_kind_is_needed(tmp_path: Path, kind: str) -> None:
+    path = write_profile(tmp_path) / "tp1" / "attention.parquet"
+    rows = pd.read_parquet(path)
+    prompts, decodes = rows.prefill_chunk > 0, rows.n_decode > 0
+    of_kind = {"prefill": prompts & ~decodes, "decode": decodes & ~prompts, "mixed": prompts & decodes}[kind]
+    rows[~of_kind].to_parquet(path, index=False)
+    with pytest.raises(BadTable, match=f"no {kind} attention"):
         read(tmp_path)
 
 

@@ -288,6 +288,36 @@ def test_a_table_in_another_unit_is_refused_as_a_whole(tmp_path: Path, factor: f
         tables_of(tmp_path, change).layer("meta/Llama", 1)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda row: {"time_stats.mlp_up_proj.min": 1e6}, "above 0 and in order"),
+        (
+            lambda row: statistics("mlp_up_proj", 0.9e3 * row["num_tokens"] * MATRICES["mlp_up_proj"] / 312e12),
+            "faster than physics",
+        ),
+    ],
+)
+def test_why_no_row_is_left_is_said(
+    tmp_path: Path, changed: Callable[[dict[str, Any]], dict[str, float]], words: str
+) -> None:
+    with pytest.raises(BadTable, match=words):
+        tables_of(tmp_path, lambda row: row.update(changed(row))).layer("meta/Llama", 2)
+
+
+def test_prompts_of_which_none_was_timed_are_said_to_have_no_time(tmp_path: Path) -> None:
+    write(tmp_path)
+    same = {"n_embd": HIDDEN, "n_q_head": HEADS, "n_kv_head": KV_HEADS, "num_tensor_parallel_workers": 1,
+            "batch_size": 1, "kv_cache_size": 1024}  # fmt: skip
+    rows = [
+        {**same, "prefill_chunk_size": 0, **statistics("attn_decode", 0.1)},
+        {**same, "prefill_chunk_size": 1024, **statistics("attn_prefill", np.nan)},
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "compute" / "a100" / "meta" / "Llama" / "attention.csv", index=False)
+    with pytest.raises(BadTable, match="no row with a time"):
+        read_tables(tmp_path).attention("meta/Llama", 1)
+
+
 def test_messages_that_no_link_carries_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     path = tmp_path / "network" / "a100_dgx" / "all_reduce.parquet"

@@ -40,7 +40,7 @@ def test_a_cached_token_is_that_of_grouped_or_latent_attention() -> None:
     assert decoder_layout(DEEPSEEK_V3, 8, 8, "fp8_block").cached_numbers_per_token == (512 + 64) * 61
 
 
-@pytest.mark.parametrize("config", [LLAMA_8B, QWEN3_30B])
+@pytest.mark.parametrize("config", [LLAMA_8B, QWEN3_30B, DEEPSEEK_V3])
 def test_ranks_divide_the_weights(config: dict[str, Any]) -> None:
     whole, eighth = (decoder_layout(config, t, 1, "fp8") for t in (1, 4))
     assert 4 * eighth.weight_bytes == pytest.approx(whole.weight_bytes, rel=0.01)

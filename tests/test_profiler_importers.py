@@ -10,6 +10,7 @@ import pytest
 
 from paretune.profiler.importers import OperatorTables, read_tables
 from paretune.profiler.importers.aiconfigurator import installed_folder
+from paretune.profiler.importers.checks import drops
 from paretune.profiler.operator_tables import BadTable
 
 from .cli_examples import paretune
@@ -43,6 +44,23 @@ def test_latencies_are_milliseconds_and_the_newest_version_counts(tmp_path: Path
     assert str(table.origin) == "h100_sxm/trtllm 1.3.0rc20"
 
 
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("1.0.0rc5", "1.0.0rc6"),
+        ("1.0.0rc6", "1.0.0"),
+        ("1.0.0", "1.0.0.post1"),
+        ("1.0.0rc1", "1.0"),
+        ("0.19.1", "0.20"),
+        ("1.2.0rc9", "1.2.0rc10"),
+    ],
+)
+def test_a_candidate_comes_before_its_release_and_a_fix_after(tmp_path: Path, older: str, newer: str) -> None:
+    for version in (older, newer):
+        written(tmp_path, "gemm", version, "gemm_perf", gemm_rows())
+    assert of(tmp_path).versions == {"gemm_perf": newer}
+
+
 def test_rows_faster_than_the_memory_are_refused_and_counted(tmp_path: Path) -> None:
     # a 4096 x 4096 bf16 weight is 33.6 MB: 10 µs at 3.35 TB/s
     fast = {"gemm_dtype": "bfloat16", "kernel_source": "usual", "m": 2, "n": 4096, "k": 4096, "latency": 0.009}
@@ -60,6 +78,10 @@ def test_a_halved_time_of_a_larger_operator_is_flagged_and_kept(tmp_path: Path) 
     tables = of(tmp_path)
     assert 32.0 in tables.gemm("bfloat16").points[:, 0]
     assert [(f.refused, f.rows) for f in tables.findings] == [(False, 1)]
+
+
+def test_no_time_falls_in_an_empty_table() -> None:
+    assert drops(pd.DataFrame({"m": [], "n": [], "seconds": []}), ("m", "n"), "seconds").tolist() == []
 
 
 def test_of_two_kernels_at_a_shape_the_usual_one_counts(tmp_path: Path) -> None:

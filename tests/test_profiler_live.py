@@ -8,20 +8,24 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from paretune.kernels.tiles import Tile, TileTable
-from paretune.profiler.calibration import calibrate_serving, read_step_log
+from paretune.profiler import measure as measure_module
+from paretune.profiler.calibration import calibrate_serving, calibration_trace, read_step_log
+from paretune.profiler.http_stream import Stream
 from paretune.profiler.live import ServerFailed, live_server, measure_live
 from paretune.profiler.machine import profile_machine
-from paretune.profiler.measure import measure, possible_configurations
+from paretune.profiler.measure import MeasureFailed, measure, possible_configurations
 from paretune.profiler.measure_worker import Driver
 from paretune.profiler.measured_step import bound_tables
 from paretune.profiler.profile import Key, Profile
-from paretune.profiler.step_time import composed_time_s
+from paretune.profiler.replay import ReplayResult, request_times
+from paretune.profiler.step_time import composed_time_s, scaled
 from paretune.profiler.tables import step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.random_model import write_random_model
@@ -138,7 +142,67 @@ def test_serving_is_calibrated_on_the_real_server(profile: Profile, model_dir: P
     assert modeled.tables.request_s.tolist() == [serving.to_scheduler_s, serving.to_client_s]
 
 
-def test_a_machine_s_profile_has_a_live_server_for_each_of_its_precisions(model_dir: Path) -> None:
+def test_the_load_lasts_as_long_as_it_was_told_however_fast_the_server_is(profile: Profile, model_dir: Path) -> None:
+    modeled = step_tables(profile, ModelShape.load(model_dir), deployment(model_dir).pool)
+    for factor in (1.0, 0.01):
+        tables = scaled(modeled.tables, factor)
+        for seconds in (5.0, 40.0):
+            log = calibration_trace(tables, deployment(model_dir), seconds=seconds, seed=0)
+            loaded_s = log.arrival_s[20:] - log.arrival_s[20]
+            assert 0.8 * seconds < loaded_s[-1] <= seconds
+            # as many a second whatever the seconds are
+            assert len(loaded_s) / seconds == pytest.approx(rate_of(log, 20), rel=0.3)
+
+
+def rate_of(log: Trace, lone: int) -> float:
+    return (len(log) - lone) / float(log.arrival_s[-1] - log.arrival_s[lone])
+
+
+def test_a_server_that_ends_while_it_is_measured_is_no_measurement(model_dir: Path) -> None:
+    def killed() -> None:
+        with live_server(deployment(model_dir)) as server:
+            os.kill(server.pid, signal.SIGKILL)
+            while alive(psutil.Process(server.pid)):
+                time.sleep(0.01)
+
+    with pytest.raises(ServerFailed, match="ended with exit code -9"):
+        killed()
+
+
+def test_a_calibration_whose_requests_fail_says_so_and_gives_none(
+    profile: Profile, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = ReplayResult(
+        request_times([Stream(b"")], np.zeros(1), 0.0, 30)[0], {}, ("request 0: HTTP 500: why?",), {}, 0.0, 0.0
+    )
+    monkeypatch.setattr("paretune.profiler.calibration.measure_live", lambda *_, **__: failed)
+    with pytest.raises(ServerFailed, match="1 of 1 requests failed, the first one: request 0: HTTP 500: why"):
+        calibrate_serving(profile, deployment(model_dir), seconds=2.0)
+
+
+def test_steps_beside_a_neighbor_that_has_ended_are_no_measurement(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measure_module._run
+
+    def kill_the_neighbor_first(task: dict[str, Any], environment: dict[str, str]) -> Any:
+        if task["kind"] == "steps":
+            neighbor = next(each for each in psutil.Process().children() if "measure_worker" in str(each.cmdline()))
+            neighbor.kill()
+        return real(task, environment)
+
+    monkeypatch.setattr(measure_module, "_run", kill_the_neighbor_first)
+    with pytest.raises(MeasureFailed, match="exit code -9"):
+        measure(
+            str(model_dir), [KEY._replace(replicas=2)], seconds_per_configuration=0.5, max_num_seqs=4,
+            max_num_batched_tokens=64, max_model_len=512, command="a test",
+        )  # fmt: skip
+
+
+def test_a_machine_s_profile_has_a_live_server_for_each_of_its_precisions(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paretune.profiler.machine._LEAST_LOAD_S", 2.0)
     told: list[tuple[float, str]] = []
     found = profile_machine(
         str(model_dir), weight_dtypes=("bf16", "int8"), seconds_per_configuration=0.5, max_model_len=512, cores=1,

@@ -1,7 +1,9 @@
 """Profiles of several hours as one: nothing is lost, differences show in the error, strangers are refused."""
 
+import numpy as np
 import pytest
 
+from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.merged_profile import merged
 from paretune.profiler.profile import BadProfile, Profile
 from paretune.profiler.step_fit import fit_steps
@@ -37,6 +39,19 @@ def test_steps_of_all_are_kept_and_their_distance_is_an_error() -> None:
     assert both.relative_error > alone.relative_error + 0.05
 
 
+def test_a_composition_that_is_held_out_is_held_out_of_every_hour() -> None:
+    """Steps whose times no line fits: the errors of what was not seen do not shrink where it was measured twice."""
+    one, rng = profile(), np.random.default_rng(0)
+    odd = [
+        step.model_copy(update={"median_s": step.median_s * float(rng.choice([0.5, 2.0]))})
+        for step in one.configurations[0].steps
+    ]
+    twice = [step for step in odd for _ in range(2)]
+    once, again = fit_steps(odd), fit_steps(twice)
+    assert len(again.errors) == 2 * len(once.errors)
+    np.testing.assert_allclose(again.errors[::2], once.errors)
+
+
 def test_all_live_steps_are_kept_and_their_spread_has_the_range_added() -> None:
     hours = [at_speed(1.0), at_speed(1.0), at_speed(1.2)]
     found = merged(hours).serving[0]
@@ -64,6 +79,14 @@ def test_servers_of_different_configurations_are_not_one() -> None:
     elsewhere = other.serving[0].model_copy(update={"measured_on": "TP 1 x 1 threads int8/bf16"})
     with pytest.raises(BadProfile):
         merged([one, other.model_copy(update={"serving": (elsewhere,)})])
+
+
+def test_steps_of_other_tiles_are_not_merged() -> None:
+    one, other = at_speed(1.0), at_speed(1.0)
+    tiles = TileTable(((("linear", "bf16", 16), Tile("linear", "torch")),))
+    tiled = other.configurations[0].model_copy(update={"tiles": tiles})
+    with pytest.raises(BadProfile, match="configurations"):
+        merged([one, other.model_copy(update={"configurations": (tiled, *other.configurations[1:])})])
 
 
 def in_two_precisions(slower: dict[str, float]) -> Profile:

@@ -13,20 +13,19 @@ from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.random_model import write_random_model
 
 # meta-llama/Llama-3.1-8B, config.json
-LLAMA_8B = ModelShape.from_config(
-    {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-    }
-)
+LLAMA_8B_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = ModelShape.from_config(LLAMA_8B_CONFIG)
 PARAMETERS_8B = 8_030_261_248  # the model card's 8.03 B, as transformers counts them
 EMBEDDING_8B = 128256 * 4096
 

@@ -88,6 +88,14 @@ def test_a_profile_of_another_shape_names_the_field() -> None:
     profile().check_shape(dataclasses.replace(SMALL, eos_token_ids=(7,)))
 
 
+def test_a_profile_of_experts_is_none_of_a_dense_model_of_equal_sizes() -> None:
+    found = profile()
+    with_experts = found.model_copy(update={"shape": {**found.shape, "experts": {"num_experts": 8}}})
+    with pytest.raises(BadProfile) as raised:
+        with_experts.check_shape(SMALL)
+    assert raised.value.where.endswith("experts")
+
+
 def test_a_configuration_that_was_not_measured_names_those_that_were() -> None:
     with pytest.raises(BadProfile) as raised:
         profile().configuration(Pool(weight_dtype="int8"))

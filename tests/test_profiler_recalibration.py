@@ -1,7 +1,9 @@
 """A step-time model fitted anew to a server's own records: known factors come back, errors are told, physics holds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from paretune.profiler.hardware import accelerator
 from paretune.profiler.profile import BadProfile
 from paretune.profiler.recalibration import PARTS, Calibration, RecordedRun, calibrate, read_recorded
 from paretune.profiler.simulator import simulate
-from paretune.profiler.step_time import ModeledStep, composed_time_s
+from paretune.profiler.step_time import AdapterTimes, ModeledStep, composed_time_s
 from paretune.profiler.tables import step_bounds, step_tables
 from paretune.runtime.model_shape import ModelShape
 from paretune.runtime.spec import Deployment, Pool, save_deployment
@@ -73,6 +75,33 @@ def test_noise_shows_in_the_error_and_not_in_the_factors() -> None:
     assert found.after["step"].p90 == pytest.approx(0.165, rel=0.35)
 
 
+def test_the_pause_after_a_step_is_a_part_of_it() -> None:
+    """Steps that follow each other at once, a pause of a millisecond between them; a long silence is none of theirs."""
+    pause_s, now_s, steps = 1e-3, 0.0, []
+    for i, step in enumerate(logged()):
+        steps.append(replace(step, started_s=now_s))
+        now_s += step.seconds + (pause_s if i % 10 else 5.0)
+    with_pause, without = taken(steps), taken(logged())
+    assert with_pause.step_s == pytest.approx(without.step_s + pause_s, abs=1e-4)
+    for part in ("tokens_s", "decode_attention_s", "prefill_attention_s"):
+        assert with_pause.factors[part] == pytest.approx(without.factors[part], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"draft": modeled().tables}, "a draft model's passes"),
+        ({"adapters": AdapterTimes(token_s=1e-6)}, "LoRA adapters"),
+        ({"block_copy_s": 1e-5}, "KV blocks on their way"),
+    ],
+)
+def test_steps_with_time_that_their_composition_does_not_tell_are_refused(beside: dict[str, Any], said: str) -> None:
+    found = modeled()
+    found = replace(found, tables=found.tables._replace(**beside))
+    with pytest.raises(BadProfile, match=said):
+        calibrate(logged(), found, DEPLOYMENT, recorded_in="test", source="abc", source_name="made up")
+
+
 def test_of_what_the_log_does_not_show_the_common_factor_is_taken() -> None:
     decode_only = [step for step in logged() if step.prefill_pairs == 0]
     found = taken(decode_only)
@@ -102,6 +131,13 @@ def test_a_run_gives_one_factor_and_the_time_before_the_scheduler() -> None:
 def test_a_run_of_something_else_is_refused() -> None:
     with pytest.raises(BadProfile, match="times as long as modeled"):
         taken(recorded_run(30.0, 0.0))
+
+
+def test_a_run_of_answers_of_one_token_is_refused() -> None:
+    run = recorded_run(1.7, 0.02)
+    one = Trace(run.trace.arrival_s, run.trace.input_tokens, np.ones(len(run.trace), np.int64))
+    with pytest.raises(BadProfile, match="0 answers of more than one token"):
+        taken(RecordedRun(one, run.ttft_s, run.ttft_s))
 
 
 def test_too_little_is_refused() -> None:
@@ -175,6 +211,16 @@ def test_what_is_neither_kind_is_refused(tmp_path, content: bytes) -> None:
     with pytest.raises(BadProfile) as raised:
         read_recorded(path)
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("damaged", [b'{"replica": 0, "num_tok', b"[1]", b'{"replica": 0}', b"\xff\xfe"])
+def test_a_damaged_step_is_refused_by_its_line(tmp_path, damaged: bytes) -> None:
+    path = tmp_path / "steps.jsonl"
+    lines = [json.dumps(vars(step)).encode() for step in logged()[:3]]
+    path.write_bytes(b"\n".join([*lines, damaged, *lines]))
+    with pytest.raises(BadProfile) as raised:
+        read_recorded(path)
+    assert raised.value.where == f"{path}:4"
 
 
 def test_a_damaged_calibration_is_refused(tmp_path) -> None:

@@ -64,3 +64,6 @@ def test_the_conformal_quantile_covers_new_scores() -> None:
         scores = rng.exponential(size=40)
         covered.append(rng.exponential() <= conformal_quantile(scores[:39], 0.9))
     assert 0.86 < np.mean(covered) < 0.94
+    # of eight scores the largest is below a new one in one of nine cases: that is no 90 %
+    assert conformal_quantile(np.arange(8.0), 0.9) == np.inf
+    assert conformal_quantile(np.arange(9.0), 0.9) == 8.0

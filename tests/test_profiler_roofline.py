@@ -10,14 +10,19 @@ from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.operators import Composition, OperatorWork
 from paretune.profiler.roofline import (
     EFFICIENCY,
+    LAYER_OVERHEAD_S,
+    arithmetic_of,
     kv_blocks,
     operator_bound_s,
+    roofline_bounds,
     roofline_tables,
     step_bound_s,
     step_estimate_s,
 )
 from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.tables import step_tables
+from paretune.runtime.model_parts import Experts
+from paretune.runtime.quantization import Storage
 from paretune.runtime.spec import Pool
 
 from .test_profiler_operators import LLAMA_8B
@@ -75,6 +80,41 @@ def test_no_composed_step_is_faster_than_its_bound(
     # attention of a chunk: its FLOPs alone, as the tables know pairs, not how many tokens they belong to
     attention_s = 4 * 32 / tp * 128 * 32 * pairs / 989e12
     assert composed_time_s(tables, *step) >= (sum(weights_and_flops.values()) + attention_s) * (1 - 1e-9)
+
+
+def test_the_least_of_a_step_with_windows_is_no_more_than_the_windows_that_contexts_fill() -> None:
+    """64 rows of 200 tokens each, of models with a short and a wide window: nobody reads a whole window."""
+    bound = 64 * 200 * 131_072 / 3.35e12
+    for window in (256, 3000):
+        found = roofline_bounds(H100, replace(LLAMA_8B, sliding_window=window), pool())
+        plain = roofline_bounds(H100, LLAMA_8B, pool())
+        step = Composition(64, 64, 64, 64 * 200.0, 0.0)
+        # attention itself counts for nothing there, all else for what it does
+        assert composed_time_s(found, *step) == pytest.approx(composed_time_s(plain, *step) - bound, rel=1e-6)
+
+
+def test_the_least_of_experts_is_that_all_tokens_share_them() -> None:
+    experts = Experts(8, 8, 2, 14336, True, 0, tuple(range(32)))
+    mixtral = replace(LLAMA_8B, experts=experts)
+    found = roofline_bounds(accelerator("H200"), mixtral, pool(accelerator="H200"))
+    weights = 32 * (4096 * 6144 + 4096 * 4096 + 8 * 4096 + 2 * 3 * 4096 * 14336) * 2
+    assert found.tokens_s[64] == pytest.approx(weights / 4.8e12, rel=1e-3)
+
+
+def test_mxfp4_is_estimated_at_the_rate_of_activations_of_eight_bits_and_bounded_at_that_of_four() -> None:
+    b200, step = accelerator("B200"), Composition(8192, 1, 0, 0.0, 0.0)
+    for weight_dtype, slower in (("mxfp4", 2.0), ("nvfp4", 1.0)):
+        here = pool(accelerator="B200", weight_dtype=weight_dtype)
+        estimated = step_estimate_s(b200, LLAMA_8B, step, here) - 32 * LAYER_OVERHEAD_S
+        bound = step_bound_s(b200, LLAMA_8B, step, here)
+        # all of a long prompt's matrices are bound by arithmetic, and norms and the like by memory
+        rest_s = bound["elementwise"]
+        assert estimated * EFFICIENCY - rest_s == pytest.approx(slower * (sum(bound.values()) - rest_s), rel=0.01)
+
+
+def test_an_indexer_scores_in_fp8_where_there_is_fp8() -> None:
+    storage = Storage.bundled("bf16")
+    assert [arithmetic_of("indexer", storage, accelerator(name)) for name in ("H100", "A100")] == ["fp8", "bf16"]
 
 
 def test_an_all_reduce_over_two_domains_is_bound_by_the_network_between_them() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paretune.kernels.tiles import Tile, TileTable
 from paretune.profiler.hardware import BadHardware
-from paretune.profiler.measured_step import bound_tables, fastest_tiles
+from paretune.profiler.measured_step import bound_tables
 from paretune.profiler.operators import Composition, linears, step_work
 from paretune.profiler.profile import BadProfile, Peaks, Serving, StepPoint
 from paretune.profiler.step_fit import fit_all_steps, fit_steps, non_negative_least_squares
@@ -159,13 +159,6 @@ def test_a_faster_tile_makes_steps_faster_by_what_it_saves() -> None:
     for tokens in (1, 16, 256, 1024):
         assert plain.tokens_s[tokens] - tuned.tokens_s[tokens] == pytest.approx(tokens * elements * 1e-12, rel=1e-6)
     assert (tuned.samples_s[1:] < plain.samples_s[1:]).all()
-
-
-def test_the_fastest_tile_of_each_bucket_is_found_in_the_operator_points() -> None:
-    measured = profile(operators=tuple(operator_points({"default": 2e-12, "512": 1e-12, "64": 3e-12})))
-    table = fastest_tiles(measured.configurations[0])
-    assert {key[2] for key in table} == {1, 4, 16, 64, 256, 1024}
-    assert {tile.get("prefetch_bytes") for tile in table.values()} == {512}
 
 
 def test_a_tile_that_was_not_measured_changes_nothing_and_that_is_said() -> None:

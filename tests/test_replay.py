@@ -228,6 +228,40 @@ def test_a_session_goes_on_after_a_turn_that_failed() -> None:
     assert result.times.finished.tolist() == [True, False, True]
 
 
+def closing_unanswered(times: int, after_s: float = 0.0) -> Callable:
+    """The first connections are closed when a request has come on them, without a byte of an answer."""
+    left = [times]
+
+    async def answer(body: dict, writer: asyncio.StreamWriter) -> bool:
+        if left[0]:
+            left[0] -= 1
+            await asyncio.sleep(after_s)
+            return False
+        return await steady(0.0, 0.0)(body, writer)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("closed", "after_s", "sent", "finished"),
+    [
+        (1, 0.0, 2, True),  # as if it had been closed for being idle
+        (2, 0.0, 2, False),  # a new connection closes, too: it is the request
+        (1, 1.2, 1, False),  # so long after the request it is the request as well
+    ],
+)
+def test_a_request_on_a_connection_that_had_been_closed_goes_again_once(
+    closed: int, after_s: float, sent: int, finished: bool
+) -> None:
+    with fake(closing_unanswered(closed, after_s)) as server:
+        result = run(server, trace([0.0]))
+    assert len(server.bodies) == sent
+    assert result.times.finished.tolist() == [finished]
+    assert result.errors == (() if finished else ("request 0: the connection closed early",))
+    # what was lost by it is delay of the client's, not of the server's
+    assert sent == 1 or result.started_s + result.times.sent_s[0] > server.received_s[0]
+
+
 def test_a_higher_rate_compresses_the_arrivals() -> None:
     with fake(steady(0.0, 0.0)) as server:
         result = run(server, trace([0.0, 0.4]), rate=4.0)
@@ -364,6 +398,8 @@ def test_a_server_that_is_not_there_is_one_clear_error() -> None:
     with pytest.raises(NoServer) as raised:
         replay(trace([0.0]), "http://127.0.0.1:9", token_ids=IDS)
     assert raised.value.exit_code == 1
+    with pytest.raises(NoServer, match="paretune serve"):
+        replay(trace([0.0]), "http://127.0.0.1:9", model="known", token_ids=IDS)
     with pytest.raises(BadReplay) as bad:
         replay(trace([0.0]), "localhost:8000", token_ids=IDS)
     assert (bad.value.where, bad.value.exit_code) == ("url", 2)

@@ -16,6 +16,7 @@ from paretune.runtime.spec import BadSpec
 from paretune.traces.metrics import PERCENTILES, Metric, summarize
 from paretune.traces.trace import BadTrace, Trace
 
+from .test_profiler_batch_time import batch
 from .test_simulator import pool, tables, trace
 
 
@@ -97,3 +98,5 @@ def test_what_cannot_be_streamed_is_refused() -> None:
     routed = pool(replicas=2, router="least_outstanding_tokens")
     with pytest.raises(BadSpec, match="router"):
         simulate_stream(backwards, routed, tables(routed))
+    with pytest.raises(BadSpec, match="step times"):
+        simulate_stream(backwards, limits, tables(limits)._replace(batch=batch()))

@@ -15,7 +15,7 @@ from paretune.optimizer.store import Ledger
 from paretune.profiler.hardware import BadHardware, accelerator
 from paretune.profiler.importers.step_rows import StepRows, StepsOf, layer_parameters, write_steps
 from paretune.profiler.operator_tables import BadTable
-from paretune.profiler.step_source import open_tables
+from paretune.profiler.step_source import LayerTimes, open_tables
 from paretune.profiler.step_time import composed_time_s
 from paretune.profiler.table_choice import TableChoice
 from paretune.runtime.model_shape import ModelShape
@@ -25,6 +25,8 @@ from paretune.traces import read
 from .cli_examples import CONFIG, in_folder, paretune, write_inputs
 from .operator_table_examples import write_operators
 from .profiler_examples import points
+from .test_importers_llmservingsim import POOL as PROFILED_POOL
+from .test_importers_llmservingsim import SHAPE as PROFILED
 from .test_importers_llmservingsim import write_profile
 from .test_importers_vidur import write as write_vidur
 
@@ -247,6 +249,43 @@ def test_whole_steps_hold_for_the_sharding_that_was_measured_alone(here: Path, c
     found.step_model(POOL)
     with pytest.raises(BadTable):
         found.step_model(POOL.model_copy(update=change))
+
+
+@pytest.mark.parametrize(
+    ("meta", "change", "where", "allowed"),
+    [
+        ({}, {"weight_dtype": "fp8"}, "pool.weight_dtype", "bf16, which was profiled"),
+        ({}, {"kv_cache_dtype": "fp8"}, "pool.kv_cache_dtype", "bf16, which was profiled"),
+        ({"variant": "bf16-kvfp8"}, {}, "pool.kv_cache_dtype", "fp8, which was profiled"),
+        ({"variant": "fp8-kvfp8"}, {"kv_cache_dtype": "fp8"}, "pool.weight_dtype", "fp8, which was profiled"),
+        ({"variant": "own", "engine_effective": {"dtype": "fp8"}}, {}, "pool.weight_dtype", "fp8, which was profiled"),
+        ({"hardware": "Abacus 9"}, {}, "pool.accelerator", "Abacus 9, which is not in the catalog"),
+        ({}, {"num_kv_blocks": 10**9}, "num_kv_blocks", "at most"),
+    ],
+)
+def test_layer_times_hold_for_what_was_profiled_and_fits(
+    tmp_path: Path, meta: dict[str, Any], change: dict[str, Any], where: str, allowed: str
+) -> None:
+    source = LayerTimes(write_profile(tmp_path, **meta))
+    with pytest.raises(BadHardware) as refused:
+        source.modeled(PROFILED, PROFILED_POOL.model_copy(update=change))
+    assert refused.value.where == where
+    assert refused.value.allowed.startswith(allowed)
+
+
+@pytest.mark.parametrize(("variant", "asked"), [("bf16", "fp16"), ("fp16", "bf16")])
+def test_layer_times_of_either_half_precision_hold_for_both(tmp_path: Path, variant: str, asked: str) -> None:
+    source = LayerTimes(write_profile(tmp_path, variant=variant))
+    found = source.modeled(PROFILED, PROFILED_POOL.model_copy(update={"weight_dtype": asked}))
+    assert not any("precision" in note for note in found.not_modeled)
+
+
+def test_layer_times_of_an_unknown_precision_are_taken_as_of_the_pools_and_said(tmp_path: Path) -> None:
+    source = LayerTimes(write_profile(tmp_path, variant="my_experiment"))
+    for dtype in ("bf16", "fp8"):
+        pool = PROFILED_POOL.model_copy(update={"weight_dtype": dtype, "kv_cache_dtype": dtype})
+        notes = source.modeled(PROFILED, pool).not_modeled
+        assert any("precision of variant my_experiment is not known" in note for note in notes)
 
 
 def test_adapters_and_blocks_on_the_host_are_the_data_sheets_where_tables_know_nothing_of_them(here: Path) -> None:

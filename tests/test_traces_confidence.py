@@ -122,6 +122,14 @@ def test_the_worst_five_minutes_are_found_where_they_are() -> None:
     assert worst_window(times_of(ttft_s), TTFT, 50.0).value == pytest.approx(2.0)
 
 
+def test_the_last_five_minutes_are_a_window_and_hold_the_last_arrival() -> None:
+    ttft_s = np.full(620, 0.1)
+    ttft_s[600:] = 2.0  # from second 600 to 619, its last
+    found = worst_window(times_of(ttft_s), TTFT, 95.0)
+    assert (found.started_s, found.requests) == (319.0, 301)
+    assert found.value == pytest.approx(2.0)
+
+
 def test_the_worst_window_of_a_short_run_is_the_run_and_few_requests_make_none() -> None:
     short = worst_window(times_of(np.linspace(0.1, 0.2, 100)), TTFT, 95.0)
     assert (short.started_s, short.seconds, short.requests, short.value) == (0.0, 99.0, 100, short.whole)

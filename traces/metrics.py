@@ -375,8 +375,11 @@ def _duration_s(times: RequestTimes, rows: Mask) -> float:
     return float(ends.max() - times.scheduled_s[rows].min()) if len(ends) else 0.0
 
 
-def _measured_s(times: RequestTimes, target: Target, rows: Mask | None) -> float:
-    """The target's percentile over `rows`; an unfinished request counts as one infinite value."""
+def judged_s(times: RequestTimes, target: Target, rows: Mask | None) -> float:
+    """The target's percentile over `rows`, which `meets` holds against its limit, seconds; NaN where nothing has it.
+
+    An unfinished request counts as one infinite value.
+    """
     finished = times.finished if rows is None else times.finished & rows
     unfinished = ~times.finished if rows is None else ~times.finished & rows
     return times.percentiles(target.metric, (target.percentile,), finished, int(unfinished.sum()))[0]
@@ -388,7 +391,7 @@ def meets(times: RequestTimes, target: Target, rows: Mask | None = None) -> bool
     A request that did not finish counts as infinitely late. Where the metric is defined for no request (no rows, or
     TPOT of one-token answers) there is nothing to break the target, and it holds.
     """
-    measured_s = _measured_s(times, target, rows)
+    measured_s = judged_s(times, target, rows)
     return math.isnan(measured_s) or measured_s <= target.limit_s
 
 
@@ -398,7 +401,7 @@ def violations(times: RequestTimes, trace: Governed) -> list[tuple[Target, float
     for target in dict.fromkeys(trace.targets):
         rows = trace.rows(target)
         if not meets(times, target, rows):
-            broken.append((target, _measured_s(times, target, rows)))
+            broken.append((target, judged_s(times, target, rows)))
     return broken
 
 

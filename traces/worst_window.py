@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,8 @@ def worst_window(
 ) -> WorstWindow:
     """The window of `seconds`, by arrival, with the largest percentile; windows of a few requests are left out.
 
-    Requests without a value are left out, as in `summarize`.
+    The last window ends with the last arrival, which it holds. Requests without a value are left out, as in
+    `summarize`.
     """
     values = times.values(metric)
     if rows is not None:
@@ -57,10 +59,12 @@ def worst_window(
     worst = WorstWindow(str(metric), p, 0.0, duration_s, len(known), whole, whole)
     if duration_s <= seconds:
         return worst
+    starts = int((duration_s - seconds) / seconds * _STARTS_PER_WINDOW) + 1
+    starts_s = [start * seconds / _STARTS_PER_WINDOW for start in range(starts)]
+    spans_s = [*((at_s, at_s + seconds) for at_s in starts_s), (duration_s - seconds, math.inf)]
     found = []
-    for start in range(int((duration_s - seconds) / seconds * _STARTS_PER_WINDOW) + 1):
-        started_s = start * seconds / _STARTS_PER_WINDOW
-        first, behind = np.searchsorted(since_s, (started_s, started_s + seconds))
+    for started_s, behind_s in spans_s:
+        first, behind = np.searchsorted(since_s, (started_s, behind_s))
         if behind - first >= LEAST_REQUESTS:
             value = percentile(values[known[first:behind]], p)
             found.append(WorstWindow(str(metric), p, started_s, seconds, int(behind - first), value, whole))

@@ -8,6 +8,7 @@ several kernels there, the kernel with the most rows of the file counts, then th
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +48,8 @@ _ACCELERATORS = {
     "l40s": "L40S",
     "rtx_pro_6000_server": "RTX PRO 6000",
 }
+_VERSION = re.compile(r"(\d+(?:\.\d+)*)(?:\.?(dev|a|b|rc)(\d+))?(?:\.?post(\d+))?")
+_STAGES = ("dev", "a", "b", "rc", None)  # the release itself comes after all
 
 
 def installed_folder() -> Path:
@@ -103,9 +106,15 @@ def read_tables(
 
 
 def _newer(left: str, right: str) -> bool:
-    def key(version: str) -> list[tuple[int, str]]:
-        parts = version.replace("rc", ".-1.").replace("post", ".").split(".")
-        return [(int(p), "") if p.lstrip("-").isdigit() else (0, p) for p in parts if p]
+    """Whether one version comes after another: 1.0.0rc6, 1.0.0, 1.0.0.post1, 1.1; what is no version before all."""
+
+    def key(version: str) -> tuple[list[int], int, int, int]:
+        found = _VERSION.match(version)
+        if found is None:
+            return [], 0, 0, 0
+        release, stage, number, post = found.groups()
+        parts = [int(part) for part in re.sub(r"(\.0+)+$", "", release).split(".")]  # 1.0.0 is 1
+        return parts, _STAGES.index(stage), int(number or 0), int(post or -1)
 
     return key(left) > key(right)
 

@@ -85,6 +85,8 @@ def other_unit(seconds: Floats, bound_s: Floats) -> str | None:
 def drops(frame: pd.DataFrame, axes: Sequence[str], seconds: str) -> NDArray[np.bool_]:
     """Rows whose time is less than DROP times that of the next smaller operator along any one axis."""
     found = np.zeros(len(frame), np.bool_)
+    if frame.empty:
+        return found
     for axis in axes:
         others = [a for a in axes if a != axis]
         order = frame.sort_values([*others, axis], kind="stable")

@@ -3,7 +3,8 @@
 A folder HARDWARE/ORGANIZATION/MODEL/VARIANT holds meta.yaml and, for each degree of tensor parallelism, tpN with dense
 (layers by tokens), per_sequence (by rows that sample), attention (by chunk, cached tokens, decode rows and their
 context), moe and skew (decode rows of unequal context); each as .csv or .parquet, times in microseconds. The kernels'
-own time counts there: gaps between them, the host and collectives are in none of the files.
+own time counts there: gaps between them, the host and collectives are in none of the files. A variant is called by the
+precision of its weights and, where it is another than the model's, of its KV cache ("fp8-kvfp8"), or as somebody liked.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
+from ...kernels.weight_formats import WEIGHT_FORMATS
 from ...runtime.model_shape import ModelShape
 from ..hardware import Accelerator, BadHardware, accelerator
 from ..operator_tables import BadTable, Bound, OperatorTable, Origin
 from ..operators import linears
-from .checks import Finding, drops
+from .checks import Finding, drops, other_unit
+from .measured_file import read_frame, with_numbers
 
 Floats = NDArray[np.float64]
 
@@ -51,6 +54,20 @@ _AXES = {
 _SPREAD: Floats = np.asarray(2.0 ** np.arange(-8.0, 0.0), np.float64)
 _SHAPE_ONLY = (1e17, 1e17 / 300)  # FLOP/s and bytes/s that bound nothing, in a GPU's proportion
 _SAME_UNIT = 1.5
+_SAYS_UNIT_S = 1e-6  # what physics bounds below it takes what its launch takes, in any unit
+
+# What vLLM, and the profiler in the names of variants, call precisions; of ours each by its own name too.
+_DTYPES = {name: name for name in WEIGHT_FORMATS} | {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "fp8_e4m3": "fp8",
+    "fp8_e5m2": "fp8",
+    "fp8e5m2": "fp8",
+}
+_UNQUANTIZED = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,35 @@ class EngineProfile:
         found = re.match(r"(\d+)\.(\d+)", str(self.meta["vllm_version"]))
         return (int(found[1]), int(found[2])) if found else (0, 0)
 
+    @property
+    def weight_dtype(self) -> str | None:
+        """Of the linear layers, as in WEIGHT_FORMATS; None: meta.yaml does not say."""
+        return _precisions(self.meta)[0]
+
+    @property
+    def kv_cache_dtype(self) -> str | None:
+        """Of the KV cache, as in WEIGHT_FORMATS; None: meta.yaml does not say."""
+        return _precisions(self.meta)[1]
+
+
+def _precisions(meta: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Of weights and KV cache, by the variant's name, else by the engine's arguments; None: neither says.
+
+    Without a word of its own a cache is of the model's dtype, which beside weights of fewer bits is bf16 (vLLM's
+    `auto`).
+    """
+    engine = meta.get("engine_effective") or {}
+    named, _, cache = str(meta["variant"]).partition("-kv")
+    weights = _DTYPES.get(named) or _DTYPES.get(str(engine.get("quantization") or engine.get("dtype")))
+    cache = cache or str(engine.get("kv_cache_dtype") or "auto")
+    if cache == "auto" and weights is not None:
+        return weights, weights if weights in _UNQUANTIZED else "bf16"
+    return weights, _DTYPES.get(cache)
+
+
+def _bytes(dtype: str | None, least: float) -> float:
+    return least if dtype is None else WEIGHT_FORMATS[dtype].bits / 8
+
 
 def find_profile(folder: Path, model: str | None = None) -> Path:
     """The folder of a model's profile (that of meta.yaml), or of the only one, in or below a folder.
@@ -122,12 +168,15 @@ def read_profile(folder: Path, shape: ModelShape, tensor_parallel_size: int = 1)
     """Read a profile and check it against physics.
 
     A time below what the device's peaks allow is raised to it and flagged: repeated measurements find small weights in
-    the cache, where a serving step, which reads all layers in turn, does not.
+    the cache, where a serving step, which reads all layers in turn, does not. Where the precision is not known, the
+    least that any would take is what counts: half a byte a weight, a byte a number of the KV cache, the fastest
+    arithmetic.
 
     Args:
         folder: that of meta.yaml.
         shape: of the profiled model.
-    Raises: BadTable: a file or column is missing, or the shape has layers that were not measured.
+    Raises: BadTable: a file, column or kind of row is missing, holds no numbers, or times as if in another unit, or the
+        shape has layers that were not measured.
     """
     meta = _meta(folder / "meta.yaml")
     _check_shape(folder, meta, shape)
@@ -191,16 +240,23 @@ class _Reader:
     findings: list[Finding]
 
     def frame(self, name: str, columns: Sequence[str]) -> pd.DataFrame | None:
-        """A file's rows; None: there is none. Raises: BadTable: other columns, or a time that is no positive number."""
+        """A file's rows; None: there is no file.
+
+        Raises: BadTable: no table, other columns, no rows, no number where one belongs, or a time that is not above 0.
+        """
         path = next((p for p in (self.folder / f"{name}.csv", self.folder / f"{name}.parquet") if p.exists()), None)
         if path is None:
             return None
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        frame = read_frame(path)
         missing = [column for column in columns if column not in frame]
         if missing:
             raise BadTable(str(path), f"no {', '.join(missing)}", ", ".join(columns), "profile it again")
-        if "time_us" in frame and not (frame.time_us > 0).all():
-            raise BadTable(str(path), "a time that is not above 0", "microseconds above 0", "profile it again")
+        if frame.empty:
+            raise BadTable(str(path), "no rows", "a row for each operator that was timed", "profile it again")
+        frame = with_numbers(path, frame, [column for column in columns if column != "layer"], 0)
+        if "time_us" in columns and not (frame["time_us"] > 0).all():
+            row = int(np.flatnonzero(frame["time_us"] == 0)[0])
+            raise BadTable(f"{path}:{row + 2}", "time_us 0", "microseconds above 0", "profile it again")
         return frame
 
     def needed(self, name: str) -> pd.DataFrame:
@@ -211,17 +267,36 @@ class _Reader:
         return frame
 
     @property
-    def peaks(self) -> tuple[float, float]:
-        """FLOP/s of bf16 and bytes/s; where they are not known, figures that bound nothing."""
-        if self.device is None or not self.device.peak_bytes_per_s:
-            return _SHAPE_ONLY
-        return self.device.flops_per_s("bf16"), self.device.peak_bytes_per_s
+    def known(self) -> Accelerator | None:
+        """The device, where its peaks are known."""
+        return self.device if self.device is not None and self.device.peak_bytes_per_s else None
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of device memory; where that is not known, a figure that bounds nothing."""
+        return self.known.peak_bytes_per_s if self.known else _SHAPE_ONLY[1]
+
+    def flops_per_s(self, dtype: str | None) -> float:
+        """Peak of the fastest arithmetic on numbers so stored, of any at all where that is not known.
+
+        Raises: BadHardware: the accelerator has no rate.
+        """
+        if self.known is None:
+            return _SHAPE_ONLY[0]
+        bf16, rates = self.known.flops_per_s("bf16"), self.known.peak_flops_per_s
+        if dtype in _UNQUANTIZED:
+            return bf16
+        return max(bf16, rates.get("fp8", 0.0)) if dtype == "fp8" else max(rates.values())
 
     def table(self, operator: str, frame: pd.DataFrame, axes: Sequence[str], bound_s: Bound) -> OperatorTable:
         frame = frame.groupby(list(axes))["time_us"].median().reset_index()
         points, seconds = frame[list(axes)].to_numpy(np.float64), frame.time_us.to_numpy(np.float64) * 1e-6
         least = bound_s(points)
         file = str(self.folder.relative_to(self.folder.parents[3]))
+        unit = other_unit(seconds, least) if self.known and least.max() > _SAYS_UNIT_S else None
+        if unit:
+            todo = "correct the unit, or leave the profile out"
+            raise BadTable(f"{file}: {operator}", unit, "microseconds", todo)
         for rows, reason in (
             (seconds < least, "faster than the device's memory or arithmetic, as from a cache: raised to the bound"),
             (drops(frame, axes, "time_us"), "less than half the time of the next smaller operator"),
@@ -234,12 +309,14 @@ class _Reader:
 
     def by_layer(self, name: str) -> dict[str, OperatorTable]:
         sizes = {x.name: float(x.out_features * x.in_features) for x in linears(self.shape, self.tensor_parallel_size)}
-        flops_per_s, bytes_per_s = self.peaks
+        dtype, bytes_per_s = _precisions(self.meta)[0], self.bytes_per_s
+        flops_per_s, weight_bytes = self.flops_per_s(dtype), _bytes(dtype, 0.5)
 
         def bound(elements: float) -> Bound:
             if elements == 0.0:  # what is between two matrices may stay in the cache
                 return lambda points: np.full(len(points), 1e-9)
-            return lambda points: np.maximum(2.0 * points[:, 0] * elements / flops_per_s, 2.0 * elements / bytes_per_s)
+            read_s = weight_bytes * elements / bytes_per_s
+            return lambda points: np.maximum(2.0 * points[:, 0] * elements / flops_per_s, read_s)
 
         return {
             str(layer): self.table(str(layer), rows, _AXES[name], bound(sizes.get(_MATRICES.get(str(layer), ""), 0.0)))
@@ -254,6 +331,10 @@ class _Reader:
             ("decode attention", (frame[chunk] == 0) & (frame[rows] > 0), (2, 3)),
             ("mixed attention", (frame[chunk] > 0) & (frame[rows] > 0), (0, 1, 2, 3)),
         ]
+        missing = [name for name, of, _ in kinds if not of.any()]
+        if missing:
+            where, allowed = f"{self.folder}: attention", "rows of prefill, of decode and of both at once (mixed)"
+            raise BadTable(where, f"no {', '.join(missing)}", allowed, "profile them")
         prefill, decode, mixed = (
             self.table(name, frame[of], [_AXES["attention"][i] for i in axes], self._attention_bound(axes))
             for name, of, axes in kinds
@@ -262,9 +343,10 @@ class _Reader:
 
     def _attention_bound(self, axes: Sequence[int]) -> Bound:
         shape, tp = self.shape, self.tensor_parallel_size
-        flops_per_s, bytes_per_s = self.peaks
+        dtype, bytes_per_s = _precisions(self.meta)[1], self.bytes_per_s
+        flops_per_s = self.flops_per_s(dtype)
         per_pair = 4.0 * (shape.num_heads // tp) * shape.head_dim
-        per_token = 4.0 * max(1, shape.num_kv_heads // tp) * shape.head_dim
+        per_token = 2.0 * _bytes(dtype, 1.0) * max(1, shape.num_kv_heads // tp) * shape.head_dim
 
         def bound_s(points: Floats) -> Floats:
             four = np.zeros((len(points), 4))
@@ -281,11 +363,13 @@ class _Reader:
         assert experts is not None
         size = 3.0 * self.shape.hidden_size * experts.intermediate_size / self.tensor_parallel_size
         chosen = float(experts.experts_per_token)
-        flops_per_s, bytes_per_s = self.peaks
+        dtype, bytes_per_s = _precisions(self.meta)[0], self.bytes_per_s
+        flops_per_s, weight_bytes = self.flops_per_s(dtype), _bytes(dtype, 0.5)
 
         def bound_s(points: Floats) -> Floats:
             tokens, active = points.T
-            return np.asarray(np.maximum(2.0 * tokens * chosen * size / flops_per_s, 2.0 * active * size / bytes_per_s))
+            read_s = weight_bytes * active * size / bytes_per_s
+            return np.asarray(np.maximum(2.0 * tokens * chosen * size / flops_per_s, read_s))
 
         return self.table("experts", self.needed("moe"), _AXES["moe"], bound_s)
 

@@ -308,10 +308,16 @@ class VidurTables:
         missing = [column for column in statistics.values() if column not in rows]
         if missing:
             raise BadTable(file, f"no {', '.join(missing)}", "min, median and max of each operator", "profile it again")
+        where, allowed, todo = f"{file}: {label}", "times that can be", "leave it out"
         rows = rows[rows[statistics["median"]].notna()].reset_index(drop=True)
+        if rows.empty:
+            raise BadTable(where, "no row with a time", allowed, todo)
         note = _Noted(self.findings, file, label, columns, statistics["median"])
         wrong = disordered(*(rows[statistics[s]].to_numpy(np.float64) for s in _STATISTICS))
         rows = note.refuse(rows, wrong, "min, median and max are not in order, or a time is not above 0")
+        if rows.empty:
+            found = "no row whose min, median and max are above 0 and in order"
+            raise BadTable(where, found, allowed, todo)
         # several ranks, or repeated runs, of one operator
         rows = rows.groupby(columns)[statistics["median"]].median().reset_index()
         points = rows[columns].to_numpy(np.float64)
@@ -319,7 +325,7 @@ class VidurTables:
         bounded = self.accelerator is not None and (arithmetic is not None or parts[0] == "network")
         unit = other_unit(seconds, least(points)) if bounded else None
         if unit:
-            raise BadTable(f"{file}: {label}", unit, "milliseconds", "correct the unit, or leave the table out")
+            raise BadTable(where, unit, "milliseconds", "correct the unit, or leave the table out")
         if arithmetic is not None:
             fast = faster_than_physics(seconds, arithmetic(points))
             rows = note.refuse(rows, fast, "faster than peak FLOP/s allow")
@@ -327,7 +333,7 @@ class VidurTables:
             fast = faster_than_physics(seconds, least(points))
             rows = note.refuse(rows, fast, "more bytes than the link carries: another unit of size, or another link")
         if rows.empty:
-            raise BadTable(f"{file}: {label}", "every row faster than physics", "times that can be", "leave it out")
+            raise BadTable(where, "every row with statistics in order faster than physics", allowed, todo)
         points = rows[columns].to_numpy(np.float64)
         seconds = rows[statistics["median"]].to_numpy(np.float64) * 1e-3
         cached = faster_than_physics(seconds, least(points))

@@ -37,7 +37,9 @@ _LEAST_SHARE = 0.005
 @profile_option
 @calibration_option
 @table_options
-@click.option("--metric", "metrics", multiple=True, help="Such as ttft:p95; default: the log's targets, else p95s.")
+@click.option(
+    "--metric", "metrics", multiple=True, help="Such as ttft:p95; default: those of the log's targets, else p95s."
+)
 @click.option("--rate", type=POSITIVE, help="Arrivals that many times as fast; default: 1, or that of --analyze.")
 @click.option("--analyze", "run_folder", type=FOLDER, help="A recorded run: `verify --record`, or `replay --record`.")
 @click.option("--knobs/--no-knobs", default=True, show_default=True, help="Simulate changes of the spec.")
@@ -146,7 +148,7 @@ def _explain_pools(
     from ..optimizer.sources import Sources
     from ..profiler.disaggregated import NOT_MODELED
     from ..profiler.explain import default_asked
-    from ..profiler.explain_pools import POOL_WORDS, PoolStep, explain_pools
+    from ..profiler.explain_pools import ASKABLE, POOL_WORDS, PoolStep, explain_pools
     from ..profiler.kv_transfer import transfer_link
     from ..profiler.step_limits import LABELS_ARE_INFERRED, draft_limit_tables, limit_tables
     from ..traces.whole_file import write_whole
@@ -162,13 +164,16 @@ def _explain_pools(
     link = transfer_link(deployment)
     with speaker.progress("explaining"):
         found = explain_pools(
-            trace, deployment, shapes[0], link, steps[0], steps[1], asked or default_asked(trace, k), k=k, rate=rate
-        )
+            trace, deployment, shapes[0], link, steps[0], steps[1], asked or default_asked(trace, k, ASKABLE), k=k,
+            rate=rate,
+        )  # fmt: skip
     roles = ("prefill", "decode")
     if step_log is not None:
         rows = [{"pool": role, **row} for role, log in zip(roles, found.steps) for row in log.rows()]
         write_whole(step_log, "".join(json.dumps(row) + "\n" for row in rows))
     left_out = [*steps[0].modeled.not_modeled, *steps[1].modeled.not_modeled, *link.not_modeled, *NOT_MODELED]
+    if not asked and any(target.metric.name not in ASKABLE for target in trace.targets):
+        left_out.append("ITL, of which the log has targets: single gaps are not taken apart over two pools")
     not_modeled = tuple(dict.fromkeys([*left_out, LABELS_ARE_INFERRED]))
     lines = [_metric_text(each, (), None, POOL_WORDS) for each in found.metrics]
     lines.append("changes of the spec are tried for one pool alone")
@@ -212,9 +217,9 @@ def _metric_text(
     ]
     bound = max(each.by_resource, key=lambda resource: each.by_resource[resource])
     rows.append(["all of it", milliseconds(each.value), "100%", bound])
-    around = f"{each.neighbors:,} {'gaps' if each.metric == 'itl' else 'requests'}"
+    around = f"by the {each.neighbors:,} {'gaps' if each.metric == 'itl' else 'requests'} around it"
     lines = [
-        f"{each.metric} p{each.percentile:g} = {milliseconds(each.value)} ms (by the {around} around it)",
+        f"{each.metric} p{each.percentile:g} = {milliseconds(each.value)} ms over all requests ({around})",
         table(["milliseconds", "time", "share", "steps bound by"], rows),
     ]
     if analyzed is not None and _name(each) in analyzed.values:

@@ -123,6 +123,7 @@ def simulate(
     autoscaler = scaling.autoscaler(sources.shape, pool)
     if (survive or ask_head_room) and (waiting.asked or autoscaler is not None):
         raise click.UsageError("--survive and --head-room ask about recorded arrivals and the spec's replicas alone")
+    room = head_room(trace, deployment, modeled, targets, k=k) if ask_head_room else None
     asked: dict[str, Any] = {"policy": deployment.scheduler_policy, "k": k, "rate": rate, "arrivals": arrivals}
     result = run(trace, pool, modeled.tables, autoscaler=autoscaler, **asked)
     elastic = None
@@ -151,7 +152,6 @@ def simulate(
         lines += run_words(cost)
     lines += told.missed
     lost = survivors(trace, deployment, sources.step_model, targets, lost=survive, k=k, rate=rate) if survive else None
-    room = head_room(trace, deployment, modeled, targets, k=k) if ask_head_room else None
     if lost is not None:
         lines.append(lost.words)
         not_modeled = (*not_modeled, *lost.not_modeled)
