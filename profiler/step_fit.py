@@ -168,8 +168,11 @@ def _fitted(known: _Ordered, of: NDArray[np.bool_], apiece: float = 0.0) -> tupl
 
 
 def _error_of_means(errors: Floats, values: Floats) -> float:
-    """Points are alike that decode, or have prompts, of about as many tokens."""
-    tokens, pairs = values[:, 0], values[:, 4]
+    """Compositions are alike that decode, or have prompts, of about as many tokens. Each counts once, with its mean."""
+    number = _composition(values)
+    first = np.flatnonzero(np.diff(number, prepend=-1))
+    errors = np.bincount(number, errors) / np.bincount(number)
+    tokens, pairs = values[first, 0], values[first, 4]
     order = np.lexsort((tokens, pairs > 0))
     groups = np.array_split(errors[order], max(1, len(errors) // _ALIKE))
     return float(np.quantile([abs(group.mean()) for group in groups], CONFIDENCE))

@@ -50,6 +50,7 @@ def test_a_composition_that_is_held_out_is_held_out_of_every_hour() -> None:
     once, again = fit_steps(odd), fit_steps(twice)
     assert len(again.errors) == 2 * len(once.errors)
     np.testing.assert_allclose(again.errors[::2], once.errors)
+    assert again.relative_error == pytest.approx(once.relative_error)
 
 
 def test_all_live_steps_are_kept_and_their_spread_has_the_range_added() -> None:
