@@ -337,7 +337,7 @@ def report_of_ranking(predicted: Sequence[float], measured: Sequence[Sequence[fl
     medians = [statistics.median(each) for each in zip(*measured)]
     pairs = list(itertools.combinations(range(len(predicted)), 2))
     told = [(i, j) for i, j in pairs if len({np.sign(each[i] - each[j]) for each in measured}) == 1]
-    tau = kendall_tau(predicted, medians, told)
+    tau = kendall_tau(predicted, medians, told) if told else 0.0
     beside = {
         "pairs": len(pairs),
         "pairs_that_all_passes_order_alike": len(told),
@@ -354,7 +354,8 @@ def report_of_ranking(predicted: Sequence[float], measured: Sequence[Sequence[fl
 
 
 def coverage(inside: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
-    """(share, low, high): of intervals that hold the measured value; 90 % by drawing whole replays (rows) anew."""
+    """(share, low, high): of intervals that hold a measured value; 90 % by drawing rows anew, each all values of one
+    configuration and window."""
     rows = np.array([[statistics.fmean(row), len(row)] for row in inside])
     rng = np.random.default_rng(0)
     drawn = rows[rng.integers(0, len(rows), (RESAMPLES, len(rows)))]

@@ -59,6 +59,9 @@ class LoggedStep:
     tokens: Sequence[int] = ()
 
 
+_NUMBERS = tuple(name for name in LoggedStep.__dataclass_fields__ if name not in ("requests", "starts", "tokens"))
+
+
 def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[LoggedStep, ...]:
     """Steps that began at or after `since_s` (clock of time.perf_counter), in order of time by replica.
 
@@ -68,7 +71,10 @@ def read_step_log(path: str | os.PathLike[str], since_s: float = 0.0) -> tuple[L
     with open(path, encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                steps.append(LoggedStep(**json.loads(line)))
+                step = LoggedStep(**json.loads(line))
+                if not all(isinstance(getattr(step, name), int | float) for name in _NUMBERS):
+                    raise TypeError
+                steps.append(step)
             except (ValueError, TypeError, RecursionError):
                 allowed = "a whole step, as `paretune serve --step-log` writes it"
                 todo = "correct the line (is the file cut off?) and run again"

@@ -24,7 +24,7 @@ from ..runtime.parallel import thread_environment
 from ..runtime.server import serve
 from ..runtime.spec import Deployment, load_deployment, save_deployment
 from ..traces.trace import Trace
-from .replay import Progress, ReplayResult, prompt_token_ids, replay
+from .replay import NoServer, Progress, ReplayResult, prompt_token_ids, replay
 
 START_LIMIT_S = 180.0
 # the server drains its streams for 30 s, and then ends its replicas
@@ -87,7 +87,14 @@ def live_server(
             start_new_session=True,
         )
         try:
-            yield _wait_until_ready(process, folder / "ready.json", folder / "stderr", start_limit_s)
+            server = _wait_until_ready(process, folder / "ready.json", folder / "stderr", start_limit_s)
+            try:
+                yield server
+            except (ServerFailed, NoServer) as error:
+                if process.poll() is None:
+                    raise
+                # requests that failed, or found no server: its last words say why
+                raise _ended(process, folder / "stderr") from error
             if process.poll() is not None:
                 raise _ended(process, folder / "stderr")
         finally:

@@ -133,6 +133,11 @@ class Calibration(BaseModel):
         bounded = {part: np.maximum(getattr(tables, part), least[part]) for part in PARTS}
         request_s = tables.request_s + np.array([self.before_scheduler_s, 0.0])
         notes, error = modeled.not_modeled, self.relative_error
+        if tables.batch is not None or tables.draft is not None:
+            notes = (
+                *notes,
+                "calibration: times by the whole batch, and a draft model's, are scaled as they are: unchecked",
+            )
         if (here := sharding_of(pool)) != self.taken_on:
             error = max(error, modeled.relative_error)
             notes = (*notes, f"calibration: taken with {self.taken_on}, and applied to {here} all the same")

@@ -67,7 +67,7 @@ _ARITHMETIC = {
     "int8": "int8",
     "int4": "bf16",  # expanded in the kernel (W4A16)
     "nvfp4": "fp4",
-    "mxfp4": "fp4",  # at best; see _estimate_s
+    "mxfp4": "fp4",  # at best; see _usual_bound_s
     "ternary": "int8",
 }
 # A window of less than one eighth of max_model_len is taken as full; queries of a wider one as seeing all before them.
@@ -103,15 +103,17 @@ def operator_bound_s(work: OperatorWork, accelerator: Accelerator, precision: st
 
 def step_bound_s(accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool) -> dict[str, float]:
     """Least time of each operator of a step, seconds by operator."""
-    return {one.name: seconds for one, seconds in bounded_work(accelerator, shape, step, pool)}
+    deployed = _Deployed.of(shape, pool)
+    return {one.name: _bound_s(one, accelerator, deployed) for one in _work(shape, step, deployed)}
 
 
-def bounded_work(
+def usual_work(
     accelerator: Accelerator, shape: ModelShape, step: Composition | Rows, pool: Pool
 ) -> list[tuple[OperatorWork, float]]:
-    """Each operator of a step and its least time, seconds."""
+    """Each operator of a step, and its least time in the arithmetic that engines use, seconds: what estimates are a
+    share of."""
     deployed = _Deployed.of(shape, pool)
-    return [(one, _bound_s(one, accelerator, deployed)) for one in _work(shape, step, deployed)]
+    return [(one, _usual_bound_s(one, accelerator, deployed)) for one in _work(shape, step, deployed)]
 
 
 class _Deployed(NamedTuple):
@@ -152,6 +154,14 @@ def _bound_s(work: OperatorWork, accelerator: Accelerator, deployed: _Deployed) 
     return operator_bound_s(work, accelerator, arithmetic_of(work.name, deployed.storage, accelerator))
 
 
+def _usual_bound_s(work: OperatorWork, accelerator: Accelerator, deployed: _Deployed) -> float:
+    """The same in the arithmetic that engines use: they multiply mxfp4 with activations of mxfp8 (W4A8)."""
+    precision = arithmetic_of(work.name, deployed.storage, accelerator)
+    if precision == "fp4" and deployed.storage.dtype(work.name) == "mxfp4":
+        precision = "fp8"
+    return operator_bound_s(work, accelerator, precision)
+
+
 def arithmetic_of(operator: str, storage: Storage, accelerator: Accelerator) -> str:
     """The fastest precision that an operator may compute in; weights of four bits are expanded to bf16 where there is
     no fp4."""
@@ -176,10 +186,8 @@ def _estimate_s(
     """Seconds of operators, without what a layer takes beside them."""
     total_s = 0.0
     for one in work:
-        precision = arithmetic_of(one.name, deployed.storage, accelerator)
-        if precision == "fp4" and shares is _REACHED and deployed.storage.dtype(one.name) == "mxfp4":
-            precision = "fp8"  # engines multiply mxfp4 with activations of mxfp8 (W4A8), not of four bits
-        bound_s = operator_bound_s(one, accelerator, precision)
+        least = shares is _LEAST
+        bound_s = _bound_s(one, accelerator, deployed) if least else _usual_bound_s(one, accelerator, deployed)
         if one.collective is None:
             total_s = total_s + bound_s / shares.operators
         else:

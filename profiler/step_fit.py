@@ -5,7 +5,7 @@ reading the first cached token, and raising each of its parts to its bound after
 
 Each part (tokens, rows, samples, context decoded, pairs prefilled) is a broken line that never falls, with knots at
 powers of two: linear layers read their weights once whatever the rows, and grow with them later; caches end
-somewhere. Every fourth composition is held out of the fit, and only these say how wrong it is.
+somewhere. Every fourth point is held out of the fit, and only these say how wrong it is.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def fit_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None = Non
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
     known = _ordered(points, least_s)
-    held_out = _composition(known.values) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    held_out = np.arange(len(points)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     fit, errors = _fitted(known, ~held_out)
     largest = {part: float(known.values[:, i].max()) for i, part in enumerate(_PARTS)}
     error = _error_of_means(errors[held_out], known.values[held_out])
@@ -102,18 +102,12 @@ def fit_all_steps(points: Sequence[StepPoint], least_s: Sequence[float] | None =
     Raises: BadProfile: fewer than LEAST_POINTS points.
     """
     known = _ordered(points, least_s)
-    fold, errors = _composition(known.values) % HELD_OUT_EVERY, np.empty(len(points))
+    fold, errors = np.arange(len(points)) % HELD_OUT_EVERY, np.empty(len(points))
     for each in range(HELD_OUT_EVERY):
         _, wrong = _fitted(known, fold != each, _APIECE)
         errors[fold == each] = wrong[fold == each]
     fit, _ = _fitted(known, np.ones(len(points), np.bool_), _APIECE)
     return replace(fit, relative_error=float(np.quantile(abs(errors), CONFIDENCE)), errors=tuple(errors.tolist()))
-
-
-def _composition(values: Floats) -> NDArray[np.intp]:
-    """(n,) number of each point's composition, of ordered ones: what was measured in several hours is held out of all
-    of them, or its twins would be in the fit."""
-    return np.concatenate([[0], np.cumsum((values[1:] != values[:-1]).any(axis=1))])
 
 
 class _Ordered(NamedTuple):
@@ -168,11 +162,8 @@ def _fitted(known: _Ordered, of: NDArray[np.bool_], apiece: float = 0.0) -> tupl
 
 
 def _error_of_means(errors: Floats, values: Floats) -> float:
-    """Compositions are alike that decode, or have prompts, of about as many tokens. Each counts once, with its mean."""
-    number = _composition(values)
-    first = np.flatnonzero(np.diff(number, prepend=-1))
-    errors = np.bincount(number, errors) / np.bincount(number)
-    tokens, pairs = values[first, 0], values[first, 4]
+    """Points are alike that decode, or have prompts, of about as many tokens."""
+    tokens, pairs = values[:, 0], values[:, 4]
     order = np.lexsort((tokens, pairs > 0))
     groups = np.array_split(errors[order], max(1, len(errors) // _ALIKE))
     return float(np.quantile([abs(group.mean()) for group in groups], CONFIDENCE))

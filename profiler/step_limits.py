@@ -20,7 +20,7 @@ from ..runtime.spec import Pool
 from .hardware import Accelerator
 from .operators import Composition, OperatorWork, linears, rank_weight_bytes, step_work
 from .profile import Profile
-from .roofline import bounded_work
+from .roofline import usual_work
 from .step_time import WORK_GRID, ModeledStep, PromptPairs, StepTables
 
 Floats = NDArray[np.float64]
@@ -122,7 +122,7 @@ def _bounds(
         )
         return {each.name: _measured_bound(source, shape, pool, each) for each in work}
     found = {}
-    for each, bound_s in bounded_work(source, shape, step, pool):
+    for each, bound_s in usual_work(source, shape, step, pool):
         moved_s = (each.weight_bytes + each.kv_bytes + each.activation_bytes) / source.peak_bytes_per_s
         limit = LINKS if each.messages else COMPUTE if bound_s > moved_s * (1 + 1e-9) else BANDWIDTH
         found[each.name] = limit, bound_s

@@ -13,7 +13,7 @@ from .importers.step_rows import StepRows, layer_parameters
 from .measured_step import extrapolated, fitted_tables, large_enough, not_faster, seconds_of
 from .operator_tables import BadTable
 from .profile import StepPoint
-from .roofline import check_kv_blocks, roofline_bounds
+from .roofline import check_kv_blocks, roofline_bounds, roofline_tables
 from .step_fit import StepFit, fit_all_steps
 from .step_time import ModeledStep
 
@@ -47,7 +47,9 @@ def whole_step(tables: Sequence[StepRows], shape: ModelShape, pool: Pool, device
     if not any(point.decode_context and point.prefill_pairs for point in found.points):
         notes.append("steps of prompts and decode rows together: none was measured, taken as the sum of their parts")
     notes.append("the host's part of a step: inferred, at most what every step takes beyond its bound")
-    return ModeledStep(step, True, fit.relative_error, tuple(notes), fit.step_s, float(bound.rows_s[1]))
+    # windows and states that each row reads are not in the bound, and so in what the fit says of rows
+    device_row_s = min(float(step.rows_s[1]), float(roofline_tables(device, shape, pool).rows_s[1]))
+    return ModeledStep(step, True, fit.relative_error, tuple(notes), fit.step_s, device_row_s)
 
 
 @lru_cache(maxsize=64)

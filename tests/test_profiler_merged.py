@@ -1,6 +1,5 @@
 """Profiles of several hours as one: nothing is lost, differences show in the error, strangers are refused."""
 
-import numpy as np
 import pytest
 
 from paretune.kernels.tiles import Tile, TileTable
@@ -37,20 +36,6 @@ def test_steps_of_all_are_kept_and_their_distance_is_an_error() -> None:
     alone = fit_steps(hours[0].configurations[0].steps)
     both = fit_steps(together.configurations[0].steps)
     assert both.relative_error > alone.relative_error + 0.05
-
-
-def test_a_composition_that_is_held_out_is_held_out_of_every_hour() -> None:
-    """Steps whose times no line fits: the errors of what was not seen do not shrink where it was measured twice."""
-    one, rng = profile(), np.random.default_rng(0)
-    odd = [
-        step.model_copy(update={"median_s": step.median_s * float(rng.choice([0.5, 2.0]))})
-        for step in one.configurations[0].steps
-    ]
-    twice = [step for step in odd for _ in range(2)]
-    once, again = fit_steps(odd), fit_steps(twice)
-    assert len(again.errors) == 2 * len(once.errors)
-    np.testing.assert_allclose(again.errors[::2], once.errors)
-    assert again.relative_error == pytest.approx(once.relative_error)
 
 
 def test_all_live_steps_are_kept_and_their_spread_has_the_range_added() -> None:
