@@ -34,7 +34,7 @@ CONNECT_LIMIT_S = 30.0
 # asyncio's timers wake up to a millisecond late; the last stretch is yielded to the loop instead
 _EARLY_S = 0.001
 # a connection that closes later than this after a request was sent on it was not closed for having been idle
-_STALE_S = 1.0
+_STALE_S = 2.0
 
 Progress = Callable[[int, int], None]
 

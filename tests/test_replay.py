@@ -247,7 +247,7 @@ def closing_unanswered(times: int, after_s: float = 0.0) -> Callable:
     [
         (1, 0.0, 2, True),  # as if it had been closed for being idle
         (2, 0.0, 2, False),  # a new connection closes, too: it is the request
-        (1, 1.2, 1, False),  # so long after the request it is the request as well
+        (1, 2.5, 1, False),  # so long after the request it is the request as well
     ],
 )
 def test_a_request_on_a_connection_that_had_been_closed_goes_again_once(
