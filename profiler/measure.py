@@ -195,7 +195,8 @@ def _steps(deployment: Deployment, model_dir: Path, seconds: float) -> Any:
         found = _run({**task, "kind": "steps"}, environment)
         for neighbor in neighbors:
             if neighbor.process.poll() is not None:
-                raise neighbor.failed()  # what was measured had fewer beside it than it says
+                # what was measured had fewer beside it than it says
+                raise _failed(neighbor.process, neighbor.said)
         return found
 
 
@@ -262,9 +263,6 @@ class _Worker:
     process: subprocess.Popen[str]
     answer: Any
     said: IO[str]
-
-    def failed(self) -> MeasureFailed:
-        return _failed(self.process, self.said)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class Calibration(BaseModel):
         if tables.batch is not None or tables.draft is not None:
             notes = (
                 *notes,
-                "calibration: times by the whole batch, and a draft model's, are scaled as they are: unchecked",
+                "calibration: times by the whole batch, or of a draft model, are not checked against physics",
             )
         if (here := sharding_of(pool)) != self.taken_on:
             error = max(error, modeled.relative_error)
@@ -267,8 +267,8 @@ def step_parts_s(steps: Sequence[LoggedStep], tables: StepTables) -> Floats:
 
 
 def _lasting_s(steps: Sequence[LoggedStep]) -> Floats:
-    """(n,) seconds from the start of each step until its replica can begin the next: the pause that follows included,
-    which is no time in which nothing waits; after the last of a burst the usual one."""
+    """(n,) seconds from the start of each step until its replica begins the next, as the simulator counts it: with the
+    pause between them, and behind the last step of a burst with the usual pause."""
     after_s = pauses_s(steps)
     short = after_s < BETWEEN_STEPS_LIMIT_S
     usual_s = float(np.median(after_s[short])) if short.any() else 0.0
